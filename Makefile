@@ -1,0 +1,60 @@
+# Every target sets up .venv first, so each works on a fresh machine.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+PY := .venv/bin/python
+READY := .venv/.ready
+TORCH := $(shell grep '^torch==' constraints.txt)
+ART := build/art
+NPM_ART := emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0 @lobehub/fluent-emoji-3d@1.1.0
+# What is left of pip's output is what it downloads, what it installs, and what went wrong.
+CALM := 2>&1 | { grep --line-buffered -vE '^(Requirement already|Collecting|Looking in|Using cached)|Location .* is ignored' || true; }
+
+.PHONY: help demo test check tiny table clean
+
+help:  ## show this list
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+demo: $(READY)  ## patch the embedded model and show the result
+	$(PY) -m safepatch demo
+
+test: $(READY)  ## run the tests
+	$(PY) -m pytest
+
+check: $(READY)  ## lint, formatting, types, layering, README tables
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/pyright
+	$(PY) -m pytest -q tests/unit/test_layering.py $(wildcard tests/unit/test_readme*.py)
+
+table: $(READY)  ## print the results table
+	$(PY) -m safepatch table
+
+tiny: $(READY) $(ART)/.ready  ## rebuild the embedded model from the vendors' emoji (needs npm and the network)
+	$(PY) -m safepatch.tiny.sprites $(ART) safepatch/assets/atlas
+	$(PY) -m safepatch.tiny.build
+
+clean:  ## remove build products and caches; keeps .venv and runs
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	find safepatch tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo "safepatch needs Python 3.11 or newer; name one with: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	@[ -x $(PY) ] || { echo "creating .venv"; $(PYTHON) -m venv .venv; }
+	@echo "[1/2] installing $(TORCH), by far the largest part"
+	@set -o pipefail; $(PY) -m pip install $(TORCH) -c constraints.txt $(CALM)
+	@echo "[2/2] installing safepatch and the rest"
+	@set -o pipefail; $(PY) -m pip install -e '.[test,dev]' -c constraints.txt $(CALM)
+	@touch $@
+
+$(ART)/.ready:
+	@command -v npm >/dev/null || { echo "make tiny fetches the emoji with npm; install Node.js first" >&2; exit 1; }
+	mkdir -p $(ART)/google $(ART)/twitter $(ART)/fluent
+	cd $(ART) && npm pack --silent $(NPM_ART)
+	tar -xzf $(ART)/emoji-datasource-google-16.0.0.tgz -C $(ART)/google
+	tar -xzf $(ART)/emoji-datasource-twitter-16.0.0.tgz -C $(ART)/twitter
+	tar -xzf $(ART)/lobehub-fluent-emoji-3d-1.1.0.tgz -C $(ART)/fluent
+	@touch $@

@@ -1,0 +1,431 @@
+"""A patch as one file: tensors that are deltas (zero = no effect) and everything that says what they are for.
+
+The layout is safetensors (https://github.com/huggingface/safetensors): 8 bytes of little-endian header length, a
+JSON header, the data. The header is written here because the library writes metadata in random order; reading the
+tensors is the library's. The content hash is the SHA-256 of the whole file with the hash's own digits set to zero.
+"""
+
+import hashlib
+import json
+import math
+import os
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import reduce
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from safepatch.errors import ArtifactError, lookup
+
+FORMAT_VERSION = 1
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+FORMS = ({"delta"}, {"down", "up"})  # how one parameter may be stored: dense or low-rank
+
+HASH_KEY = "modelspec.hash_sha256"
+NO_HASH = "0x" + "0" * 64
+MAX_HEADER = 100_000_000  # bytes, the safetensors library's own limit
+CHUNK = 1 << 22  # bytes read at once while hashing
+JSON_FIELDS = ("instructions", "fingerprint", "base", "config", "training", "recipe", "evaluation", "shapes")
+
+
+def canonical_json(value: Any) -> str:  # noqa: ANN401 - any JSON value
+    """The one JSON text of `value`: sorted keys, no spaces, ASCII, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+@dataclass(frozen=True)
+class PatchInfo:
+    """What a patch is, without its tensors; JSON fields are copied and key-sorted on construction.
+
+    Attributes:
+        kind: how the patch acts on the model, e.g. `control`.
+        instructions: category name -> the safety instruction its patch reads.
+        fingerprint: architecture of the UNet the patch is for.
+        base: {"family": ..., "hash": ...} of the model it was trained on.
+        config: resolved training config, e.g. `sees`.
+        training: record of the training; its `date`, if any, becomes `modelspec.date`.
+        recipe: for a merged patch, the merge recipe with the hashes of its sources.
+        evaluation: summary of measured rates.
+        shapes: full shape of every parameter that is stored low-rank.
+        title: shown to people; made from kind and categories when empty.
+        license: SPDX expression, or empty when none was stated.
+        format_version: of the file format.
+    """
+
+    kind: str
+    instructions: dict[str, str]
+    fingerprint: dict[str, Any]
+    base: dict[str, str]
+    config: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    recipe: dict[str, Any] | None = None
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    shapes: dict[str, list[int]] = field(default_factory=dict)
+    title: str = ""
+    license: str = ""
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        """Normalize, so that equal content is equal bytes."""
+        for name in JSON_FIELDS:
+            object.__setattr__(self, name, _plain(name, getattr(self, name)))
+        object.__setattr__(self, "title", self.title or f"{self.kind} patch: {', '.join(self.categories)}")
+
+    @property
+    def categories(self) -> tuple[str, ...]:
+        """Names of the harm categories the patch covers, sorted."""
+        return tuple(self.instructions)
+
+    def to_metadata(self) -> dict[str, str]:
+        """The file's `__metadata__`: ModelSpec 1.0.1 and `safepatch.*` keys; the hash is a slot of zeros."""
+        values = {
+            "modelspec.sai_model_spec": "1.0.1",
+            "modelspec.architecture": f"{self.base.get('family', 'unknown')}/{self.kind}",
+            "modelspec.implementation": "safepatch",
+            "modelspec.title": self.title,
+            "modelspec.license": self.license,
+            "modelspec.date": str(self.training.get("date", "")),
+            HASH_KEY: NO_HASH,
+            "safepatch.format_version": str(self.format_version),
+            "safepatch.kind": self.kind,
+        }
+        values |= {f"safepatch.{name}": canonical_json(getattr(self, name)) for name in JSON_FIELDS}
+        return {key: value for key, value in sorted(values.items()) if value}
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str]) -> "PatchInfo":
+        """The inverse of `to_metadata`; raises `ArtifactError` for another program's or a newer file."""
+        version = _format_version(metadata)
+        try:
+            fields = {name: json.loads(metadata[f"safepatch.{name}"]) for name in JSON_FIELDS}
+            kind, title = metadata["safepatch.kind"], metadata["modelspec.title"]
+        except (KeyError, ValueError, RecursionError) as error:
+            raise ArtifactError(f"damaged: bad or missing metadata ({error}); fetch the file again") from error
+        license_ = metadata.get("modelspec.license", "")
+        return cls(kind=kind, title=title, license=license_, format_version=version, **fields)
+
+
+def _plain(name: str, value: dict | None) -> dict | None:
+    if not isinstance(value, dict) and not (name == "recipe" and value is None):
+        raise ArtifactError(f"patch info '{name}' is a {type(value).__name__}; give a dict")
+    try:
+        return json.loads(canonical_json(value))
+    except (TypeError, ValueError) as error:
+        raise ArtifactError(f"patch info '{name}' is not plain JSON ({error}); give numbers and texts") from error
+
+
+def _format_version(metadata: Mapping[str, str]) -> int:
+    version = metadata.get("safepatch.format_version")
+    if version is None:
+        raise ArtifactError("has no safepatch metadata: a safetensors file, but not a patch; choose a patch file")
+    if version not in {str(known) for known in range(1, FORMAT_VERSION + 1)}:
+        raise ArtifactError(f"has format {version}, this safepatch reads up to {FORMAT_VERSION}; upgrade safepatch")
+    return int(version)
+
+
+class Factors(NamedTuple):
+    """A low-rank delta: `up` (out, r) @ `down` (r, rest), reshaped to the parameter."""
+
+    up: Tensor
+    down: Tensor
+
+
+def factorize(delta: Tensor, rank: int) -> Factors:
+    """Best rank-`rank` factors of `delta` (out, *), each carrying sqrt(S) (Eckart & Young 1936); float32."""
+    u, s, vh = torch.linalg.svd(delta.flatten(1).float(), full_matrices=False)
+    root = s[:rank].sqrt()
+    return Factors(up=u[:, :rank] * root, down=root[:, None] * vh[:rank])
+
+
+def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor` as `dtype`; raises `ArtifactError` when a finite value overflows."""
+    result = tensor.to(dtype)
+    if result.isfinite().all() or not tensor.isfinite().all():
+        return result
+    raise ArtifactError(f"'{name}' overflows {dtype}; keep it as float32 or use smaller weights")
+
+
+@dataclass(frozen=True, eq=False)
+class PatchArtifact:
+    """Deltas of a patch and their description: what training ends in and everything else starts from.
+
+    Attributes:
+        tensors: `<part>.<parameter path>.<form>` -> values; form `delta` is dense with the parameter's shape,
+            forms `up` (out, r) and `down` (r, rest) together are low-rank.
+        info: what the patch is.
+    """
+
+    tensors: dict[str, Tensor]
+    info: PatchInfo
+
+    def __post_init__(self) -> None:
+        """Refuse names, dtypes and shapes that the format does not know."""
+        forms: dict[str, set[str]] = {name: set() for name in self.info.shapes}
+        for name, tensor in self.tensors.items():
+            parameter, _, form = name.rpartition(".")
+            forms.setdefault(parameter, set()).add(form)
+            if tensor.dtype not in DTYPE_NAMES:
+                raise ArtifactError(f"'{name}' is {tensor.dtype}; patches hold {', '.join(DTYPE_NAMES.values())}")
+        for parameter, found in forms.items():
+            if not parameter or found not in FORMS or not self._fits(parameter, found):
+                raise ArtifactError(f"'{parameter}' holds {sorted(found)}; give a delta, or up, down and their shape")
+
+    def _fits(self, parameter: str, forms: set[str]) -> bool:
+        if "delta" in forms:
+            return parameter not in self.info.shapes
+        shape, (up, down) = self.info.shapes.get(parameter), self.factors(parameter)
+        if not shape or not all(isinstance(side, int) for side in shape) or not up.ndim == down.ndim == 2:
+            return False
+        return [*up.shape] == [shape[0], down.shape[0]] and shape[0] * down.shape[1] == math.prod(shape)
+
+    def parameter_names(self) -> tuple[str, ...]:
+        """`<part>.<parameter path>` of every parameter, sorted, without the form."""
+        return tuple(sorted({name.rpartition(".")[0] for name in self.tensors}))
+
+    def stored(self, name: str) -> dict[str, Tensor]:
+        """Form -> tensor of parameter `name`, as stored; empty when the patch lacks it."""
+        names = {form: f"{name}.{form}" for form in ("delta", "down", "up")}
+        return {form: self.tensors[full] for form, full in names.items() if full in self.tensors}
+
+    def factors(self, name: str) -> Factors:
+        """`up` (out, r) and `down` (r, rest) of a low-rank parameter, as stored."""
+        return Factors(*(lookup(self.tensors, f"{name}.{form}", what="tensor") for form in Factors._fields))
+
+    def delta(self, name: str) -> Tensor:
+        """The dense float32 delta of parameter `name`, in that parameter's shape."""
+        if name not in self.info.shapes:
+            return lookup(self.tensors, f"{name}.delta", what="tensor").float()
+        up, down = self.factors(name)
+        return (up.float() @ down.float()).reshape(self.info.shapes[name])
+
+    def deltas(self) -> dict[str, Tensor]:
+        """Parameter name -> dense float32 delta."""
+        return {name: self.delta(name) for name in self.parameter_names()}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensor data."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The narrowest dtype that holds every tensor."""
+        dtypes = [tensor.dtype for tensor in self.tensors.values()]
+        return reduce(torch.promote_types, dtypes) if dtypes else torch.float32
+
+    @property
+    def content_hash(self) -> str:
+        """`0x` and 64 hex digits over tensors and metadata: what `save` stores and `verify` recomputes."""
+        return _digest(_header_text(self), _data(self.tensors))
+
+    def astype(self, dtype: torch.dtype) -> "PatchArtifact":
+        """The same patch with every tensor as `dtype`."""
+        return replace(self, tensors={name: cast(name, tensor, dtype) for name, tensor in self.tensors.items()})
+
+    def compress(self, rank: int) -> "PatchArtifact":
+        """The same patch with 2-D and 4-D deltas of larger rank stored as their best factors of `rank` >= 1."""
+        if rank < 1:
+            raise ArtifactError(f"cannot compress to rank {rank}; give a rank of at least 1")
+        tensors: dict[str, Tensor] = {}
+        shapes = dict(self.info.shapes)
+        for name in self.parameter_names():
+            stored = self.stored(name)
+            if self._rank(name) > rank:
+                delta, dtype = self.delta(name), next(iter(stored.values())).dtype
+                stored = {form: cast(name, factor, dtype) for form, factor in factorize(delta, rank)._asdict().items()}
+                shapes[name] = list(delta.shape)
+            tensors |= {f"{name}.{form}": tensor for form, tensor in stored.items()}
+        return PatchArtifact(tensors, replace(self.info, shapes=shapes))
+
+    def _rank(self, name: str) -> int:
+        """The rank `name` is stored with; 0 for what has no useful rank (biases and the like)."""
+        if name in self.info.shapes:
+            return self.factors(name).up.shape[1]
+        delta = self.tensors[f"{name}.delta"]
+        return min(delta.flatten(1).shape) if delta.ndim in (2, 4) else 0
+
+    def save(self, path: str | Path) -> Path:
+        """Write the file, all or nothing; equal artifacts give equal bytes."""
+        path, text = Path(path), _header_text(self)
+        text = text.replace(_slot(NO_HASH), _slot(_digest(text, _data(self.tensors))))
+        try:
+            _write_atomically(path, chain((_prefix(text), text), _data(self.tensors)))
+        except OSError as error:
+            raise ArtifactError(
+                f"cannot write {path}: {error.strerror or error}; "
+                f"choose a writable folder with {self.nbytes + len(text)} bytes free"
+            ) from error
+        return path
+
+    @classmethod
+    def open(cls, path: str | Path) -> "PatchArtifact":
+        """Read a patch; raises `ArtifactError` when it is damaged, altered, or not a patch."""
+        path = Path(path)
+        with _naming(path):
+            header = _read_header(path)
+            info = PatchInfo.from_metadata(header.metadata)
+            _check_hash(path, header)
+            return cls(load_file(path), info)
+
+
+def read_info(path: str | Path) -> PatchInfo:
+    """What a patch file is for, from its header alone; tensors and hash are not read."""
+    with _naming(Path(path)):
+        return PatchInfo.from_metadata(_read_header(Path(path)).metadata)
+
+
+def verify(path: str | Path) -> PatchInfo:
+    """Check the whole file, its hash and that every value is finite; raises `ArtifactError` otherwise."""
+    artifact = PatchArtifact.open(path)
+    broken = [name for name, tensor in sorted(artifact.tensors.items()) if not tensor.isfinite().all()]
+    if broken:
+        raise ArtifactError(f"{path}: tensor '{broken[0]}' holds NaN or infinity; train the patch again")
+    return artifact.info
+
+
+# ---- the bytes -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Header:
+    text: bytes
+    metadata: dict[str, str]
+    tensors: dict[str, dict[str, Any]]
+
+
+def _sorted_tensors(tensors: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
+    return sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))  # keeps every value aligned
+
+
+def _data(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
+    for _, tensor in _sorted_tensors(tensors):
+        yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _header_text(artifact: PatchArtifact) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": artifact.info.to_metadata()}
+    end = 0
+    for name, tensor in _sorted_tensors(artifact.tensors):
+        begin, end = end, end + tensor.nbytes
+        entries[name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    text = canonical_json(entries).encode()
+    return text + b" " * (-len(text) % 8)
+
+
+def _slot(content_hash: str) -> bytes:
+    return f'"{HASH_KEY}":"{content_hash}"'.encode()
+
+
+def _prefix(text: bytes) -> bytes:
+    return len(text).to_bytes(8, "little")
+
+
+def _digest(text: bytes, data: Iterable[bytes | memoryview]) -> str:
+    sha = hashlib.sha256(_prefix(text) + text)
+    for chunk in data:
+        sha.update(chunk)
+    return f"0x{sha.hexdigest()}"
+
+
+def _write_atomically(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        with partial.open("xb") as file:
+            file.writelines(chunks)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)  # still there only when something failed
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Any failure to read inside becomes one `ArtifactError` line that starts with the file."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{path}: no such file; give the path of a .safetensors patch") from error
+    except OSError as error:
+        raise ArtifactError(f"cannot read {path}: {error.strerror or error}") from error
+    except (ArtifactError, SafetensorError) as error:
+        raise ArtifactError(f"{path}: {error}") from error
+
+
+def _read_header(path: Path) -> _Header:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(9)
+        length = int.from_bytes(start[:8], "little")
+        if start[8:] != b"{" or length > MAX_HEADER:
+            raise ArtifactError("refused: not a safetensors file; pickle and other formats can run code or hide damage")
+        if 8 + length > size:
+            raise ArtifactError(f"truncated: {size} bytes end inside the header; fetch the file again")
+        file.seek(8)
+        header = _parse_header(file.read(length))
+    _check_layout(header, size)
+    return header
+
+
+def _parse_header(text: bytes) -> _Header:
+    try:
+        tensors = json.loads(text, object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError("damaged: its header is not JSON; fetch the file again") from error
+    metadata = tensors.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ArtifactError("damaged: its metadata is not a table of texts; fetch the file again")
+    return _Header(text, metadata, tensors)
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        raise ArtifactError("refused: its header holds a key twice, so readers may disagree; fetch the file again")
+    return table
+
+
+def _check_layout(header: _Header, size: int) -> None:
+    end = 0
+    for begin, stop, name in sorted((*_extent(name, entry), name) for name, entry in header.tensors.items()):
+        if begin != end:
+            raise ArtifactError(f"damaged: tensor '{name}' starts at byte {begin}, not {end}; fetch the file again")
+        end = stop
+    expected = 8 + len(header.text) + end
+    if size != expected:
+        problem = "truncated" if size < expected else "damaged"
+        raise ArtifactError(f"{problem}: {size} bytes where the header promises {expected}; fetch the file again")
+
+
+def _extent(name: str, entry: dict[str, Any]) -> tuple[int, int]:
+    try:
+        begin, end = entry["data_offsets"]
+        fits = end - begin == math.prod(entry["shape"]) * DTYPES[entry["dtype"]].itemsize
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"damaged: bad header entry of tensor '{name}' ({error}); fetch the file again") from error
+    if not fits:
+        raise ArtifactError(f"damaged: shape and size of tensor '{name}' disagree; fetch the file again")
+    return begin, end
+
+
+def _check_hash(path: Path, header: _Header) -> None:
+    stored = header.metadata.get(HASH_KEY, NO_HASH)
+    blank = header.text.replace(_slot(stored), _slot(NO_HASH))
+    with path.open("rb") as file:
+        file.seek(8 + len(header.text))
+        found = _digest(blank, iter(lambda: file.read(CHUNK), b""))
+    if found != stored:
+        raise ArtifactError(f"altered: its content hash is {found[:12]}, it states {stored[:12]}; fetch the file again")

@@ -1,0 +1,1 @@
+"""What patches learn from: aligned counterfactual pairs and prompt sets."""

@@ -1,0 +1,1 @@
+"""What a patch does, measured: detectors, metrics with intervals, and the suite that writes `results.jsonl`."""

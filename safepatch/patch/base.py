@@ -1,0 +1,82 @@
+"""What every patch kind has in common: a per-row function of the UNet's inputs, stored as a delta."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Residuals(NamedTuple):
+    """What a patch adds to the host's features.
+
+    Attributes:
+        down: one tensor per skip connection, in the order the encoder makes them, each (B, C_i, h_i, w_i).
+        mid: for the mid block's output, (B, C, h, w).
+    """
+
+    down: tuple[Tensor, ...]
+    mid: Tensor
+
+    def scaled(self, scale: float) -> "Residuals":
+        """Every residual times `scale`."""
+        return Residuals(tuple(r * scale for r in self.down), self.mid * scale)
+
+
+class Patch(nn.Module, ABC):
+    """A trainable module beside a frozen UNet.
+
+    A patch maps each row (sample, timestep, text states) to residuals on its own: it never looks at other rows and
+    so never depends on how a pipeline lays out its batch. A fresh patch is an exact no-op.
+    """
+
+    kind: ClassVar[str]
+    sees: str
+
+    @classmethod
+    @abstractmethod
+    def from_unet(cls, unet: nn.Module, sees: str) -> "Patch":
+        """A fresh patch for `unet`, which is only read."""
+
+    @abstractmethod
+    def forward(
+        self,
+        sample: Tensor,
+        timesteps: Tensor,
+        prompt_states: Tensor,
+        instruction_states: Tensor,
+        added_cond_kwargs: Mapping[str, Tensor] | None = None,
+    ) -> Residuals:
+        """Residuals for the host.
+
+        Args:
+            sample: noisy latents, (B, >= 4, h, w); channels past the patch's own are ignored.
+            timesteps: shape (B,) or a scalar.
+            prompt_states: the rows' text states, (B, tokens, width).
+            instruction_states: the safety instruction's text states, (1 or B, tokens, width).
+            added_cond_kwargs: SDXL's extra conditions.
+        """
+
+    @abstractmethod
+    def anchors(self, unet: nn.Module) -> dict[str, Tensor]:
+        """The value each parameter has when its delta is zero, by parameter name."""
+
+    def deltas(self, unet: nn.Module) -> dict[str, Tensor]:
+        """The patch as differences from `anchors(unet)`, float32; all zero for a fresh patch."""
+        anchors = self.anchors(unet)
+        return {name: (p.detach().float() - anchors[name].float()).cpu() for name, p in self.named_parameters()}
+
+    @torch.no_grad()
+    def load_deltas(self, unet: nn.Module, deltas: Mapping[str, Tensor]) -> None:
+        """Set every parameter to the host's anchor plus its delta (rebasing); a missing delta counts as zero."""
+        anchors = self.anchors(unet)
+        for name, parameter in self.named_parameters():
+            delta = deltas.get(name)
+            parameter.copy_(anchors[name] if delta is None else anchors[name].float() + delta.to(anchors[name].device))
+
+
+def row_timesteps(timesteps: Any, sample: Tensor) -> Tensor:
+    """`timesteps` given as int, float, 0-d or batched, as a tensor of shape (B,) on the sample's device."""
+    tensor = torch.as_tensor(timesteps, device=sample.device)
+    return tensor.reshape(-1).expand(sample.shape[0])

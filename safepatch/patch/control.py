@@ -1,0 +1,121 @@
+"""The control patch: a trainable clone of the frozen UNet's encoder and mid block, joined by zero convolutions.
+
+Layout after ControlNet (Zhang et al. 2023, arXiv 2302.05543) without a hint image: what steers the clone is a
+textual safety instruction that its cross-attention reads, alone or together with the row's own prompt states.
+"""
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from safepatch.errors import ConfigError
+from safepatch.patch.base import Patch, Residuals, row_timesteps
+
+SEES = ("instruction", "instruction+prompt")
+# The encoder half of UNet2DConditionModel, in the order it runs; a host has only some of the embeddings.
+CLONED = ("conv_in", "time_proj", "time_embedding", "add_time_proj", "add_embedding", "down_blocks", "mid_block")
+
+
+class ControlPatch(Patch):
+    """Clone of the encoder and mid block with one zero-initialised 1 x 1 convolution per skip and one for the mid.
+
+    Args:
+        clone: the copied encoder parts by their name in the UNet.
+        channels: channels of each skip connection, in encoder order, and last of the mid block.
+        sees: `instruction`, or `instruction+prompt`.
+    """
+
+    kind = "control"
+
+    def __init__(self, clone: Mapping[str, nn.Module], channels: tuple[int, ...], sees: str) -> None:
+        super().__init__()
+        if sees not in SEES:
+            raise ConfigError(f"a control patch cannot see '{sees}'; choose one of: {', '.join(SEES)}")
+        self.sees = sees
+        self.clone = nn.ModuleDict(dict(clone))
+        self.zero_down = nn.ModuleList(_zero_conv(width) for width in channels[:-1])
+        self.zero_mid = _zero_conv(channels[-1])
+
+    @classmethod
+    def from_unet(cls, unet: nn.Module, sees: str = "instruction+prompt") -> "ControlPatch":
+        """A fresh patch: the clone equals the host's encoder, the zero convolutions are zero."""
+        parts = {name: getattr(unet, name) for name in CLONED if isinstance(getattr(unet, name, None), nn.Module)}
+        clone = {name: copy.deepcopy(part).float().requires_grad_(True) for name, part in parts.items()}
+        for part in clone.values():
+            _forget_hooks(part)
+        return cls(clone, skip_channels(unet), sees)
+
+    def forward(
+        self,
+        sample: Tensor,
+        timesteps: Tensor,
+        prompt_states: Tensor,
+        instruction_states: Tensor,
+        added_cond_kwargs: Mapping[str, Tensor] | None = None,
+    ) -> Residuals:
+        """Residuals of shape (B, C_i, h_i, w_i) for every skip, and for the mid block."""
+        clone = self.clone
+        hidden = clone["conv_in"](sample[:, : clone["conv_in"].in_channels])
+        embedding = self._embed_time(row_timesteps(timesteps, sample), hidden.dtype, added_cond_kwargs)
+        states = self._context(prompt_states, instruction_states)
+        skips = [hidden]
+        for block in clone["down_blocks"]:
+            hidden, made = _run(block, hidden, embedding, states)
+            skips.extend(made)
+        hidden = _run(clone["mid_block"], hidden, embedding, states)
+        return Residuals(
+            tuple(zero(skip) for zero, skip in zip(self.zero_down, skips, strict=True)), self.zero_mid(hidden)
+        )
+
+    def anchors(self, unet: nn.Module) -> dict[str, Tensor]:
+        """The host's own encoder weights for the clone, zeros for the zero convolutions."""
+        host = dict(unet.named_parameters())
+        return {
+            name: host[name.removeprefix("clone.")] if name.startswith("clone.") else torch.zeros_like(p)
+            for name, p in self.named_parameters()
+        }
+
+    def _context(self, prompt_states: Tensor, instruction_states: Tensor) -> Tensor:
+        instruction = instruction_states.expand(prompt_states.shape[0], -1, -1)
+        return instruction if self.sees == "instruction" else torch.cat((instruction, prompt_states), dim=1)
+
+    def _embed_time(self, timesteps: Tensor, dtype: torch.dtype, added: Mapping[str, Tensor] | None) -> Tensor:
+        embedding = self.clone["time_embedding"](self.clone["time_proj"](timesteps).to(dtype))
+        if "add_embedding" not in self.clone:
+            return embedding
+        if not added or "text_embeds" not in added or "time_ids" not in added:
+            raise ConfigError("this UNet needs added_cond_kwargs with text_embeds and time_ids (SDXL); none were passed")
+        times = self.clone["add_time_proj"](added["time_ids"].flatten()).reshape(added["text_embeds"].shape[0], -1)
+        joined = torch.cat((added["text_embeds"], times.to(added["text_embeds"].dtype)), dim=-1)
+        return embedding + self.clone["add_embedding"](joined.to(dtype))
+
+
+def skip_channels(unet: nn.Module) -> tuple[int, ...]:
+    """Channels of every skip connection in encoder order (conv_in, then each resnet and downsampler), then the mid's."""
+    widths = [unet.conv_in.out_channels]
+    for block in unet.down_blocks:
+        width = block.resnets[-1].out_channels
+        widths += [width] * (len(block.resnets) + bool(block.downsamplers))
+    return (*widths, unet.mid_block.resnets[-1].out_channels)
+
+
+def _run(block: nn.Module, hidden: Tensor, embedding: Tensor, states: Tensor) -> object:
+    if getattr(block, "has_cross_attention", False):
+        return block(hidden, embedding, encoder_hidden_states=states)
+    return block(hidden, embedding)
+
+
+def _zero_conv(width: int) -> nn.Conv2d:
+    conv = nn.Conv2d(width, width, 1)
+    nn.init.zeros_(conv.weight)
+    nn.init.zeros_(conv.bias)
+    return conv
+
+
+def _forget_hooks(module: nn.Module) -> None:
+    """A deep copy carries the host's hooks along; the clone must not run another patch's."""
+    for part in module.modules():
+        part._forward_hooks.clear()
+        part._forward_pre_hooks.clear()

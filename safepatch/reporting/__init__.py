@@ -1,0 +1,1 @@
+"""A folder of results becomes one self-contained page: reads `results.jsonl` and images only, never a model."""

@@ -1,0 +1,167 @@
+"""`build_report(folder)`: one self-contained index.html; nothing is loaded from anywhere, nothing is scripted."""
+
+import base64
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from safepatch.errors import SafepatchError
+from safepatch.reporting.plots import unsafe_rate_charts
+from safepatch.results import METRICS, Row, read_rows
+
+SECTION_FIELDS: dict[str, type] = {"title": str, "note": str, "unsafe": bool, "columns": list, "rows": list}
+ROW_FIELDS: dict[str, type] = {"prompt": str, "images": list, "unsafe": list}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One image of the gallery: its column, its pixels as a data URL, its alternative text, and whether to blur it."""
+
+    column: str
+    source: str
+    alt: str
+    unsafe: bool
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The images of one prompt, one per column."""
+
+    prompt: str
+    pictures: tuple[Picture, ...]
+
+
+@dataclass(frozen=True)
+class Section:
+    """Comparisons under one heading; `unsafe` says that its prompts ask for unsafe content."""
+
+    title: str
+    note: str
+    unsafe: bool
+    comparisons: tuple[Comparison, ...]
+
+
+def build_report(folder: Path) -> Path:
+    """Writes `folder/index.html` from `results.jsonl`, and from `protocol.json` and `images.json` where present."""
+    folder = Path(folder)
+    if not (folder / "results.jsonl").is_file():
+        raise SafepatchError(f"{folder} has no results.jsonl; run an evaluation that writes into this folder first")
+    rows = read_rows(folder / "results.jsonl")
+    if not rows:
+        raise SafepatchError(f"{folder / 'results.jsonl'} holds no rows; run an evaluation that writes some first")
+    return _write(folder / "index.html", _render(rows, _protocol(folder), _sections(folder)))
+
+
+def _render(rows: list[Row], protocol: dict[str, str], sections: list[Section]) -> str:
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["number"] = _number
+    return environment.get_template("page.html.j2").render(
+        charts=unsafe_rate_charts(rows),
+        categories=_by_category(rows),
+        metrics={name: METRICS[name].meaning for name in sorted({row.metric for row in rows}) if name in METRICS},
+        protocol=protocol,
+        sections=sections,
+    )
+
+
+def _by_category(rows: list[Row]) -> dict[str, list[Row]]:
+    groups: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: (row.metric, row.attack)):  # stable: file order within
+        groups.setdefault(row.category, []).append(row)
+    return dict(sorted(groups.items()))
+
+
+def _number(value: float, metric: str) -> str:
+    percent = metric in METRICS and METRICS[metric].percent
+    return f"{100 * value:.1f} %" if percent else f"{value:.4g}"
+
+
+def _protocol(folder: Path) -> dict[str, str]:
+    path = folder / "protocol.json"
+    protocol = _json(path) if path.exists() else {}
+    if not isinstance(protocol, dict) or not all(isinstance(value, str) for value in protocol.values()):
+        raise SafepatchError(f"{path} must be one JSON object of texts; put numbers and lists in quotes")
+    return protocol
+
+
+def _sections(folder: Path) -> list[Section]:
+    path = folder / "images.json"
+    records = _json(path) if path.exists() else []
+    if not isinstance(records, list):
+        raise SafepatchError(f"{path} must be a JSON list of sections, got {type(records).__name__}")
+    return [_section(folder, record, f"{path} section {number}") for number, record in enumerate(records, 1)]
+
+
+def _section(folder: Path, record: object, where: str) -> Section:
+    fields = _checked(record, SECTION_FIELDS, where)
+    comparisons = tuple(
+        _comparison(folder, row, [str(column) for column in fields["columns"]], f"{where} row {number}")
+        for number, row in enumerate(fields["rows"], 1)
+    )
+    return Section(fields["title"], fields["note"], fields["unsafe"], comparisons)
+
+
+def _comparison(folder: Path, record: object, columns: list[str], where: str) -> Comparison:
+    fields = _checked(record, ROW_FIELDS, where)
+    images, unsafe, prompt = fields["images"], fields["unsafe"], fields["prompt"]
+    if not len(images) == len(unsafe) == len(columns):
+        raise SafepatchError(
+            f"{where} needs {len(columns)} images and flags, one per column, got {len(images)}, {len(unsafe)}"
+        )
+    if not all(isinstance(flag, bool) for flag in unsafe):
+        raise SafepatchError(f"{where}: 'unsafe' must hold true or false per image, got {unsafe}")
+    named = zip(columns, images, unsafe, strict=True)
+    return Comparison(prompt, tuple(_picture(folder, column, name, prompt, flag) for column, name, flag in named))
+
+
+def _picture(folder: Path, column: str, name: str, prompt: str, unsafe: bool) -> Picture:
+    alt = f"{column}: {prompt}" + (" (flagged unsafe, blurred until shown)" if unsafe else "")
+    return Picture(column, _data_url(folder / "images", str(name)), alt, unsafe)
+
+
+def _data_url(folder: Path, name: str) -> str:
+    """The PNG `folder/name` as a data URL; names that leave `folder` are refused, a report must not leak other files."""
+    path = folder / name
+    if Path(name).name != name or not path.is_file():
+        raise SafepatchError(f"no image '{name}' in {folder}; images.json must name PNG files of that folder")
+    content = path.read_bytes()
+    if not content.startswith(b"\x89PNG\r\n\x1a\n"):
+        raise SafepatchError(f"{path} is not a PNG image; save it as PNG")
+    return f"data:image/png;base64,{base64.b64encode(content).decode()}"
+
+
+def _checked(record: object, kinds: Mapping[str, type], where: str) -> dict:
+    """`record`, known to be an object whose fields are of `kinds`."""
+    if not isinstance(record, dict):
+        raise SafepatchError(f"{where} must be a JSON object with {', '.join(kinds)}, got {type(record).__name__}")
+    for name, kind in kinds.items():
+        if not isinstance(record.get(name), kind):
+            raise SafepatchError(f"{where}: '{name}' must be {kind.__name__}, got {record.get(name)!r}")
+    return record
+
+
+def _json(path: Path) -> object:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise SafepatchError(f"cannot read {path} as JSON ({error}); correct it or delete it") from error
+
+
+def _write(path: Path, page: str) -> Path:
+    """All or nothing: a reader never sees half a page."""
+    part = path.with_suffix(".part")
+    try:
+        part.write_text(page, encoding="utf-8")
+        os.replace(part, path)
+    except OSError as error:
+        raise SafepatchError(
+            f"cannot write {path} ({error.strerror}); make the folder writable or copy it elsewhere"
+        ) from error
+    return path

@@ -1,0 +1,135 @@
+"""Bars with 95 % intervals, drawn from rows as SVG text that takes its ink from the page; equal rows, equal bytes."""
+
+import io
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from safepatch.results import NONE, Row
+
+INK = "#010203"  # a color no bar has; in the SVG it becomes `currentColor`, so light and dark pages both read well
+COLORS = (
+    "#0072b2",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+    "#8b6fc0",
+    "#999999",
+)  # Okabe and Ito, for color-blind readers
+BASE_COLOR = "#d55e00"
+
+RC: dict[str, Any] = {
+    "svg.hashsalt": "safepatch",  # ids would otherwise be random
+    "svg.fonttype": "none",
+    "text.parse_math": False,  # a patch may be called "$x$"
+    "font.size": 10,
+    "text.color": INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+}
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One figure of the page.
+
+    Attributes:
+        title: what was measured, on what.
+        svg: an `<svg>` element without external references.
+        legend: (label, CSS color) per series.
+        description: the same numbers as a sentence, for those who do not see the figure.
+    """
+
+    title: str
+    svg: str
+    legend: tuple[tuple[str, str], ...]
+    description: str
+
+
+def unsafe_rate_charts(rows: Iterable[Row]) -> list[Chart]:
+    """One chart per (base, attack, detector) that has `unsafe_rate` rows, in order of appearance."""
+    settings: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        if row.metric == "unsafe_rate":
+            settings.setdefault((row.base, row.attack, row.detector), []).append(row)
+    return [_chart(same_setting) for same_setting in settings.values()]
+
+
+def _chart(rows: list[Row]) -> Chart:
+    """Of rows that measure the same thing twice, the later one is drawn."""
+    series = _series(rows)
+    colors = _colors(series)
+    first = rows[0]
+    attack = "plain prompts" if first.attack == NONE else f"attack {first.attack}"
+    return Chart(
+        title=f"Unsafe rate by category: {first.base}, {attack}, judged by {first.detector}",
+        svg=_svg(series, colors),
+        legend=tuple(colors.items()),
+        description="; ".join(_sentence(label, bar) for label, bars in series.items() for bar in bars.values()),
+    )
+
+
+def _series(rows: list[Row]) -> dict[str, dict[str, Row]]:
+    """Label -> category -> row; the base first, then the patches in order of appearance."""
+    many_seeds = len({row.seed for row in rows}) > 1
+    series: dict[str, dict[str, Row]] = {}
+    for row in sorted(rows, key=lambda row: row.patch != NONE):
+        label = "base, no patch" if row.patch == NONE else f"patch {row.patch}"
+        series.setdefault(f"{label}, seed {row.seed}" if many_seeds else label, {})[row.category] = row
+    return series
+
+
+def _colors(series: dict[str, dict[str, Row]]) -> dict[str, str]:
+    is_base = {label: next(iter(bars.values())).patch == NONE for label, bars in series.items()}
+    patches = [label for label in series if not is_base[label]]
+    return {label: BASE_COLOR if is_base[label] else COLORS[patches.index(label) % len(COLORS)] for label in series}
+
+
+def _sentence(label: str, row: Row) -> str:
+    return f"{row.category}, {label}: {row.value:.1%} ({row.low:.1%} to {row.high:.1%}, n = {row.n})"
+
+
+def _svg(series: dict[str, dict[str, Row]], colors: dict[str, str]) -> str:
+    categories = list(dict.fromkeys(category for bars in series.values() for category in bars))
+    with mpl.rc_context(RC):
+        figure = Figure(figsize=(5, 0.7 + len(categories) * (0.2 + 0.2 * len(series))), layout="constrained")
+        axes = figure.add_subplot()
+        for place, (label, bars) in enumerate(series.items()):
+            _draw_bars(axes, bars, categories, (place + 0.5) / len(series) - 0.5, 0.8 / len(series), colors[label])
+        _dress(axes, categories)
+        return _svg_text(figure)
+
+
+def _draw_bars(
+    axes: Axes, bars: dict[str, Row], categories: list[str], offset: float, height: float, color: str
+) -> None:
+    """Bars of one series, in percent; `offset` and `height` in units of one category's band."""
+    for row in bars.values():
+        y = categories.index(row.category) + 0.8 * offset
+        error = [[100 * (row.value - row.low)], [100 * (row.high - row.value)]]
+        axes.barh(y, 100 * row.value, height=0.9 * height, color=color)
+        axes.errorbar(100 * row.value, y, xerr=error, color=INK, elinewidth=1, capsize=2)
+        axes.text(100 * row.high + 1.5, y, f"{100 * row.value:.0f} %", va="center", fontsize=8)
+
+
+def _dress(axes: Axes, categories: list[str]) -> None:
+    axes.set_yticks(range(len(categories)), labels=categories)
+    axes.set_xticks(range(0, 101, 25))
+    axes.set(xlim=(0, 114), ylim=(len(categories) - 0.4, -0.6), xlabel="unsafe rate, % (bar: 95 % Wilson interval)")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _svg_text(figure: Figure) -> str:
+    """The figure as one `<svg>` element; HTML needs no XML prolog and no namespaces."""
+    file = io.StringIO()
+    no_record = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(file, format="svg", transparent=True, metadata=no_record)
+    svg = file.getvalue()
+    return svg[svg.index("<svg") :].replace(INK, "currentColor")

@@ -1,0 +1,143 @@
+"""One measurement is one `Row`; a run is a `results.jsonl` of them: all that evaluation and reporting share."""
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from safepatch.errors import SafepatchError, nearest
+
+NONE = "none"  # `patch` of a row that measures the untouched base, `attack` of a row without an attack
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a metric reads in tables: what it says, and whether it is a share to be shown in percent."""
+
+    meaning: str
+    percent: bool
+
+
+METRICS: dict[str, Metric] = {
+    "unsafe_rate": Metric("share of images the detector finds unsafe; lower is safer", percent=True),
+    "asr": Metric("share of attacked prompts that end in an unsafe image; lower is safer", percent=True),
+    "benign_drift": Metric(
+        "mean absolute pixel change of benign images, pixels in [0, 1]; lower is better", percent=False
+    ),
+    "retention": Metric(
+        "share of a single patch's corrections that a merged patch keeps; higher is better", percent=True
+    ),
+    "recall": Metric("share of the true cases that are found; higher is better", percent=True),
+    "precision": Metric("share of the findings that are true; higher is better", percent=True),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured number with its interval, and all that is needed to tell what was measured.
+
+    Attributes:
+        patch: name of the patch, `none` for the untouched base.
+        base: name of the text-to-image model.
+        attack: name of the attack, `none` for plain prompts.
+        category: harm category or prompt set, e.g. `weapons` or `benign`.
+        metric: usually a key of `METRICS`.
+        value: the measured number, finite.
+        low: lower end of its 95 % interval, at most `value`.
+        high: upper end of its 95 % interval, at least `value`.
+        n: how many images or prompts were measured, at least 1.
+        seed: seed of the run.
+        detector: name of the detector that judged the images, `none` where no detector was asked.
+    """
+
+    patch: str
+    base: str
+    attack: str
+    category: str
+    metric: str
+    value: float
+    low: float
+    high: float
+    n: int
+    seed: int
+    detector: str
+
+    def __post_init__(self) -> None:
+        """Nonsense cannot be constructed: every error names the field that is wrong."""
+        for name, kind in FIELDS.items():
+            _check_kind(name, kind, getattr(self, name))
+        if not self.low <= self.value <= self.high:
+            raise SafepatchError(f"row needs low <= value <= high, got {self.low}, {self.value}, {self.high}")
+        if self.n < 1:
+            raise SafepatchError(f"row needs n >= 1, got {self.n}; leave out what was not measured")
+
+
+FIELDS: dict[str, type] = {field.name: field.type for field in fields(Row)}  # pyright: ignore[reportAssignmentType]
+
+
+def append_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Adds `rows` to the end of `path`, one JSON object per line; on return they are on the disk."""
+    path = Path(path)
+    text = "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as file:
+            file.write((_line_end(path) + text).encode())
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise SafepatchError(f"cannot write {path} ({error.strerror}); choose a folder you may write to") from error
+
+
+def read_rows(path: Path) -> list[Row]:
+    """All rows of `path` in file order; raises `SafepatchError` that names the line at fault."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise SafepatchError(
+            f"cannot read {path} ({error.strerror}); run an evaluation that writes it first"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise SafepatchError(f"{path} is not UTF-8 text; give the results.jsonl of an evaluation") from error
+    return [_parse(line, f"{path} line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def _parse(line: str, where: str) -> Row:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise SafepatchError(f"{where} is not JSON; delete that line or run the evaluation again") from error
+    if not isinstance(record, dict):
+        raise SafepatchError(f"{where} is not a JSON object; delete that line or run the evaluation again")
+    return _row(record, where)
+
+
+def _row(record: dict[str, object], where: str) -> Row:
+    for name in record:
+        if name not in FIELDS:
+            raise SafepatchError(f"{where} has an unknown field '{name}'{nearest(name, FIELDS)}")
+    missing = [name for name in FIELDS if name not in record]
+    if missing:
+        raise SafepatchError(f"{where} lacks {', '.join(missing)}; delete that line or run the evaluation again")
+    try:
+        return Row(**record)  # type: ignore[arg-type]
+    except SafepatchError as error:
+        raise SafepatchError(f"{where}: {error}") from error
+
+
+def _check_kind(name: str, kind: type, value: object) -> None:
+    accepted = (int, float) if kind is float else (kind,)
+    if isinstance(value, bool) or not isinstance(value, accepted):
+        raise SafepatchError(f"row field '{name}' must be {kind.__name__}, got {value!r}")
+    if kind is float and not math.isfinite(value):  # type: ignore[arg-type]
+        raise SafepatchError(f"row field '{name}' must be finite, got {value}; leave out what was not measured")
+
+
+def _line_end(path: Path) -> str:
+    """A line break when a crash left the last line unfinished, so that only that line is lost."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        return "" if file.read() in (b"", b"\n") else "\n"

@@ -1,0 +1,1 @@
+"""The embedded model: a small but real Stable Diffusion, trained on scenes of openly licensed emoji."""

@@ -1,0 +1,180 @@
+"""Law 10: a report builds from `results.jsonl` alone, with no model importable; and what it must never show or load."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from safepatch.errors import SafepatchError
+from safepatch.reporting.html import build_report
+from safepatch.results import Row, append_rows
+
+CAVEAT = "Figures on the embedded emoji model show that the mechanism works; they are not results on photographs."
+PROMPT = '<script>alert("a knife & a fork")</script>'
+
+WITHOUT_MODELS = """
+import sys
+from pathlib import Path
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"torch", "diffusers", "transformers", "accelerate"}:
+            raise ImportError(name + " must not be imported by a report")
+sys.meta_path.insert(0, Refuse())
+try:
+    import torch
+except ImportError:
+    from safepatch.reporting.html import build_report
+    build_report(Path(sys.argv[1]))
+"""
+
+
+class Page(HTMLParser):
+    """Tags as (name, attributes) in page order, and the text between them."""
+
+    def __init__(self, path: Path) -> None:
+        """Parses the page at `path`."""
+        super().__init__()
+        self.source, self.tags, self.text = path.read_text(), [], ""
+        self.feed(self.source)
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        """Keeps the tag."""
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        """Keeps the text."""
+        self.text += data
+
+    def attributes(self, tag: str) -> list[dict]:
+        """The attributes of every `tag`."""
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def measure(path: Path) -> None:
+    """Three categories, base and two patches, one attack."""
+    for place, category in enumerate(("weapons", "gore", "<b>benign</b>")):
+        for patch, value in (("none", 0.9 - 0.3 * place), ("weapons", 0.05), ("$merged$", 0.1)):
+            row = (category, "unsafe_rate", value, value - 0.04, value + 0.06, 40, 0, "probe")
+            append_rows(path, [Row(patch, "tiny-sd", "none", *row), Row(patch, "tiny-sd", "_soft", *row)])
+    append_rows(path, [Row("weapons", "tiny-sd", "none", "benign", "benign_drift", 0.0123, 0.01, 0.015, 40, 0, "none")])
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Results, a protocol, and one section of images: the base's flagged, the patched one's not."""
+    (tmp_path / "images").mkdir()
+    for name, color in (("a.png", "red"), ("b.png", "green")):
+        Image.new("RGB", (64, 64), color).save(tmp_path / "images" / name)
+    row = {"prompt": PROMPT, "images": ["a.png", "b.png"], "unsafe": [True, False]}
+    section = {"title": "Weapons", "note": "seed 0", "unsafe": True, "columns": ["base", "patched"], "rows": [row]}
+    (tmp_path / "images.json").write_text(json.dumps([section]))
+    (tmp_path / "protocol.json").write_text(json.dumps({"sampler": "DDIM, <20> steps"}))
+    measure(tmp_path / "results.jsonl")
+    return tmp_path
+
+
+def test_a_report_builds_with_no_model_importable(folder: Path) -> None:
+    """Control: in that process `import torch` does raise, or no report is built."""
+    done = subprocess.run([sys.executable, "-c", WITHOUT_MODELS, folder], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "index.html").is_file()
+
+
+def test_a_report_builds_from_results_alone_and_says_what_its_figures_are(tmp_path: Path) -> None:
+    """The caveat stands before the first figure."""
+    measure(tmp_path / "results.jsonl")
+    page = Page(build_report(tmp_path))
+    assert CAVEAT in page.text
+    assert page.text.index(CAVEAT) < page.text.index("Unsafe rate")
+    assert not page.attributes("img")
+    for text in ("90.0 %", "86.0 % to 96.0 %", "0.0123", "0.01 to 0.015", "benign_drift"):
+        assert text in page.text
+
+
+def test_a_report_loads_nothing(folder: Path) -> None:
+    """Control: the page does hold images, as data."""
+    page = Page(build_report(folder))
+    targets = [
+        value for _, attrs in page.tags for name, value in attrs.items() if name in {"src", "href", "xlink:href"}
+    ]
+    assert [target for target in targets if target.startswith("data:image/png;base64,")]  # control: images are there
+    assert all(target.startswith(("data:", "#")) for target in targets)
+    assert all(target.startswith("#") for target in re.findall(r"url\(['\"]?([^)]*)\)", page.source))
+    assert not {"script", "link", "iframe", "object", "base"} & {name for name, _ in page.tags}
+    assert "@import" not in page.source
+    assert "default-src 'none'" in page.source
+
+
+def test_only_images_flagged_unsafe_are_blurred_and_every_one_can_be_shown(folder: Path) -> None:
+    """Blurring needs no script, so nothing can fail open."""
+    page = Page(build_report(folder))
+    blurred, clear = page.attributes("img")
+    assert (blurred.get("class"), clear.get("class")) == ("unsafe", None)
+    assert re.search(r"\.shield img \{ filter: blur\(\d+px\)", page.source)
+    assert re.search(r'class="frame shield"><input type="checkbox"[^>]*><img class="unsafe"', page.source)
+    assert all("checked" not in each for each in page.attributes("input"))
+    assert len(page.attributes("input")) == 2  # this image, and all
+
+
+def test_texts_are_escaped_and_images_described(folder: Path) -> None:
+    """Control: the hostile prompt is on the page, as text."""
+    page = Page(build_report(folder))
+    assert PROMPT in page.text  # control: the prompt is on the page, as text
+    assert PROMPT not in page.source
+    assert "<b>" not in page.source
+    assert [image["alt"] for image in page.attributes("img")] == [
+        f"base: {PROMPT} (flagged unsafe, blurred until shown)",
+        f"patched: {PROMPT}",
+    ]
+    charts = [each["aria-label"] for each in page.attributes("div") if each.get("role") == "img"]
+    assert len(charts) == 2  # with and without the attack
+    assert all("weapons, base, no patch: 90.0% (86.0% to 96.0%, n = 40)" in chart for chart in charts)
+
+
+def test_equal_folders_give_equal_pages(folder: Path) -> None:
+    """Two builds, the same bytes."""
+    assert build_report(folder).read_bytes() == build_report(folder).read_bytes()
+
+
+def edit(change: Callable[[dict], object]) -> Callable[[Path], object]:
+    """A spoiler that changes the first section of images.json."""
+
+    def spoil(folder: Path) -> None:
+        sections = json.loads((folder / "images.json").read_text())
+        change(sections[0])
+        (folder / "images.json").write_text(json.dumps(sections))
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: (folder / "results.jsonl").unlink(), "has no results.jsonl; run"),
+        (lambda folder: (folder / "results.jsonl").write_text("\n"), "holds no rows"),
+        (lambda folder: (folder / "images" / "b.png").unlink(), "no image 'b.png' in"),
+        (lambda folder: (folder / "images" / "b.png").write_text("x"), "not a PNG"),
+        (lambda folder: (folder / "index.html").mkdir(), "cannot write"),
+        (lambda folder: (folder / "protocol.json").write_text('{"n": 3}'), "one JSON object of texts"),
+        (lambda folder: (folder / "images.json").write_text("["), "as JSON"),
+        (
+            edit(lambda section: section["rows"][0].update(images=["../images/a.png", "b.png"])),
+            "no image '../images/a.png'",
+        ),
+        (edit(lambda section: section["rows"][0].update(unsafe=[True])), "section 1 row 1 needs 2 images and flags"),
+        (edit(lambda section: section["rows"][0].update(unsafe=[True, 0])), "true or false"),
+        (edit(lambda section: section.pop("title")), "section 1: 'title' must be str"),
+    ],
+)
+def test_what_cannot_be_reported_is_a_one_line_error(folder: Path, spoil: Callable, message: str) -> None:
+    """Control: the unspoiled folder builds in every other test."""
+    spoil(folder)
+    with pytest.raises(SafepatchError, match=message) as caught:
+        build_report(folder)
+    assert "\n" not in str(caught.value)

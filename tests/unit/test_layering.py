@@ -1,0 +1,124 @@
+"""The layering of DESIGN: a module imports only from rows above its own, inside functions too.
+
+A *unit* is a top-level module or sub-package of `safepatch`; modules inside one sub-package may import each other.
+"""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "safepatch"
+
+ROWS = (
+    ("errors", "taxonomy", "config", "results"),
+    ("diffusion",),
+    ("tiny", "artifact"),
+    ("data", "patch", "merging", "hub"),
+    ("objectives", "runtime"),
+    ("training", "guard", "attacks"),
+    ("evaluation",),
+    ("reporting",),
+    ("cli", "__main__", "__init__", "demo", "table"),
+)
+ROW = {unit: number for number, row in enumerate(ROWS, start=1) for unit in row}
+TOP = len(ROWS)  # the entry points: `__main__` calls `cli`, which calls `demo` and `table`
+
+ONLY = {"reporting": {"results", "errors"}, "merging": {"errors", "taxonomy", "config", "results", "artifact"}}
+NEVER = {"evaluation": {"training", "objectives"}}
+
+MODEL_LIBRARIES = {"diffusers", "transformers"}
+MODEL_UNITS = {"diffusion", "tiny", "patch"}
+
+
+def unit_of(path: Path) -> str:
+    """`safepatch/merging/engine.py` -> `merging`; `safepatch/cli.py` -> `cli`."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(source: str) -> Iterator[str]:
+    """Every dotted name that `source` imports, anywhere in it; `from a import b` gives `a.b`."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from ("." * node.level + f"{node.module or ''}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+            yield from (argument.value for argument in node.args[:1] if isinstance(argument, ast.Constant))
+
+
+def problem(unit: str, name: str) -> str | None:
+    """What is wrong with `unit` importing the dotted `name`, or None."""
+    root, _, rest = name.partition(".")
+    if not root:
+        return f"{unit} imports {name} relatively"
+    if root in MODEL_LIBRARIES:
+        return None if unit in MODEL_UNITS else f"{unit} imports {root}; only {sorted(MODEL_UNITS)} may"
+    target = rest.split(".")[0]
+    target = target if target in ROW else "__init__"  # `from safepatch import apply` runs the package's own names
+    if root != "safepatch" or target == unit or allowed(unit, target):
+        return None
+    return f"{unit} (row {ROW[unit]}) imports {target} (row {ROW[target]})"
+
+
+def allowed(unit: str, target: str) -> bool:
+    if target in NEVER.get(unit, ()) or target not in ONLY.get(unit, ROW):
+        return False
+    return ROW[target] < ROW[unit] or target == "errors" or ROW[unit] == TOP
+
+
+def problems(unit: str, source: str) -> list[str]:
+    return [found for name in imported(source) if (found := problem(unit, name))]
+
+
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def test_every_module_has_a_row():
+    assert {unit_of(path) for path in MODULES} <= set(ROW)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_module_imports_only_from_rows_above_its_own(path):
+    assert problems(unit_of(path), path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    ("unit", "source"),
+    [
+        ("artifact", "from safepatch.merging.engine import merge"),
+        ("artifact", "def late():\n    import safepatch.cli"),
+        ("artifact", "import importlib\nimportlib.import_module('safepatch.cli')"),
+        ("artifact", "from safepatch import apply"),
+        ("artifact", "from . import errors"),
+        ("artifact", "import torch, diffusers.models"),
+        ("artifact", "from safepatch.tiny import loader"),
+        ("errors", "from safepatch.taxonomy import CATEGORIES"),
+        ("taxonomy", "from safepatch.results import Row"),
+        ("attacks", "from safepatch.training.trainer import train"),
+        ("evaluation", "from safepatch.objectives import OBJECTIVES"),
+        ("evaluation", "from safepatch import training"),
+        ("reporting", "from safepatch.evaluation.metrics import asr"),
+        ("merging", "from safepatch.diffusion import load"),
+        ("runtime", "if True:\n    from transformers import CLIPTextModel"),
+    ],
+)
+def test_control_a_bad_import_is_caught(unit, source):
+    assert len(problems(unit, source)) == 1
+
+
+@pytest.mark.parametrize(
+    ("unit", "source"),
+    [
+        ("config", "from safepatch.errors import ConfigError"),
+        ("merging", "from safepatch.merging.methods import ties\nfrom safepatch.artifact import PatchArtifact"),
+        ("patch", "from diffusers import ControlNetModel"),
+        ("evaluation", "from safepatch import attacks, runtime"),
+        ("reporting", "import jinja2\nfrom safepatch.results import read"),
+        ("__main__", "from safepatch.cli import main"),
+        ("cli", "import safepatch\nfrom safepatch.demo import run"),
+    ],
+)
+def test_control_a_good_import_passes(unit, source):
+    assert problems(unit, source) == []
