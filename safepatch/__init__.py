@@ -1,0 +1,58 @@
+"""safepatch: train a safety patch per category, merge several into one file, load it onto any compatible model."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from safepatch.artifact import PatchArtifact, PatchInfo, read_info, verify
+    from safepatch.errors import PatchBypassed, SafepatchError
+    from safepatch.merging import merge
+    from safepatch.runtime.apply import Handle, apply
+    from safepatch.runtime.load import load_pipeline
+    from safepatch.training.config import TrainConfig, load_train_config
+    from safepatch.training.trainer import train
+
+# Where each public name lives; it is imported on first use, so that `import safepatch` loads no model library.
+_HOMES: dict[str, str] = {
+    "Handle": "safepatch.runtime.apply",
+    "PatchArtifact": "safepatch.artifact",
+    "PatchBypassed": "safepatch.errors",
+    "PatchInfo": "safepatch.artifact",
+    "SafepatchError": "safepatch.errors",
+    "TrainConfig": "safepatch.training.config",
+    "apply": "safepatch.runtime.apply",
+    "load_pipeline": "safepatch.runtime.load",
+    "load_train_config": "safepatch.training.config",
+    "merge": "safepatch.merging",
+    "read_info": "safepatch.artifact",
+    "train": "safepatch.training.trainer",
+    "verify": "safepatch.artifact",
+}
+
+__all__ = [
+    "Handle",
+    "PatchArtifact",
+    "PatchBypassed",
+    "PatchInfo",
+    "SafepatchError",
+    "TrainConfig",
+    "apply",
+    "load_pipeline",
+    "load_train_config",
+    "merge",
+    "read_info",
+    "train",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - any public name
+    if name not in _HOMES:
+        raise AttributeError(f"module 'safepatch' has no attribute '{name}'")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -30,7 +30,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FORMS = ({"delta"}, {"down", "up"})  # how one parameter may be stored: dense or low-rank
 
-HASH_KEY = "modelspec.hash_sha256"
+HASH_KEY = "safepatch.hash_sha256"
 NO_HASH = "0x" + "0" * 64
 MAX_HEADER = 100_000_000  # bytes, the safetensors library's own limit
 CHUNK = 1 << 22  # bytes read at once while hashing

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from safepatch.errors import BaseMismatch, ModelNotFound, PromptError
+from safepatch.errors import BaseMismatch, ModelNotFound, PromptError, SafepatchError
 
 FAMILIES: dict[int, str] = {192: "tiny-sd", 768: "sd1", 1024: "sd2", 2048: "sdxl"}
 FINGERPRINT_KEYS = ("block_out_channels", "down_block_types", "layers_per_block", "cross_attention_dim")
@@ -187,3 +188,13 @@ def quiet(pipe: DiffusionPipeline) -> DiffusionPipeline:
     with suppress(AttributeError):
         pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def save_image(image: Tensor, path: Path) -> None:
+    """Write an image in [0, 1], shape (3, H, W), as PNG; raises `SafepatchError` when the folder cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = (image * 255).round().byte().permute(1, 2, 0).numpy()
+        Image.fromarray(pixels).save(path, format="PNG")
+    except OSError as error:
+        raise SafepatchError(f"cannot write {path} ({error.strerror or error}); choose another -o") from error

@@ -19,10 +19,6 @@ class Residuals(NamedTuple):
     down: tuple[Tensor, ...]
     mid: Tensor
 
-    def scaled(self, scale: float) -> "Residuals":
-        """Every residual times `scale`."""
-        return Residuals(tuple(r * scale for r in self.down), self.mid * scale)
-
 
 class Patch(nn.Module, ABC):
     """A trainable module beside a frozen UNet.
@@ -33,6 +29,7 @@ class Patch(nn.Module, ABC):
 
     kind: ClassVar[str]
     sees: str
+    gradient_checkpointing: bool
 
     @classmethod
     @abstractmethod

@@ -5,10 +5,13 @@ textual safety instruction that its cross-attention reads, alone or together wit
 """
 
 import copy
+from collections import OrderedDict
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from safepatch.errors import ConfigError
 from safepatch.patch.base import Patch, Residuals, row_timesteps
@@ -34,6 +37,7 @@ class ControlPatch(Patch):
         if sees not in SEES:
             raise ConfigError(f"a control patch cannot see '{sees}'; choose one of: {', '.join(SEES)}")
         self.sees = sees
+        self.gradient_checkpointing = False
         self.clone = nn.ModuleDict(dict(clone))
         self.zero_down = nn.ModuleList(_zero_conv(width) for width in channels[:-1])
         self.zero_mid = _zero_conv(channels[-1])
@@ -42,9 +46,7 @@ class ControlPatch(Patch):
     def from_unet(cls, unet: nn.Module, sees: str = "instruction+prompt") -> "ControlPatch":
         """A fresh patch: the clone equals the host's encoder, the zero convolutions are zero."""
         parts = {name: getattr(unet, name) for name in CLONED if isinstance(getattr(unet, name, None), nn.Module)}
-        clone = {name: copy.deepcopy(part).float().requires_grad_(True) for name, part in parts.items()}
-        for part in clone.values():
-            _forget_hooks(part)
+        clone = {name: _copy_without_hooks(part).float().requires_grad_(True) for name, part in parts.items()}
         return cls(clone, skip_channels(unet), sees)
 
     def forward(
@@ -62,9 +64,9 @@ class ControlPatch(Patch):
         states = self._context(prompt_states, instruction_states)
         skips = [hidden]
         for block in clone["down_blocks"]:
-            hidden, made = _run(block, hidden, embedding, states)
+            hidden, made = self._run(block, hidden, embedding, states)
             skips.extend(made)
-        hidden = _run(clone["mid_block"], hidden, embedding, states)
+        hidden = self._run(clone["mid_block"], hidden, embedding, states)
         return Residuals(
             tuple(zero(skip) for zero, skip in zip(self.zero_down, skips, strict=True)), self.zero_mid(hidden)
         )
@@ -81,12 +83,20 @@ class ControlPatch(Patch):
         instruction = instruction_states.expand(prompt_states.shape[0], -1, -1)
         return instruction if self.sees == "instruction" else torch.cat((instruction, prompt_states), dim=1)
 
+    def _run(self, block: nn.Module, hidden: Tensor, embedding: Tensor, states: Tensor) -> Any:  # noqa: ANN401 - blocks differ
+        inputs = (hidden, embedding, states) if getattr(block, "has_cross_attention", False) else (hidden, embedding)
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
     def _embed_time(self, timesteps: Tensor, dtype: torch.dtype, added: Mapping[str, Tensor] | None) -> Tensor:
         embedding = self.clone["time_embedding"](self.clone["time_proj"](timesteps).to(dtype))
         if "add_embedding" not in self.clone:
             return embedding
         if not added or "text_embeds" not in added or "time_ids" not in added:
-            raise ConfigError("this UNet needs added_cond_kwargs with text_embeds and time_ids (SDXL); none were passed")
+            raise ConfigError(
+                "this UNet needs added_cond_kwargs with text_embeds and time_ids (SDXL); none were passed"
+            )
         times = self.clone["add_time_proj"](added["time_ids"].flatten()).reshape(added["text_embeds"].shape[0], -1)
         joined = torch.cat((added["text_embeds"], times.to(added["text_embeds"].dtype)), dim=-1)
         return embedding + self.clone["add_embedding"](joined.to(dtype))
@@ -101,12 +111,6 @@ def skip_channels(unet: nn.Module) -> tuple[int, ...]:
     return (*widths, unet.mid_block.resnets[-1].out_channels)
 
 
-def _run(block: nn.Module, hidden: Tensor, embedding: Tensor, states: Tensor) -> object:
-    if getattr(block, "has_cross_attention", False):
-        return block(hidden, embedding, encoder_hidden_states=states)
-    return block(hidden, embedding)
-
-
 def _zero_conv(width: int) -> nn.Conv2d:
     conv = nn.Conv2d(width, width, 1)
     nn.init.zeros_(conv.weight)
@@ -114,8 +118,10 @@ def _zero_conv(width: int) -> nn.Conv2d:
     return conv
 
 
-def _forget_hooks(module: nn.Module) -> None:
-    """A deep copy carries the host's hooks along; the clone must not run another patch's."""
-    for part in module.modules():
-        part._forward_hooks.clear()
-        part._forward_pre_hooks.clear()
+def _copy_without_hooks(module: nn.Module) -> nn.Module:
+    """A deep copy that leaves the host's hooks behind: the clone must not run another patch's."""
+    tables = [getattr(part, name) for part in module.modules() for name in _HOOK_TABLES]
+    return copy.deepcopy(module, {id(table): OrderedDict() for table in tables})
+
+
+_HOOK_TABLES = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")

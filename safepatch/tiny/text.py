@@ -116,7 +116,9 @@ def targets(captions: list[str], scenes: list[Scene | None]) -> dict[str, Tensor
     colors = {name: i for i, name in enumerate(COLORS)}
     left = [index[s.concepts[0]] if s else len(index) for s in scenes]
     right = [index[s.concepts[1]] if s and len(s.concepts) == 2 else len(index) for s in scenes]
-    color = [colors[s.color] if s and s.color in c.split() else len(colors) for s, c in zip(scenes, captions, strict=True)]
+    color = [
+        colors[s.color] if s and s.color in c.split() else len(colors) for s, c in zip(scenes, captions, strict=True)
+    ]
     classes = {"left": left, "right": right, "mean_left": left, "mean_right": right, "color": color}
     return {key: torch.tensor(value) for key, value in classes.items()}
 

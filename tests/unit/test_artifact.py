@@ -57,7 +57,7 @@ def test_any_safetensors_reader_can_read_it(tmp_path: Path) -> None:
     with safe_open(saved(tmp_path), framework="pt") as file:
         assert torch.equal(file.get_tensor("control.a.weight.delta"), build().delta("control.a.weight"))
         assert file.metadata()["modelspec.architecture"] == "tiny/control"
-        assert file.metadata()["modelspec.hash_sha256"] == build().content_hash
+        assert file.metadata()["safepatch.hash_sha256"] == build().content_hash
 
 
 def test_read_info_reads_the_header_only(tmp_path: Path) -> None:

@@ -1,0 +1,166 @@
+"""The command line: one short function per verb; heavy imports happen inside, so that `--help` is instant."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from safepatch.errors import SafepatchError
+
+app = typer.Typer(
+    help="Train, merge, apply and measure safety patches for text-to-image models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+PatchFile = Annotated[Path, typer.Argument(help="A patch file (.safetensors).")]
+Model = Annotated[
+    str, typer.Option("--model", help="tiny-sd, one of its siblings, a diffusers folder, a file, a Hub id.")
+]
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML configuration of the run.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Any field as key.key=value.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")] = False,
+) -> None:
+    """Train a patch for one category."""
+    from safepatch.config import to_yaml
+    from safepatch.data.prompts import category
+    from safepatch.training.config import load_train_config
+
+    resolved = load_train_config(config, overrides or [])
+    category(resolved.category)
+    if dry_run:
+        typer.echo(to_yaml(resolved), nl=False)
+        return
+    from safepatch.runtime.load import load_pipeline
+    from safepatch.training.trainer import train as run
+
+    path = run(load_pipeline(resolved.model), resolved)
+    typer.echo(f"patch: {path} ({path.stat().st_size / 1e6:.1f} MB)")
+
+
+@app.command()
+def merge(
+    sources: Annotated[list[Path], typer.Argument(help="Patch files of one architecture.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Where to write the merged patch.")],
+    method: Annotated[str, typer.Option(help="How to merge: task-arithmetic or linear.")] = "task-arithmetic",
+    weights: Annotated[str | None, typer.Option(help="Comma-separated weights, one per source.")] = None,
+) -> None:
+    """Merge patches into one file."""
+    from safepatch.merging import merge as run
+
+    merged = run(sources, out, method, _numbers(weights))
+    typer.echo(f"merged {', '.join(merged.info.categories)} by {method}: {out} ({out.stat().st_size / 1e6:.1f} MB)")
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Option(help="What to draw.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="PNG to write.")],
+    model: Model = "tiny-sd",
+    patch: Annotated[Path | None, typer.Option(help="Patch to apply.")] = None,
+    scale: Annotated[float, typer.Option(help="Strength of the patch; 0 is off.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the starting noise.")] = 0,
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 20,
+    guidance_scale: Annotated[float, typer.Option(help="Of classifier-free guidance.")] = 4.0,
+    negative_prompt: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
+) -> None:
+    """Generate one image, with or without a patch."""
+    from contextlib import nullcontext
+
+    from safepatch.data.prompts import admit
+    from safepatch.diffusion import generate as run
+    from safepatch.diffusion import save_image
+    from safepatch.runtime.apply import apply
+    from safepatch.runtime.load import load_pipeline
+
+    admit([prompt])
+    pipe = load_pipeline(model)
+    with apply(pipe, patch, scale) if patch else nullcontext():
+        images = run(pipe, [prompt], [seed], steps, guidance_scale, [negative_prompt] if negative_prompt else None)
+    save_image(images[0], out)
+    typer.echo(f"image: {out}")
+
+
+@app.command()
+def evaluate(
+    patch: Annotated[Path, typer.Option(help="Patch to measure.")],
+    model: Model = "tiny-sd",
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for results.jsonl and index.html.")] = Path(
+        "runs/evaluate"
+    ),
+    n: Annotated[int, typer.Option(help="Images per rate.")] = 200,
+) -> None:
+    """Measure what a patch stops and what it costs; writes results.jsonl and an HTML report."""
+    from safepatch.demo import evaluate_to_report
+
+    page = evaluate_to_report(model, patch, out, n)
+    typer.echo(f"report: {page}")
+
+
+@app.command()
+def inspect(patch: PatchFile, as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
+    """Say what a patch file is, from its header alone."""
+    from dataclasses import asdict
+
+    from safepatch.artifact import read_info
+
+    info = {key: value for key, value in asdict(read_info(patch)).items() if key != "shapes"}
+    if as_json:
+        typer.echo(json.dumps(info, indent=1, sort_keys=True))
+        return
+    for key, value in info.items():
+        typer.echo(f"{key:15s} {json.dumps(value, sort_keys=True) if isinstance(value, dict) else value}")
+
+
+@app.command()
+def verify(patch: PatchFile) -> None:
+    """Check a patch file: structure, finite values, content hash."""
+    from safepatch.artifact import verify as run
+
+    typer.echo(f"ok: {patch} is intact ({', '.join(run(patch).categories)})")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the report.")] = Path("runs/demo"),
+    steps: Annotated[int, typer.Option(help="Training steps of the demo's own patch.")] = 250,
+) -> None:
+    """The whole job in a few minutes: train, merge, load onto a sibling checkpoint, generate, score, report."""
+    from safepatch.demo import run_demo
+
+    typer.echo(f"report: {run_demo(out, steps)}")
+
+
+@app.command()
+def table(
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of table.json.")] = Path("runs/table"),
+    n: Annotated[int, typer.Option(help="Images per rate.")] = 200,
+) -> None:
+    """Measure every shipped patch and print the README's table of figures."""
+    from safepatch.table import build_table
+
+    typer.echo(build_table(out, n))
+
+
+def main() -> None:
+    """Run the command line; an error a user can act on is one line and exit code 2."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns about torchvision, which is not needed
+    try:
+        app()
+    except SafepatchError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+
+
+def _numbers(text: str | None) -> list[float] | None:
+    try:
+        return [float(part) for part in text.split(",")] if text else None
+    except ValueError:
+        raise SafepatchError(f"--weights takes numbers separated by commas, not '{text}'") from None

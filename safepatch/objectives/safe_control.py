@@ -1,0 +1,107 @@
+"""safe_control: teach a patch to answer an unsafe prompt as the frozen base answers its safe rewrite.
+
+The idea of a trainable encoder clone that is conditioned on a safety instruction and supervised by aligned safe
+counterfactuals is Safe-Control's (Meng et al. 2025, arXiv 2508.21099). The paper publishes neither losses nor settings;
+those here are ours, found on the embedded model (DESIGN.md).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+
+from safepatch.data.pairs import Batch
+from safepatch.diffusion import Components, add_noise, noise_pred, training_target
+from safepatch.errors import ConfigError
+
+SUPERVISION = ("distilled", "paired")
+
+
+@dataclass(frozen=True)
+class SafeControlConfig:
+    """Settings of the objective.
+
+    Attributes:
+        name: `safe_control`.
+        supervision: `distilled` regresses on the base's own prediction under the safe rewrite at the same noisy latents;
+            `paired` on the true noise of the safe counterfactual.
+        preservation: weight of the loss on rows where the base's prediction must stay.
+        safe_share: share of the pairs whose noisy latents come from the safe scene (`distilled` only).
+        negative_guidance: eta of a target pushed away from the unsafe prediction, safe + eta (safe - unsafe); the
+            guidance combination of ESD (Gandikota et al. 2023, eq. 6). 0 leaves the safe prediction as it is.
+    """
+
+    name: str = "safe_control"
+    supervision: str = "distilled"
+    preservation: float = 4.0
+    safe_share: float = 0.5
+    negative_guidance: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse what has no meaning."""
+        if self.supervision not in SUPERVISION:
+            raise ConfigError(
+                f"objective.supervision must be one of {', '.join(SUPERVISION)}, not '{self.supervision}'"
+            )
+        if self.preservation < 0 or not 0 <= self.safe_share <= 1:
+            raise ConfigError("objective.preservation must be >= 0 and objective.safe_share within [0, 1]")
+
+    def loss(
+        self, patch: nn.Module, components: Components, instruction: Tensor, batch: Batch, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """See `safe_control_loss`."""
+        return safe_control_loss(self, patch, components, instruction, batch, generator)
+
+
+def safe_control_loss(
+    config: SafeControlConfig,
+    patch: nn.Module,
+    components: Components,
+    instruction: Tensor,
+    batch: Batch,
+    generator: torch.Generator,
+) -> dict[str, Tensor]:
+    """The total `loss` and its parts `correct` and `preserve`, scalars.
+
+    Args:
+        config: settings.
+        patch: the only module that gets gradients.
+        components: the frozen host.
+        instruction: text states of the safety instruction, (1, tokens, width).
+        batch: B pairs and B' preserved rows.
+        generator: CPU generator that noise, timesteps and the choice of latents are drawn from.
+    """
+    scheduler = components.scheduler
+    n = len(batch.unsafe_latents)
+    latents = _pair_latents(config, batch, generator)
+    latents = torch.cat((latents, batch.retain_latents))
+    timesteps = _timesteps(len(latents), scheduler.config.num_train_timesteps, generator).to(latents.device)
+    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+    noisy = add_noise(scheduler, latents, noise, timesteps)
+    with torch.no_grad():
+        target = noise_pred(components.unet, noisy, timesteps, torch.cat((batch.safe_states, batch.retain_states)))
+        if config.supervision == "paired":
+            truth = training_target(scheduler, latents[:n], noise[:n], timesteps[:n])
+            target = torch.cat((truth, target[n:]))
+        if config.negative_guidance:
+            unsafe = noise_pred(components.unet, noisy[:n], timesteps[:n], batch.unsafe_states)
+            target[:n] += config.negative_guidance * (target[:n] - unsafe)
+    states = torch.cat((batch.unsafe_states, batch.retain_states))
+    residuals = patch(noisy, timesteps, states, instruction)
+    predicted = noise_pred(components.unet, noisy, timesteps, states, residuals)
+    correct, preserve = mse_loss(predicted[:n], target[:n]), mse_loss(predicted[n:], target[n:])
+    return {"loss": correct + config.preservation * preserve, "correct": correct, "preserve": preserve}
+
+
+def _pair_latents(config: SafeControlConfig, batch: Batch, generator: torch.Generator) -> Tensor:
+    if config.supervision == "paired":
+        return batch.safe_latents
+    safe = torch.rand(len(batch.safe_latents), generator=generator) < config.safe_share
+    return torch.where(safe.view(-1, 1, 1, 1).to(batch.safe_latents.device), batch.safe_latents, batch.unsafe_latents)
+
+
+def _timesteps(n: int, total: int, generator: torch.Generator) -> Tensor:
+    """Integer timesteps (n,), stratified over the whole schedule, in random order so that every group gets all of it."""
+    spread = (torch.randperm(n, generator=generator) + torch.rand(n, generator=generator)) / n
+    return (spread * total).long()

@@ -1,0 +1,73 @@
+"""From a trained patch to its file and back onto any host of the same architecture."""
+
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from safepatch.artifact import PatchArtifact, PatchInfo
+from safepatch.diffusion import family, fingerprint
+from safepatch.errors import BaseMismatch, lookup
+from safepatch.patch import PATCH_KINDS, Patch
+
+
+def to_artifact(
+    patch: Patch,
+    unet: nn.Module,
+    instructions: dict[str, str],
+    config: dict[str, Any] | None = None,
+    training: dict[str, Any] | None = None,
+) -> PatchArtifact:
+    """The patch as deltas against `unet`, float32.
+
+    Args:
+        patch: what to store.
+        unet: the host it was trained on.
+        instructions: safety instruction by category.
+        config: the resolved training configuration.
+        training: record of the training (steps, seeds, versions); no clock, so that equal runs give equal files.
+    """
+    tensors = {f"{patch.kind}.{name}.delta": delta for name, delta in patch.deltas(unet).items()}
+    info = PatchInfo(
+        kind=patch.kind,
+        instructions=dict(sorted(instructions.items())),
+        fingerprint=fingerprint(unet),
+        base={"family": family(unet)},
+        config={**(config or {}), "sees": patch.sees},
+        training=training or {},
+        title=f"safepatch {' + '.join(sorted(instructions))}",
+        license="apache-2.0",
+    )
+    return PatchArtifact(tensors, info)
+
+
+def from_artifact(artifact: PatchArtifact, unet: nn.Module) -> Patch:
+    """A patch module on `unet`: the host's own weights plus the stored deltas (rebasing).
+
+    Raises:
+        BaseMismatch: when the file is for another architecture.
+    """
+    check_fits(artifact.info, unet)
+    patch = lookup(PATCH_KINDS, artifact.info.kind, what="patch kind").from_unet(unet, artifact.info.config["sees"])
+    prefix = f"{artifact.info.kind}."
+    patch.load_deltas(unet, {name.removeprefix(prefix): delta for name, delta in artifact.deltas().items()})
+    return patch.eval().requires_grad_(False)
+
+
+def check_fits(info: PatchInfo, unet: nn.Module) -> None:
+    """Raise a one-line `BaseMismatch` unless the patch was made for this UNet's architecture."""
+    ours, theirs = fingerprint(unet), info.fingerprint
+    wrong = [key for key in ours if ours[key] != theirs.get(key)]
+    if wrong:
+        key = wrong[0]
+        raise BaseMismatch(
+            f"this patch is for {info.base.get('family', 'other')} UNets ({key} {theirs.get(key)}), the model is "
+            f"{family(unet)} ({key} {ours[key]}); train or fetch the {family(unet)} version of this patch"
+        )
+
+
+def absolute(artifact: PatchArtifact, base_unet: nn.Module, host_unet: nn.Module) -> PatchArtifact:
+    """The same patch with its clone's weights as they were on `base_unet`, expressed as deltas against `host_unet`."""
+    own = from_artifact(artifact, base_unet)
+    tensors = {f"{own.kind}.{name}.delta": delta for name, delta in own.deltas(host_unet).items()}
+    return replace(artifact, tensors=tensors, info=replace(artifact.info, shapes={}))

@@ -1,0 +1,189 @@
+"""Attach a patch to somebody's pipeline and take it off again, bit for bit.
+
+The patch enters through a forward pre-hook on the UNet that adds residuals to the ones already there, so it works in any
+pipeline that calls the same UNet, and stacks with ControlNets and with other patches. Nothing of the pipeline is
+replaced.
+"""
+
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from safepatch.artifact import PatchArtifact
+from safepatch.diffusion import Components, encode_prompts
+from safepatch.errors import ConfigError, PatchBypassed
+from safepatch.patch import Patch, Residuals
+from safepatch.patch.files import from_artifact
+
+DOWN, MID = "down_block_additional_residuals", "mid_block_additional_residual"
+
+
+@dataclass
+class Stats:
+    """What happened since the patch was attached.
+
+    Attributes:
+        unet_calls: times the UNet's first layer ran, however it was called.
+        patched_calls: times the patch had its say.
+    """
+
+    unet_calls: int = 0
+    patched_calls: int = 0
+
+
+class Handle:
+    """One attachment of a patch to a pipeline; leaving the `with` block, or `remove()`, takes it off.
+
+    Attributes:
+        scale: run-time strength; 0 is off and bit-identical to the base. May be changed between calls.
+        stats: counters since attachment.
+    """
+
+    def __init__(self, pipe: object, patch: Patch, instruction_states: Tensor, scale: float, fail_closed: bool) -> None:
+        self.scale = scale
+        self.stats = Stats()
+        self._pipe = weakref.ref(pipe)
+        self._unet: nn.Module = Components.of(pipe).unet
+        self._patch = patch
+        self._instruction_states = instruction_states
+        self._missed = 0
+        self._hooks = [
+            self._unet.register_forward_pre_hook(self._add_residuals, with_kwargs=True),
+            self._unet.conv_in.register_forward_pre_hook(self._count_call),
+        ]
+        if fail_closed:
+            self._hooks.append(Components.of(pipe).vae.decoder.register_forward_pre_hook(self._check))
+
+    def __enter__(self) -> "Handle":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def remove(self) -> None:
+        """Take the patch off; calling it twice is harmless."""
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    @property
+    def is_active(self) -> bool:
+        """Whether the pipeline still runs the UNet this patch hangs on."""
+        pipe = self._pipe()
+        return bool(self._hooks) and pipe is not None and getattr(pipe, "unet", None) is self._unet
+
+    def _add_residuals(
+        self, unet: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]] | None:
+        self.stats.patched_calls += 1
+        if self.scale == 0:
+            return None
+        sample, timesteps, states = bind(args, kwargs)
+        rows = self._rows_to_correct(len(sample))
+        residuals = self._residuals(sample, timesteps, states, kwargs.get("added_cond_kwargs"), rows)
+        return args, {**kwargs, **_summed(residuals, kwargs)}
+
+    @torch.no_grad()
+    def _residuals(
+        self, sample: Tensor, timesteps: Any, states: Tensor, added: Mapping[str, Tensor] | None, rows: slice
+    ) -> Residuals:
+        patch = self._patch.to(sample.device)
+        dtype = next(patch.parameters()).dtype
+        times = torch.as_tensor(timesteps, device=sample.device).reshape(-1).expand(len(sample))[rows]
+        conditions = {key: value[rows] for key, value in (added or {}).items() if isinstance(value, Tensor)}
+        instruction = self._instruction_states.to(sample.device, dtype)
+        made = patch(sample[rows].to(dtype), times, states[rows].to(dtype), instruction, conditions)
+        return Residuals(
+            tuple(_padded(r * self.scale, rows, sample) for r in made.down),
+            _padded(made.mid * self.scale, rows, sample),
+        )
+
+    def _rows_to_correct(self, batch: int) -> slice:
+        """Which rows carry the prompt: under guidance the first of the pipeline's equal parts is the negative prompt's.
+
+        A negative prompt that names the unsafe concept pushes *away* from it; correcting that row would weaken the push.
+        """
+        pipe = self._pipe()
+        guided = pipe is not None and bool(getattr(pipe, "do_classifier_free_guidance", False))
+        parts = 3 if guided and getattr(pipe, "do_perturbed_attention_guidance", False) else 2
+        return slice(batch // parts, batch) if guided and batch % parts == 0 else slice(0, batch)
+
+    def _count_call(self, *_: object) -> None:
+        self.stats.unet_calls += 1
+
+    def _check(self, *_: object) -> None:
+        """Before latents become an image: every UNet call since attachment must have gone through the patch."""
+        missed = self.stats.unet_calls - self.stats.patched_calls
+        pipe = self._pipe()
+        if pipe is not None and pipe.unet is not self._unet:
+            raise PatchBypassed("pipe.unet was replaced after the patch was applied; apply the patch again")
+        if missed > self._missed:
+            new, self._missed = missed - self._missed, missed
+            raise PatchBypassed(
+                f"the UNet ran {new} times without its patch; no image is returned (call unet(...), not unet.forward(...))"
+            )
+
+
+def apply(pipe: object, patch: str | Path | PatchArtifact, scale: float = 1.0, fail_closed: bool = True) -> Handle:
+    """Attach a patch to a diffusers pipeline.
+
+    Args:
+        pipe: any pipeline with a UNet, a VAE and a text encoder; it is not changed but for hooks.
+        patch: path of an artifact, or an opened one.
+        scale: run-time strength; 0 is off.
+        fail_closed: raise `PatchBypassed` instead of returning an image that was made without the patch.
+
+    Returns:
+        The handle; use it in `with`, or call its `remove()`.
+
+    Raises:
+        BaseMismatch: when the patch was made for another architecture.
+        ArtifactError: when the file is missing, damaged or altered.
+    """
+    artifact = patch if isinstance(patch, PatchArtifact) else PatchArtifact.open(patch)
+    components = Components.of(pipe)
+    module = from_artifact(artifact, components.unet).to(components.unet.device)
+    return attach(pipe, module, list(artifact.info.instructions.values()), scale, fail_closed)
+
+
+def attach(pipe: object, patch: Patch, instructions: list[str], scale: float = 1.0, fail_closed: bool = True) -> Handle:
+    """Attach a patch module that is already in memory, reading `instructions`; see `apply`."""
+    if scale < 0:
+        raise ConfigError(f"scale must be 0 (off) or more, not {scale}")
+    return Handle(pipe, patch, instruction_states(Components.of(pipe), instructions), scale, fail_closed)
+
+
+def instruction_states(components: Components, instructions: list[str]) -> Tensor:
+    """The instructions' text states side by side, shape (1, tokens, width)."""
+    states = encode_prompts(components, instructions)
+    return states.reshape(1, -1, states.shape[-1])
+
+
+def bind(args: tuple, kwargs: Mapping[str, Any]) -> tuple[Tensor, Any, Tensor]:
+    """sample, timestep and encoder_hidden_states of a UNet call, given by position or by name."""
+    names = ("sample", "timestep", "encoder_hidden_states")
+    given = dict(zip(names, args, strict=False))
+    return tuple(given[name] if name in given else kwargs[name] for name in names)  # type: ignore[return-value]
+
+
+def _padded(residual: Tensor, rows: slice, sample: Tensor) -> Tensor:
+    """The residual in the sample's dtype, with zeros for the rows before `rows`."""
+    residual = residual.to(sample.dtype)
+    if len(residual) == len(sample):
+        return residual
+    return torch.cat((residual.new_zeros(rows.start, *residual.shape[1:]), residual))
+
+
+def _summed(residuals: Residuals, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The host's residual arguments: ours added to whatever a ControlNet or another patch put there."""
+    down, mid = kwargs.get(DOWN), kwargs.get(MID)
+    if down is not None and len(down) != len(residuals.down):
+        raise ConfigError(f"the pipeline passes {len(down)} skip residuals, the patch makes {len(residuals.down)}")
+    return {
+        DOWN: residuals.down if down is None else tuple(a + b for a, b in zip(down, residuals.down, strict=True)),
+        MID: residuals.mid if mid is None else mid + residuals.mid,
+    }

@@ -1,0 +1,46 @@
+"""Rebuild the embedded model from the recipe: `python -m safepatch.tiny.build WORK` (hours on two cores; resumes).
+
+Order: autoencoder, tokenizer and text encoder, UNet, detector, siblings. Checkpoints stay in WORK, so an interrupted build
+goes on where it stopped; what ships is written to `safepatch/assets`.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from safepatch.tiny.classifier import train_classifier
+from safepatch.tiny.models import ASSETS, BASE, SIBLINGS
+from safepatch.tiny.siblings import train_sibling
+from safepatch.tiny.text import train_text_encoder
+from safepatch.tiny.unet import POOL, assemble, encode_pool, train_unet
+from safepatch.tiny.vae import VENDOR_WEIGHTS, psnr, train_vae
+
+
+def build(work: Path) -> None:
+    """Run the whole recipe with checkpoints in `work` and write what ships into the package's assets."""
+    work.mkdir(parents=True, exist_ok=True)
+    torch.set_flush_denormal(True)
+    vae = train_vae(work / "vae.pt").eval()
+    print("autoencoder PSNR, dB:", {vendor: round(psnr(vae, vendor), 1) for vendor in VENDOR_WEIGHTS})
+    tokenizer, text_encoder, accuracy = train_text_encoder(work / "text.pt")
+    print(f"text encoder reads both concepts of {accuracy:.1%} of unseen captions")
+    text_encoder.eval()
+    unet = train_unet(encode_pool(vae, "noto", POOL, seed=7), tokenizer, text_encoder, work / "unet.pt")
+    assemble(unet, vae, text_encoder, tokenizer).to(torch.float16).save_pretrained(ASSETS / BASE)
+    classifier = train_classifier(vae.float(), work / "detector.pt")
+    save_file({k: v.half() if v.is_floating_point() else v for k, v in classifier.state_dict().items()}, DETECTOR)
+    (ASSETS / "siblings").mkdir(exist_ok=True)
+    for vendor in SIBLINGS.values():
+        pool = encode_pool(vae, vendor, SIBLING_POOL, seed=11)
+        out = ASSETS / "siblings" / f"{vendor}.safetensors"
+        train_sibling(unet.float(), pool, tokenizer, text_encoder.float(), work / f"{vendor}.pt", out)
+        unet.delete_adapters("default")
+
+
+DETECTOR = ASSETS / "detector.safetensors"
+SIBLING_POOL = 6000
+
+if __name__ == "__main__":
+    build(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/tiny"))

@@ -1,0 +1,117 @@
+"""The embedded detector's network: which concepts does an image show?
+
+It is trained on scenes as they come out of the autoencoder, clean and malformed (noised latents, blur, pixel noise), in the
+art of every vendor. It never sees an image that a diffusion model made, and never selects training data of a patch.
+"""
+
+import random
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d, binary_cross_entropy_with_logits, interpolate
+from tqdm import tqdm
+
+from safepatch.tiny.loop import Schedule, fit
+from safepatch.tiny.scenes import Scene, draw, sample_scene, to_tensor
+from safepatch.tiny.sprites import VENDORS
+from safepatch.tiny.world import CONCEPTS
+
+POOL, BATCH = 9000, 64
+SCHEDULE = Schedule(steps=2500, learning_rate=2e-3, decay=0.995, save_every=250)
+
+
+class Classifier(nn.Module):
+    """Images in [0, 1], (B, 3, 64, 64), to one logit per concept, (B, 76); a small convolutional network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = (3, 32, 64, 128, 192)
+        layers: list[nn.Module] = []
+        for before, after in zip(widths[:-1], widths[1:], strict=True):
+            layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.BatchNorm2d(after), nn.ReLU()]
+            layers += [nn.Conv2d(after, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU()]
+        self.features = nn.Sequential(*layers)
+        self.head = nn.Linear(2 * widths[-1], len(CONCEPTS))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits of shape (B, 76)."""
+        features = self.features(images * 2 - 1)
+        return self.head(torch.cat((features.mean((2, 3)), features.amax((2, 3))), dim=1))
+
+
+def labels(scenes: list[Scene]) -> Tensor:
+    """One row per scene with 1 at each concept it shows, float, shape (N, 76)."""
+    index = {name: i for i, name in enumerate(CONCEPTS)}
+    truth = torch.zeros(len(scenes), len(CONCEPTS))
+    for row, scene in zip(truth, scenes, strict=True):
+        row[[index[name] for name in scene.concepts]] = 1
+    return truth
+
+
+def decoded_scenes(vae: AutoencoderKL, n: int, seed: int, noise: float) -> tuple[Tensor, Tensor]:
+    """`n` random scenes through the autoencoder, as uint8 images (n, 3, 64, 64), and their labels.
+
+    Args:
+        vae: encodes and decodes.
+        n: how many; empty backgrounds are one in thirty.
+        seed: of scenes and noise.
+        noise: largest standard deviation of the noise added to unit-variance latents.
+    """
+    rng, generator = random.Random(f"classifier {seed}"), torch.Generator().manual_seed(seed)
+    scenes, chunks = [_scene(rng) for _ in range(n)], []
+    for start in tqdm(range(0, n, 64), desc="decoding scenes", mininterval=5):
+        images = to_tensor([draw(scene, rng.choice(list(VENDORS))) for scene in scenes[start : start + 64]])
+        with torch.no_grad():
+            latents = vae.encode(images * 2 - 1).latent_dist.mode()
+            spread = torch.rand(len(latents), 1, 1, 1, generator=generator) * noise / vae.config["scaling_factor"]
+            latents += spread * torch.randn(latents.shape, generator=generator)
+            decoded = (vae.decode(latents).sample / 2 + 0.5).clamp(0, 1)
+        chunks.append((decoded * 255).round().byte())
+    return torch.cat(chunks), labels(scenes)
+
+
+def _scene(rng: random.Random) -> Scene:
+    count = rng.choices((0, 1, 2), (1, 14, 15))[0]
+    if count:
+        return sample_scene(rng, rng.sample(list(CONCEPTS), count))
+    return Scene((), rng.choice(["white", "blue", "green", "gray"]))
+
+
+def roughen(images: Tensor, rng: random.Random, generator: torch.Generator) -> Tensor:
+    """Blur, pixel noise, shift and contrast, as a diffusion model's mistakes might look; shape kept."""
+    if rng.random() < 0.3:
+        images = interpolate(avg_pool2d(images, 2), scale_factor=2, mode="bilinear")
+    if rng.random() < 0.4:
+        images = images + rng.uniform(0, 0.08) * torch.randn(images.shape, generator=generator)
+    images = torch.roll(images, (rng.randint(-3, 3), rng.randint(-3, 3)), (2, 3))
+    return (0.5 + (images - 0.5) * rng.uniform(0.85, 1.15)).clamp(0, 1)
+
+
+def train_classifier(vae: AutoencoderKL, checkpoint: Path) -> Classifier:
+    """Train (or finish training) the classifier."""
+    torch.manual_seed(0)
+    images, truth = decoded_scenes(vae, POOL, seed=1, noise=0.45)
+
+    def loss(module: nn.Module, step: int) -> Tensor:
+        rng, generator = random.Random(step), torch.Generator().manual_seed(step)
+        picks = torch.randint(len(images), (BATCH,), generator=generator)
+        batch = roughen(images[picks].float() / 255, rng, generator)
+        return binary_cross_entropy_with_logits(module(batch), truth[picks]) * 10
+
+    classifier = fit(Classifier().train(), loss, SCHEDULE, checkpoint)
+    return _recalibrated(classifier, images)
+
+
+def _recalibrated(classifier: nn.Module, images: Tensor) -> Classifier:
+    """Batch statistics of the averaged weights, measured on clean training images."""
+    for module in classifier.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None  # cumulative
+    classifier.train()
+    with torch.no_grad():
+        for chunk in images[:2048].split(128):
+            classifier(chunk.float() / 255)
+    return classifier.eval()

@@ -1,0 +1,1 @@
+"""Training a patch: one loop for every kind and every objective."""

@@ -1,0 +1,95 @@
+"""Everything a training run is made of, as one typed configuration."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING
+
+from safepatch.config import load_config
+from safepatch.data.pairs import PairsConfig
+from safepatch.errors import ConfigError
+from safepatch.objectives import OBJECTIVES, SafeControlConfig
+
+
+@dataclass(frozen=True)
+class PatchConfig:
+    """Which patch to train.
+
+    Attributes:
+        kind: `control`.
+        sees: what its cross-attention reads: `instruction`, or `instruction+prompt`.
+        rank: store the deltas of layers wider than this as low-rank factors; 0 stores them dense.
+    """
+
+    kind: str = "control"
+    sees: str = "instruction+prompt"
+    rank: int = 0
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How to train.
+
+    Attributes:
+        steps: optimizer steps.
+        batch_size: pairs per step and process; as many preserved rows come with them.
+        learning_rate: peak of AdamW's rate, after a linear warm-up and before a cosine decay to a tenth.
+        warmup: steps of the warm-up.
+        ema_decay: of the exponential moving average that is saved.
+        max_grad_norm: gradients are clipped to this norm.
+        mixed_precision: `no`, `bf16` or `fp16`.
+        gradient_accumulation: batches per step.
+        gradient_checkpointing: recompute the patch's activations in the backward pass to save memory.
+        seed: of batches, noise and timesteps.
+        checkpoint_every: steps between checkpoints.
+        validate_every: steps between validation pictures; 0 makes none.
+        tensorboard: also log to tensorboard (needs the extra of that name).
+    """
+
+    steps: int = 600
+    batch_size: int = 16
+    learning_rate: float = 6e-4
+    warmup: int = 30
+    ema_decay: float = 0.99
+    max_grad_norm: float = 1.0
+    mixed_precision: str = "no"
+    gradient_accumulation: int = 1
+    gradient_checkpointing: bool = False
+    seed: int = 0
+    checkpoint_every: int = 100
+    validate_every: int = 0
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be run."""
+        for name in ("steps", "batch_size", "gradient_accumulation", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"training.{name} must be at least 1, not {getattr(self, name)}")
+        if self.mixed_precision not in ("no", "bf16", "fp16"):
+            raise ConfigError(f"training.mixed_precision must be no, bf16 or fp16, not '{self.mixed_precision}'")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run.
+
+    Attributes:
+        category: what the patch is for.
+        model: the base: `tiny-sd`, a diffusers folder, a checkpoint file or a Hub id.
+        output: folder for the patch, its log and its checkpoint.
+        patch, objective, data, training: the parts.
+    """
+
+    category: str = MISSING
+    model: str = "tiny-sd"
+    output: str = "runs/train/${category}"
+    patch: PatchConfig = field(default_factory=PatchConfig)
+    objective: Any = field(default_factory=SafeControlConfig)
+    data: PairsConfig = field(default_factory=PairsConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+
+def load_train_config(path: Path | None, overrides: list[str]) -> TrainConfig:
+    """The configuration of a YAML file with dotlist overrides; raises `ConfigError` for anything it cannot mean."""
+    return load_config(TrainConfig, path, overrides, choices={"objective": OBJECTIVES})
