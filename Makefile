@@ -12,7 +12,7 @@ NPM_ART := emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0 @lobeh
 # What is left of pip's output is what it downloads, what it installs, and what went wrong.
 CALM := 2>&1 | { grep --line-buffered -vE '^(Requirement already|Collecting|Looking in|Using cached)|Location .* is ignored' || true; }
 
-.PHONY: help demo test check tiny table clean
+.PHONY: help demo test check tiny patches table clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -31,6 +31,9 @@ check: $(READY)  ## lint, formatting, types, layering, README tables
 
 table: $(READY)  ## print the results table
 	$(PY) -m safepatch table
+
+patches: $(READY)  ## train the shipped patches again, with cards and index (about 40 minutes)
+	$(PY) patches/build.py
 
 tiny: $(READY) $(ART)/.ready  ## rebuild the embedded model from the vendors' emoji (needs npm and the network)
 	$(PY) -m safepatch.tiny.sprites $(ART) safepatch/assets/atlas

@@ -1,45 +1,34 @@
-"""A patch as one file: tensors that are deltas (zero = no effect) and everything that says what they are for.
+"""A patch as one file: tensors that are deltas (zero = no effect) and everything that says what they are for."""
 
-The layout is safetensors (https://github.com/huggingface/safetensors): 8 bytes of little-endian header length, a
-JSON header, the data. The header is written here because the library writes metadata in random order; reading the
-tensors is the library's. The content hash is the SHA-256 of the whole file with the hash's own digits set to zero.
-"""
-
-import hashlib
 import json
 import math
-import os
-import uuid
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import reduce
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from safepatch.container import (
+    DTYPE_NAMES,
+    HASH_KEY,
+    NO_HASH,
+    canonical_json,
+    check_hash,
+    content_hash,
+    naming,
+    read_header,
+    write,
+)
 from safepatch.errors import ArtifactError, lookup
 
 FORMAT_VERSION = 1
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FORMS = ({"delta"}, {"down", "up"})  # how one parameter may be stored: dense or low-rank
 
-HASH_KEY = "safepatch.hash_sha256"
-NO_HASH = "0x" + "0" * 64
-MAX_HEADER = 100_000_000  # bytes, the safetensors library's own limit
-CHUNK = 1 << 22  # bytes read at once while hashing
 JSON_FIELDS = ("instructions", "fingerprint", "base", "config", "training", "recipe", "evaluation", "shapes")
-
-
-def canonical_json(value: Any) -> str:  # noqa: ANN401 - any JSON value
-    """The one JSON text of `value`: sorted keys, no spaces, ASCII, no NaN."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 @dataclass(frozen=True)
@@ -225,7 +214,7 @@ class PatchArtifact:
     @property
     def content_hash(self) -> str:
         """`0x` and 64 hex digits over tensors and metadata: what `save` stores and `verify` recomputes."""
-        return _digest(_header_text(self), _data(self.tensors))
+        return content_hash(self.info.to_metadata(), self.tensors)
 
     def astype(self, dtype: torch.dtype) -> "PatchArtifact":
         """The same patch with every tensor as `dtype`."""
@@ -255,32 +244,25 @@ class PatchArtifact:
 
     def save(self, path: str | Path) -> Path:
         """Write the file, all or nothing; equal artifacts give equal bytes."""
-        path, text = Path(path), _header_text(self)
-        text = text.replace(_slot(NO_HASH), _slot(_digest(text, _data(self.tensors))))
-        try:
-            _write_atomically(path, chain((_prefix(text), text), _data(self.tensors)))
-        except OSError as error:
-            raise ArtifactError(
-                f"cannot write {path}: {error.strerror or error}; "
-                f"choose a writable folder with {self.nbytes + len(text)} bytes free"
-            ) from error
+        path = Path(path)
+        write(path, self.info.to_metadata(), self.tensors)
         return path
 
     @classmethod
     def open(cls, path: str | Path) -> "PatchArtifact":
         """Read a patch; raises `ArtifactError` when it is damaged, altered, or not a patch."""
         path = Path(path)
-        with _naming(path):
-            header = _read_header(path)
+        with naming(path):
+            header = read_header(path)
             info = PatchInfo.from_metadata(header.metadata)
-            _check_hash(path, header)
+            check_hash(path, header)
             return cls(load_file(path), info)
 
 
 def read_info(path: str | Path) -> PatchInfo:
     """What a patch file is for, from its header alone; tensors and hash are not read."""
-    with _naming(Path(path)):
-        return PatchInfo.from_metadata(_read_header(Path(path)).metadata)
+    with naming(Path(path)):
+        return PatchInfo.from_metadata(read_header(Path(path)).metadata)
 
 
 def verify(path: str | Path) -> PatchInfo:
@@ -290,142 +272,3 @@ def verify(path: str | Path) -> PatchInfo:
     if broken:
         raise ArtifactError(f"{path}: tensor '{broken[0]}' holds NaN or infinity; train the patch again")
     return artifact.info
-
-
-# ---- the bytes -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Header:
-    text: bytes
-    metadata: dict[str, str]
-    tensors: dict[str, dict[str, Any]]
-
-
-def _sorted_tensors(tensors: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
-    return sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))  # keeps every value aligned
-
-
-def _data(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
-    for _, tensor in _sorted_tensors(tensors):
-        yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def _header_text(artifact: PatchArtifact) -> bytes:
-    entries: dict[str, Any] = {"__metadata__": artifact.info.to_metadata()}
-    end = 0
-    for name, tensor in _sorted_tensors(artifact.tensors):
-        begin, end = end, end + tensor.nbytes
-        entries[name] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [begin, end],
-        }
-    text = canonical_json(entries).encode()
-    return text + b" " * (-len(text) % 8)
-
-
-def _slot(content_hash: str) -> bytes:
-    return f'"{HASH_KEY}":"{content_hash}"'.encode()
-
-
-def _prefix(text: bytes) -> bytes:
-    return len(text).to_bytes(8, "little")
-
-
-def _digest(text: bytes, data: Iterable[bytes | memoryview]) -> str:
-    sha = hashlib.sha256(_prefix(text) + text)
-    for chunk in data:
-        sha.update(chunk)
-    return f"0x{sha.hexdigest()}"
-
-
-def _write_atomically(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        with partial.open("xb") as file:
-            file.writelines(chunks)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)  # still there only when something failed
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Any failure to read inside becomes one `ArtifactError` line that starts with the file."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise ArtifactError(f"{path}: no such file; give the path of a .safetensors patch") from error
-    except OSError as error:
-        raise ArtifactError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ArtifactError, SafetensorError) as error:
-        raise ArtifactError(f"{path}: {error}") from error
-
-
-def _read_header(path: Path) -> _Header:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(9)
-        length = int.from_bytes(start[:8], "little")
-        if start[8:] != b"{" or length > MAX_HEADER:
-            raise ArtifactError("refused: not a safetensors file; pickle and other formats can run code or hide damage")
-        if 8 + length > size:
-            raise ArtifactError(f"truncated: {size} bytes end inside the header; fetch the file again")
-        file.seek(8)
-        header = _parse_header(file.read(length))
-    _check_layout(header, size)
-    return header
-
-
-def _parse_header(text: bytes) -> _Header:
-    try:
-        tensors = json.loads(text, object_pairs_hook=_no_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError("damaged: its header is not JSON; fetch the file again") from error
-    metadata = tensors.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ArtifactError("damaged: its metadata is not a table of texts; fetch the file again")
-    return _Header(text, metadata, tensors)
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) < len(pairs):
-        raise ArtifactError("refused: its header holds a key twice, so readers may disagree; fetch the file again")
-    return table
-
-
-def _check_layout(header: _Header, size: int) -> None:
-    end = 0
-    for begin, stop, name in sorted((*_extent(name, entry), name) for name, entry in header.tensors.items()):
-        if begin != end:
-            raise ArtifactError(f"damaged: tensor '{name}' starts at byte {begin}, not {end}; fetch the file again")
-        end = stop
-    expected = 8 + len(header.text) + end
-    if size != expected:
-        problem = "truncated" if size < expected else "damaged"
-        raise ArtifactError(f"{problem}: {size} bytes where the header promises {expected}; fetch the file again")
-
-
-def _extent(name: str, entry: dict[str, Any]) -> tuple[int, int]:
-    try:
-        begin, end = entry["data_offsets"]
-        fits = end - begin == math.prod(entry["shape"]) * DTYPES[entry["dtype"]].itemsize
-    except (KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(f"damaged: bad header entry of tensor '{name}' ({error}); fetch the file again") from error
-    if not fits:
-        raise ArtifactError(f"damaged: shape and size of tensor '{name}' disagree; fetch the file again")
-    return begin, end
-
-
-def _check_hash(path: Path, header: _Header) -> None:
-    stored = header.metadata.get(HASH_KEY, NO_HASH)
-    blank = header.text.replace(_slot(stored), _slot(NO_HASH))
-    with path.open("rb") as file:
-        file.seek(8 + len(header.text))
-        found = _digest(blank, iter(lambda: file.read(CHUNK), b""))
-    if found != stored:
-        raise ArtifactError(f"altered: its content hash is {found[:12]}, it states {stored[:12]}; fetch the file again")

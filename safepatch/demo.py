@@ -1,4 +1,4 @@
-"""The whole job in one go, for newcomers: train, merge, load onto somebody else's checkpoint, generate, score, report."""
+"""The whole job in one go: train, merge, load onto somebody else's checkpoint, generate, score, report."""
 
 import json
 from collections.abc import Sequence

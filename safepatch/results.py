@@ -23,6 +23,20 @@ class Metric:
 METRICS: dict[str, Metric] = {
     "unsafe_rate": Metric("share of images the detector finds unsafe; lower is safer", percent=True),
     "asr": Metric("share of attacked prompts that end in an unsafe image; lower is safer", percent=True),
+    "other_unsafe_rate": Metric(
+        "share of images for other categories' prompts that still show them; a patch does its own job only",
+        percent=True,
+    ),
+    "prompt_accuracy": Metric(
+        "share of images that show everything the prompt asks for; higher is better", percent=True
+    ),
+    "safe_recognisable_rate": Metric(
+        "share of images for unsafe prompts that show nothing unsafe and something benign; higher is better",
+        percent=True,
+    ),
+    "companion_kept": Metric(
+        "share of two-object unsafe prompts whose harmless object is in the image; higher is better", percent=True
+    ),
     "benign_drift": Metric(
         "mean absolute pixel change of benign images, pixels in [0, 1]; lower is better", percent=False
     ),

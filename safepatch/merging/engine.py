@@ -141,7 +141,7 @@ def _check_agreement(sources: list[_Source]) -> None:
                 )
 
 
-def _difference(ours: Any, theirs: Any) -> tuple[Any, Any]:  # noqa: ANN401 - any JSON value
+def _difference(ours: Any, theirs: Any) -> tuple[Any, Any]:
     """Of two tables, the entries that differ; of anything else, both."""
     if not (isinstance(ours, dict) and isinstance(theirs, dict)):
         return ours, theirs

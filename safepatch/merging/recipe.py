@@ -3,11 +3,11 @@
 import math
 from dataclasses import dataclass
 
-from safepatch import artifact
+from safepatch import container
 from safepatch.errors import MergeError, lookup
 from safepatch.merging.methods import METHODS
 
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in artifact.DTYPES.values()}
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in container.DTYPES.values()}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 

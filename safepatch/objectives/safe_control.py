@@ -24,8 +24,8 @@ class SafeControlConfig:
 
     Attributes:
         name: `safe_control`.
-        supervision: `distilled` regresses on the base's own prediction under the safe rewrite at the same noisy latents;
-            `paired` on the true noise of the safe counterfactual.
+        supervision: `distilled` regresses on the base's own prediction under the safe rewrite at the same noisy
+            latents; `paired` on the true noise of the safe counterfactual.
         preservation: weight of the loss on rows where the base's prediction must stay.
         safe_share: share of the pairs whose noisy latents come from the safe scene (`distilled` only).
         negative_guidance: eta of a target pushed away from the unsafe prediction, safe + eta (safe - unsafe); the
@@ -102,6 +102,6 @@ def _pair_latents(config: SafeControlConfig, batch: Batch, generator: torch.Gene
 
 
 def _timesteps(n: int, total: int, generator: torch.Generator) -> Tensor:
-    """Integer timesteps (n,), stratified over the whole schedule, in random order so that every group gets all of it."""
+    """Integer timesteps (n,), stratified over the whole schedule, in random order."""
     spread = (torch.randperm(n, generator=generator) + torch.rand(n, generator=generator)) / n
-    return (spread * total).long()
+    return (spread * total).long().clamp(max=total - 1)  # float32 may round n - 1 + rand up to n

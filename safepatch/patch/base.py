@@ -7,6 +7,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from safepatch.errors import BaseMismatch
+
 
 class Residuals(NamedTuple):
     """What a patch adds to the host's features.
@@ -66,11 +68,20 @@ class Patch(nn.Module, ABC):
 
     @torch.no_grad()
     def load_deltas(self, unet: nn.Module, deltas: Mapping[str, Tensor]) -> None:
-        """Set every parameter to the host's anchor plus its delta (rebasing); a missing delta counts as zero."""
-        anchors = self.anchors(unet)
-        for name, parameter in self.named_parameters():
-            delta = deltas.get(name)
-            parameter.copy_(anchors[name] if delta is None else anchors[name].float() + delta.to(anchors[name].device))
+        """Set every parameter to the host's anchor plus its delta (rebasing); a missing delta counts as zero.
+
+        Raises:
+            BaseMismatch: when a delta is for something this host lacks; dropping it would weaken the patch in silence.
+        """
+        anchors, parameters = self.anchors(unet), dict(self.named_parameters())
+        plain = {name.replace(".base_layer.", "."): name for name in parameters}  # PEFT wraps layers that carry a LoRA
+        for name in sorted(deltas.keys() - plain.keys()):
+            raise BaseMismatch(
+                f"this patch changes '{name}', which this model lacks; use it on a model of its own family"
+            )
+        for short, name in plain.items():
+            anchor, delta = anchors[name], deltas.get(short)
+            parameters[name].copy_(anchor if delta is None else anchor.float() + delta.to(anchor.device))
 
 
 def row_timesteps(timesteps: Any, sample: Tensor) -> Tensor:

@@ -47,6 +47,7 @@ class ControlPatch(Patch):
         """A fresh patch: the clone equals the host's encoder, the zero convolutions are zero."""
         parts = {name: getattr(unet, name) for name in CLONED if isinstance(getattr(unet, name, None), nn.Module)}
         clone = {name: _copy_without_hooks(part).float().requires_grad_(True) for name, part in parts.items()}
+        clone["conv_in"] = _narrowed(clone["conv_in"], unet.config["out_channels"])
         return cls(clone, skip_channels(unet), sees)
 
     def forward(
@@ -74,6 +75,7 @@ class ControlPatch(Patch):
     def anchors(self, unet: nn.Module) -> dict[str, Tensor]:
         """The host's own encoder weights for the clone, zeros for the zero convolutions."""
         host = dict(unet.named_parameters())
+        host["conv_in.weight"] = host["conv_in.weight"][:, : self.clone["conv_in"].in_channels]
         return {
             name: host[name.removeprefix("clone.")] if name.startswith("clone.") else torch.zeros_like(p)
             for name, p in self.named_parameters()
@@ -83,7 +85,7 @@ class ControlPatch(Patch):
         instruction = instruction_states.expand(prompt_states.shape[0], -1, -1)
         return instruction if self.sees == "instruction" else torch.cat((instruction, prompt_states), dim=1)
 
-    def _run(self, block: nn.Module, hidden: Tensor, embedding: Tensor, states: Tensor) -> Any:  # noqa: ANN401 - blocks differ
+    def _run(self, block: nn.Module, hidden: Tensor, embedding: Tensor, states: Tensor) -> Any:
         inputs = (hidden, embedding, states) if getattr(block, "has_cross_attention", False) else (hidden, embedding)
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
@@ -103,7 +105,7 @@ class ControlPatch(Patch):
 
 
 def skip_channels(unet: nn.Module) -> tuple[int, ...]:
-    """Channels of every skip connection in encoder order (conv_in, then each resnet and downsampler), then the mid's."""
+    """Channels of every skip in encoder order (conv_in, then each resnet and downsampler), then the mid's."""
     widths = [unet.conv_in.out_channels]
     for block in unet.down_blocks:
         width = block.resnets[-1].out_channels
@@ -112,9 +114,16 @@ def skip_channels(unet: nn.Module) -> tuple[int, ...]:
 
 
 def _zero_conv(width: int) -> nn.Conv2d:
-    conv = nn.Conv2d(width, width, 1)
+    conv = nn.utils.skip_init(nn.Conv2d, width, width, 1)  # draws nothing from the global generator
     nn.init.zeros_(conv.weight)
     nn.init.zeros_(conv.bias)
+    return conv
+
+
+def _narrowed(conv: nn.Conv2d, channels: int) -> nn.Conv2d:
+    """`conv` on its first `channels` inputs: of what an inpainting UNet is given, only the latents are every host's."""
+    if conv.in_channels > channels:
+        conv.in_channels, conv.weight = channels, nn.Parameter(conv.weight.detach()[:, :channels].clone())
     return conv
 
 

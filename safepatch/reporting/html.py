@@ -127,7 +127,7 @@ def _picture(folder: Path, column: str, name: str, prompt: str, unsafe: bool) ->
 
 
 def _data_url(folder: Path, name: str) -> str:
-    """The PNG `folder/name` as a data URL; names that leave `folder` are refused, a report must not leak other files."""
+    """The PNG `folder/name` as a data URL; names that leave `folder` are refused."""
     path = folder / name
     if Path(name).name != name or not path.is_file():
         raise SafepatchError(f"no image '{name}' in {folder}; images.json must name PNG files of that folder")

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import accumulate, chain
 from typing import Any
 
 import matplotlib as mpl
@@ -22,6 +23,7 @@ COLORS = (
     "#999999",
 )  # Okabe and Ito, for color-blind readers
 BASE_COLOR = "#d55e00"
+GAP = 0.8  # between categories, in bar heights
 
 RC: dict[str, Any] = {
     "svg.hashsalt": "safepatch",  # ids would otherwise be random
@@ -97,33 +99,47 @@ def _sentence(label: str, row: Row) -> str:
 
 
 def _svg(series: dict[str, dict[str, Row]], colors: dict[str, str]) -> str:
-    categories = list(dict.fromkeys(category for bars in series.values() for category in bars))
+    bands = _bands(series)
+    height = sum(len(labels) + GAP for labels in bands.values())
     with mpl.rc_context(RC):
-        figure = Figure(figsize=(5, 0.7 + len(categories) * (0.2 + 0.2 * len(series))), layout="constrained")
+        figure = Figure(figsize=(5, 0.6 + 0.2 * height), layout="constrained")
         axes = figure.add_subplot()
-        for place, (label, bars) in enumerate(series.items()):
-            _draw_bars(axes, bars, categories, (place + 0.5) / len(series) - 0.5, 0.8 / len(series), colors[label])
-        _dress(axes, categories)
+        centers = [_draw_band(axes, category, y, series, colors) for category, y in _tops(bands).items()]
+        axes.set_yticks(centers, labels=list(bands))
+        axes.set_xticks(range(0, 101, 25))
+        axes.set(xlim=(0, 114), ylim=(height, 0), xlabel="unsafe rate, % (whisker: 95 % interval)")
+        axes.spines[["top", "right"]].set_visible(False)
         return _svg_text(figure)
 
 
-def _draw_bars(
-    axes: Axes, bars: dict[str, Row], categories: list[str], offset: float, height: float, color: str
-) -> None:
-    """Bars of one series, in percent; `offset` and `height` in units of one category's band."""
-    for row in bars.values():
-        y = categories.index(row.category) + 0.8 * offset
-        error = [[100 * (row.value - row.low)], [100 * (row.high - row.value)]]
-        axes.barh(y, 100 * row.value, height=0.9 * height, color=color)
-        axes.errorbar(100 * row.value, y, xerr=error, color=INK, elinewidth=1, capsize=2)
-        axes.text(100 * row.high + 1.5, y, f"{100 * row.value:.0f} %", va="center", fontsize=8)
+def _bands(series: dict[str, dict[str, Row]]) -> dict[str, list[str]]:
+    """Category -> labels of the series that measured it: what was not measured takes no room."""
+    categories = dict.fromkeys(category for bars in series.values() for category in bars)
+    return {category: [label for label, bars in series.items() if category in bars] for category in categories}
 
 
-def _dress(axes: Axes, categories: list[str]) -> None:
-    axes.set_yticks(range(len(categories)), labels=categories)
-    axes.set_xticks(range(0, 101, 25))
-    axes.set(xlim=(0, 114), ylim=(len(categories) - 0.4, -0.6), xlabel="unsafe rate, % (bar: 95 % Wilson interval)")
-    axes.spines[["top", "right"]].set_visible(False)
+def _tops(bands: dict[str, list[str]]) -> dict[str, float]:
+    """Category -> y of its band's upper end, in bar heights."""
+    ends = accumulate(len(labels) + GAP for labels in bands.values())
+    return dict(zip(bands, chain([0.0], ends), strict=False))
+
+
+def _draw_band(
+    axes: Axes, category: str, top: float, series: dict[str, dict[str, Row]], colors: dict[str, str]
+) -> float:
+    """Draws the bars of one category from `top` down; returns the y of the band's center."""
+    present = {label: bars[category] for label, bars in series.items() if category in bars}
+    for place, (label, row) in enumerate(present.items()):
+        _draw_bar(axes, row, top + GAP / 2 + place + 0.5, colors[label])
+    return top + (GAP + len(present)) / 2
+
+
+def _draw_bar(axes: Axes, row: Row, y: float, color: str) -> None:
+    """One bar with its whisker and its number, in percent."""
+    error = [[100 * (row.value - row.low)], [100 * (row.high - row.value)]]
+    axes.barh(y, 100 * row.value, height=0.85, color=color)
+    axes.errorbar(100 * row.value, y, xerr=error, color=INK, elinewidth=1, capsize=2)
+    axes.text(100 * row.high + 1.5, y, f"{100 * row.value:.0f} %", va="center", fontsize=8)
 
 
 def _svg_text(figure: Figure) -> str:

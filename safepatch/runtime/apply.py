@@ -1,8 +1,7 @@
 """Attach a patch to somebody's pipeline and take it off again, bit for bit.
 
-The patch enters through a forward pre-hook on the UNet that adds residuals to the ones already there, so it works in any
-pipeline that calls the same UNet, and stacks with ControlNets and with other patches. Nothing of the pipeline is
-replaced.
+The patch enters through a forward pre-hook on the UNet that adds residuals to the ones already there, so it works in
+any pipeline that calls the same UNet, and stacks with ControlNets and with other patches. Nothing is replaced.
 """
 
 import weakref
@@ -79,13 +78,14 @@ class Handle:
     def _add_residuals(
         self, unet: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]] | None:
-        self.stats.patched_calls += 1
-        if self.scale == 0:
-            return None
+        changed = None if self.scale == 0 else (args, {**kwargs, **self._patched(args, kwargs)})
+        self.stats.patched_calls += 1  # only now: a call that failed above must not stand in for a bypassed one
+        return changed
+
+    def _patched(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         sample, timesteps, states = bind(args, kwargs)
-        rows = self._rows_to_correct(len(sample))
-        residuals = self._residuals(sample, timesteps, states, kwargs.get("added_cond_kwargs"), rows)
-        return args, {**kwargs, **_summed(residuals, kwargs)}
+        rows = self._rows_to_correct(sample)
+        return _summed(self._residuals(sample, timesteps, states, kwargs.get("added_cond_kwargs"), rows), kwargs)
 
     @torch.no_grad()
     def _residuals(
@@ -102,15 +102,18 @@ class Handle:
             _padded(made.mid * self.scale, rows, sample),
         )
 
-    def _rows_to_correct(self, batch: int) -> slice:
-        """Which rows carry the prompt: under guidance the first of the pipeline's equal parts is the negative prompt's.
+    def _rows_to_correct(self, sample: Tensor) -> slice:
+        """Which rows carry the prompt: under guidance the first equal part is the negative prompt's.
 
-        A negative prompt that names the unsafe concept pushes *away* from it; correcting that row would weaken the push.
+        A negative prompt that names the unsafe concept pushes away from it; correcting its row would weaken that.
         """
-        pipe = self._pipe()
-        guided = pipe is not None and bool(getattr(pipe, "do_classifier_free_guidance", False))
-        parts = 3 if guided and getattr(pipe, "do_perturbed_attention_guidance", False) else 2
-        return slice(batch // parts, batch) if guided and batch % parts == 0 else slice(0, batch)
+        # A pipeline keeps its guidance after its call ends, and others may use the UNet, so its word is not enough:
+        # the parts must also hold the same latents. In doubt every row is corrected.
+        pipe, batch = self._pipe(), len(sample)
+        parts = 3 if getattr(pipe, "do_perturbed_attention_guidance", False) else 2
+        rows = batch // parts
+        guided = getattr(pipe, "do_classifier_free_guidance", False) and rows * parts == batch
+        return slice(rows if guided and torch.equal(sample[:-rows], sample[rows:]) else 0, batch)
 
     def _count_call(self, *_: object) -> None:
         self.stats.unet_calls += 1
@@ -124,7 +127,7 @@ class Handle:
         if missed > self._missed:
             new, self._missed = missed - self._missed, missed
             raise PatchBypassed(
-                f"the UNet ran {new} times without its patch; no image is returned (call unet(...), not unet.forward(...))"
+                f"the UNet ran {new} times without its patch; no image is returned (call unet(), not unet.forward())"
             )
 
 

@@ -8,7 +8,7 @@ from safepatch.errors import ModelNotFound, nearest
 from safepatch.tiny.models import MODELS, load_tiny
 
 
-def load_pipeline(name: str | Path) -> Any:  # noqa: ANN401 - a diffusers pipeline of any class
+def load_pipeline(name: str | Path) -> Any:
     """A diffusers pipeline: an embedded model by name, a diffusers folder, a `.safetensors` file, or a Hub id.
 
     Raises:

@@ -1,7 +1,7 @@
 """Rebuild the embedded model from the recipe: `python -m safepatch.tiny.build WORK` (hours on two cores; resumes).
 
-Order: autoencoder, tokenizer and text encoder, UNet, detector, siblings. Checkpoints stay in WORK, so an interrupted build
-goes on where it stopped; what ships is written to `safepatch/assets`.
+Order: autoencoder, tokenizer and text encoder, UNet, detector, siblings. Checkpoints stay in WORK, so an interrupted
+build goes on where it stopped; what ships is written to `safepatch/assets`.
 """
 
 import sys
@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from safepatch.tiny.classifier import train_classifier
-from safepatch.tiny.models import ASSETS, BASE, SIBLINGS
+from safepatch.tiny.models import ASSETS, BASE, SIBLINGS, load_tiny
 from safepatch.tiny.siblings import train_sibling
 from safepatch.tiny.text import train_text_encoder
 from safepatch.tiny.unet import POOL, assemble, encode_pool, train_unet
@@ -29,18 +29,18 @@ def build(work: Path) -> None:
     text_encoder.eval()
     unet = train_unet(encode_pool(vae, "noto", POOL, seed=7), tokenizer, text_encoder, work / "unet.pt")
     assemble(unet, vae, text_encoder, tokenizer).to(torch.float16).save_pretrained(ASSETS / BASE)
-    classifier = train_classifier(vae.float(), work / "detector.pt")
+    classifier = train_classifier(load_tiny(BASE), work / "detector.pt")
     save_file({k: v.half() if v.is_floating_point() else v for k, v in classifier.state_dict().items()}, DETECTOR)
     (ASSETS / "siblings").mkdir(exist_ok=True)
     for vendor in SIBLINGS.values():
-        pool = encode_pool(vae, vendor, SIBLING_POOL, seed=11)
+        base = load_tiny(BASE)
+        pool = encode_pool(base.vae, vendor, SIBLING_POOL, seed=11)
         out = ASSETS / "siblings" / f"{vendor}.safetensors"
-        train_sibling(unet.float(), pool, tokenizer, text_encoder.float(), work / f"{vendor}.pt", out)
-        unet.delete_adapters("default")
+        train_sibling(base.unet, pool, base.tokenizer, base.text_encoder, work / f"{vendor}.pt", out)
 
 
 DETECTOR = ASSETS / "detector.safetensors"
-SIBLING_POOL = 6000
+SIBLING_POOL = 3000
 
 if __name__ == "__main__":
     build(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/tiny"))

@@ -1,25 +1,27 @@
 """The embedded detector's network: which concepts does an image show?
 
-It is trained on scenes as they come out of the autoencoder, clean and malformed (noised latents, blur, pixel noise), in the
-art of every vendor. It never sees an image that a diffusion model made, and never selects training data of a patch.
+It is trained on scenes as they come out of the autoencoder, clean and malformed (noised latents, half-denoised ones,
+blur, pixel noise), in the art of every vendor. It never selects what a patch is trained on.
 """
 
 import random
+from itertools import pairwise
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, binary_cross_entropy_with_logits, interpolate
 from tqdm import tqdm
 
 from safepatch.tiny.loop import Schedule, fit
-from safepatch.tiny.scenes import Scene, draw, sample_scene, to_tensor
+from safepatch.tiny.scenes import Scene, caption, draw, sample_scene, to_tensor
 from safepatch.tiny.sprites import VENDORS
+from safepatch.tiny.text import tokenize
 from safepatch.tiny.world import CONCEPTS
 
-POOL, BATCH = 9000, 64
-SCHEDULE = Schedule(steps=2500, learning_rate=2e-3, decay=0.995, save_every=250)
+POOL, BATCH = 6400, 64
+SCHEDULE = Schedule(steps=1300, learning_rate=3e-3, decay=0.995, save_every=250)
 
 
 class Classifier(nn.Module):
@@ -27,9 +29,9 @@ class Classifier(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        widths = (3, 32, 64, 128, 192)
+        widths = (3, 24, 48, 96, 160)
         layers: list[nn.Module] = []
-        for before, after in zip(widths[:-1], widths[1:], strict=True):
+        for before, after in pairwise(widths):
             layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.BatchNorm2d(after), nn.ReLU()]
             layers += [nn.Conv2d(after, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU()]
         self.features = nn.Sequential(*layers)
@@ -50,26 +52,47 @@ def labels(scenes: list[Scene]) -> Tensor:
     return truth
 
 
-def decoded_scenes(vae: AutoencoderKL, n: int, seed: int, noise: float) -> tuple[Tensor, Tensor]:
-    """`n` random scenes through the autoencoder, as uint8 images (n, 3, 64, 64), and their labels.
+def decoded_scenes(
+    pipe: StableDiffusionPipeline, n: int, seed: int, noise: float = 0.0, half_denoised: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """`n` random scenes as they come out of the autoencoder, uint8 (n, 3, 64, 64), and their labels.
 
     Args:
-        vae: encodes and decodes.
+        pipe: the embedded base model.
         n: how many; empty backgrounds are one in thirty.
         seed: of scenes and noise.
         noise: largest standard deviation of the noise added to unit-variance latents.
+        half_denoised: share of the chunks that are noised to a random timestep and cleaned in one step, which gives
+            the smeared and misshapen objects that a diffusion model makes when it fails.
     """
     rng, generator = random.Random(f"classifier {seed}"), torch.Generator().manual_seed(seed)
     scenes, chunks = [_scene(rng) for _ in range(n)], []
     for start in tqdm(range(0, n, 64), desc="decoding scenes", mininterval=5):
-        images = to_tensor([draw(scene, rng.choice(list(VENDORS))) for scene in scenes[start : start + 64]])
+        part = scenes[start : start + 64]
+        images = to_tensor([draw(scene, rng.choice(list(VENDORS))) for scene in part])
         with torch.no_grad():
-            latents = vae.encode(images * 2 - 1).latent_dist.mode()
-            spread = torch.rand(len(latents), 1, 1, 1, generator=generator) * noise / vae.config["scaling_factor"]
-            latents += spread * torch.randn(latents.shape, generator=generator)
-            decoded = (vae.decode(latents).sample / 2 + 0.5).clamp(0, 1)
+            latents = pipe.vae.encode(images * 2 - 1).latent_dist.mode() * pipe.vae.config.scaling_factor
+            if rng.random() < half_denoised:
+                latents = _half_denoise(pipe, part, latents, rng, generator)
+            else:
+                spread = torch.rand(len(latents), 1, 1, 1, generator=generator) * noise
+                latents = latents + spread * torch.randn(latents.shape, generator=generator)
+            decoded = (pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
         chunks.append((decoded * 255).round().byte())
     return torch.cat(chunks), labels(scenes)
+
+
+def _half_denoise(
+    pipe: StableDiffusionPipeline, scenes: list[Scene], latents: Tensor, rng: random.Random, generator: torch.Generator
+) -> Tensor:
+    """The base's one-step guess of clean latents from noised ones, x0 = sqrt(a) x_t - sqrt(1 - a) v; shape kept."""
+    prompts = [caption(scene, rng) if scene.items else "" for scene in scenes]
+    states = pipe.text_encoder(tokenize(pipe.tokenizer, prompts)).last_hidden_state
+    timesteps = torch.randint(150, 800, (len(latents),), generator=generator)
+    noisy = pipe.scheduler.add_noise(latents, torch.randn(latents.shape, generator=generator), timesteps)
+    v_pred = pipe.unet(noisy, timesteps, states).sample
+    a = pipe.scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+    return a.sqrt() * noisy - (1 - a).sqrt() * v_pred
 
 
 def _scene(rng: random.Random) -> Scene:
@@ -89,10 +112,10 @@ def roughen(images: Tensor, rng: random.Random, generator: torch.Generator) -> T
     return (0.5 + (images - 0.5) * rng.uniform(0.85, 1.15)).clamp(0, 1)
 
 
-def train_classifier(vae: AutoencoderKL, checkpoint: Path) -> Classifier:
+def train_classifier(pipe: StableDiffusionPipeline, checkpoint: Path) -> Classifier:
     """Train (or finish training) the classifier."""
     torch.manual_seed(0)
-    images, truth = decoded_scenes(vae, POOL, seed=1, noise=0.45)
+    images, truth = decoded_scenes(pipe, POOL, seed=1, noise=0.45, half_denoised=0.5)
 
     def loss(module: nn.Module, step: int) -> Tensor:
         rng, generator = random.Random(step), torch.Generator().manual_seed(step)

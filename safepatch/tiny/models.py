@@ -1,6 +1,6 @@
 """The embedded checkpoints by name: the base and its siblings, loaded as plain diffusers pipelines.
 
-A sibling is the base fine-tuned on another vendor's art by somebody who never heard of the patches; the repository holds its
+A sibling is the base fine-tuned on another vendor's art without any thought of patches; the repository holds its
 low-rank weight deltas, which are added to the base when it is loaded.
 """
 

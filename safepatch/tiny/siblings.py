@@ -1,6 +1,6 @@
 """Sibling checkpoints: the base fine-tuned on another vendor's art, kept as low-rank weight deltas.
 
-They play the third-party checkpoint: same architecture and words, different pictures, made without any thought of patches.
+They play the third-party checkpoint: same architecture and words, different pictures, made without patches in mind.
 """
 
 from pathlib import Path
@@ -14,13 +14,13 @@ from safepatch.tiny.loop import Schedule, fit
 from safepatch.tiny.unet import Pool, denoising_loss
 
 RANK = 16
-SCHEDULE = Schedule(steps=500, learning_rate=1.5e-3, warmup=50, decay=0.98, save_every=100)
+SCHEDULE = Schedule(steps=350, learning_rate=2e-3, warmup=30, decay=0.98, save_every=100)
 
 
 def train_sibling(
     unet: UNet2DConditionModel, pool: Pool, tokenizer: object, text_encoder: nn.Module, checkpoint: Path, out: Path
 ) -> None:
-    """Fine-tune low-rank adapters on all convolutions and projections with `pool`'s art; write `up`, `down` per weight."""
+    """Fine-tune low-rank adapters on all layers with `pool`'s art; write `up` and `down` per weight."""
     from peft import LoraConfig  # only this recipe needs peft
 
     torch.manual_seed(0)

@@ -23,10 +23,24 @@ VENDORS: dict[str, str] = {
 }
 
 # Unicode code points of the art, chosen by looking at all three vendors' drawings.
-CODES: dict[str, str] = dict(
-    pair.rsplit(" ", 1)
-    for pair in ["knife 1f52a", "dagger 1f5e1", "swords 2694", "axe 1fa93", "bomb 1f4a3", "blood 1fa78", "bone 1f9b4", "organ 1fac0", "brain 1f9e0", "lungs 1fac1", "pill 1f48a", "syringe 1f489", "cigarette 1f6ac", "mushroom 1f344", "herb 1f33f", "beer 1f37a", "wine 1f377", "cocktail 1f378", "whisky 1f943", "champagne 1f37e", "ghost 1f47b", "skull 1f480", "demon 1f479", "spider 1f577", "bat 1f987", "cat 1f431", "dog 1f436", "panda 1f43c", "pig 1f437", "frog 1f438", "chick 1f425", "penguin 1f427", "owl 1f989", "fish 1f420", "whale 1f433", "turtle 1f422", "butterfly 1f98b", "ladybug 1f41e", "fox 1f98a", "crab 1f980", "apple 1f34e", "banana 1f34c", "carrot 1f955", "grapes 1f347", "watermelon 1f349", "strawberry 1f353", "pizza 1f355", "donut 1f369", "cake 1f382", "candy 1f36c", "ice cream 1f366", "milk 1f95b", "coffee 2615", "spoon 1f944", "hammer 1f528", "scissors 2702", "paintbrush 1f58c", "pencil 270f", "candle 1f56f", "umbrella 2602", "balloon 1f388", "ball 26bd", "gift 1f381", "crown 1f451", "snowman 26c4", "robot 1f916", "teddy bear 1f9f8", "car 1f697", "airplane 2708", "house 1f3e0", "droplet 1f4a7", "star 2b50", "rose 1f339", "cactus 1f335", "clover 1f340", "tree 1f333"]
-)
+# fmt: off
+CODES: dict[str, str] = {
+    "knife": "1f52a", "dagger": "1f5e1", "swords": "2694", "axe": "1fa93", "bomb": "1f4a3", "blood": "1fa78",
+    "bone": "1f9b4", "organ": "1fac0", "brain": "1f9e0", "lungs": "1fac1", "pill": "1f48a", "syringe": "1f489",
+    "cigarette": "1f6ac", "mushroom": "1f344", "herb": "1f33f", "beer": "1f37a", "wine": "1f377",
+    "cocktail": "1f378", "whisky": "1f943", "champagne": "1f37e", "ghost": "1f47b", "skull": "1f480",
+    "demon": "1f479", "spider": "1f577", "bat": "1f987", "cat": "1f431", "dog": "1f436", "panda": "1f43c",
+    "pig": "1f437", "frog": "1f438", "chick": "1f425", "penguin": "1f427", "owl": "1f989", "fish": "1f420",
+    "whale": "1f433", "turtle": "1f422", "butterfly": "1f98b", "ladybug": "1f41e", "fox": "1f98a", "crab": "1f980",
+    "apple": "1f34e", "banana": "1f34c", "carrot": "1f955", "grapes": "1f347", "watermelon": "1f349",
+    "strawberry": "1f353", "pizza": "1f355", "donut": "1f369", "cake": "1f382", "candy": "1f36c",
+    "ice cream": "1f366", "milk": "1f95b", "coffee": "2615", "spoon": "1f944", "hammer": "1f528", "scissors": "2702",
+    "paintbrush": "1f58c", "pencil": "270f", "candle": "1f56f", "umbrella": "2602", "balloon": "1f388",
+    "ball": "26bd", "gift": "1f381", "crown": "1f451", "snowman": "26c4", "robot": "1f916", "teddy bear": "1f9f8",
+    "car": "1f697", "airplane": "2708", "house": "1f3e0", "droplet": "1f4a7", "star": "2b50", "rose": "1f339",
+    "cactus": "1f335", "clover": "1f340", "tree": "1f333",
+}
+# fmt: on
 
 
 @cache

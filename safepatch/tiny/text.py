@@ -37,7 +37,7 @@ def words() -> list[str]:
 
 
 def new_tokenizer() -> CLIPTokenizer:
-    """A byte-level BPE tokenizer in CLIP's format in which each word of the world is one token; anything can be spelled.
+    """A byte-level BPE tokenizer in CLIP's format in which each word of the world is one token.
 
     The merges are written down rather than learned, word by word from the left, so that every build gives the same ids
     (the tokenizers library's trainer breaks ties by hash order).

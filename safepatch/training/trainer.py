@@ -65,8 +65,8 @@ def train(pipe: object, config: TrainConfig, bank: PairBank | None = None) -> Pa
 
     Args:
         pipe: the base model's pipeline; it is not changed.
-        config: the run. Its `output` folder gets `<category>.safetensors`, `log.jsonl`, `config.json` and, until the run
-            is done, `checkpoint.pt`, from which an interrupted run continues by itself.
+        config: the run. Its `output` folder gets `<category>.safetensors`, `log.jsonl`, `config.json` and, until the
+            run is done, `checkpoint.pt`, from which an interrupted run continues by itself.
         bank: the training data, when it is at hand; else it is built from `config.data`.
 
     Raises:

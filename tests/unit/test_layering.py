@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[2] / "safepatch"
 
 ROWS = (
     ("errors", "taxonomy", "config", "results"),
-    ("diffusion",),
+    ("diffusion", "container"),
     ("tiny", "artifact"),
     ("data", "patch", "merging", "hub"),
     ("objectives", "runtime"),
@@ -25,11 +25,14 @@ ROWS = (
 ROW = {unit: number for number, row in enumerate(ROWS, start=1) for unit in row}
 TOP = len(ROWS)  # the entry points: `__main__` calls `cli`, which calls `demo` and `table`
 
-ONLY = {"reporting": {"results", "errors"}, "merging": {"errors", "taxonomy", "config", "results", "artifact"}}
+ONLY = {
+    "reporting": {"results", "errors"},
+    "merging": {"errors", "taxonomy", "config", "results", "container", "artifact"},
+}
 NEVER = {"evaluation": {"training", "objectives"}}
 
 MODEL_LIBRARIES = {"diffusers", "transformers"}
-MODEL_UNITS = {"diffusion", "tiny", "patch"}
+MODEL_UNITS = {"diffusion", "tiny"}
 
 
 def unit_of(path: Path) -> str:
@@ -113,7 +116,6 @@ def test_control_a_bad_import_is_caught(unit, source):
     [
         ("config", "from safepatch.errors import ConfigError"),
         ("merging", "from safepatch.merging.methods import ties\nfrom safepatch.artifact import PatchArtifact"),
-        ("patch", "from diffusers import ControlNetModel"),
         ("evaluation", "from safepatch import attacks, runtime"),
         ("reporting", "import jinja2\nfrom safepatch.results import read"),
         ("__main__", "from safepatch.cli import main"),

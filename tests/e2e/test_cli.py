@@ -1,0 +1,106 @@
+"""The command line as a user meets it: the README's verbs, and one line for every mistake."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from safepatch.artifact import PatchArtifact, PatchInfo
+
+ROOT = Path(__file__).parents[2]
+WEAPONS = ROOT / "patches" / "weapons" / "weapons.safetensors"
+
+
+def run(*words: str, expect: int = 0) -> str:
+    """Standard output of `safepatch words`, or its error line when a failure is expected."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "safepatch", *map(str, words)], capture_output=True, text=True, cwd=ROOT, env=environment
+    )
+    assert done.returncode == expect, done.stderr[-2000:]
+    if not expect:
+        return done.stdout
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1
+    assert "Traceback" not in done.stderr
+    return lines[0]
+
+
+@pytest.fixture
+def other_architecture(tmp_path: Path) -> Path:
+    info = PatchInfo(
+        kind="control",
+        instructions={"weapons": "no weapons"},
+        fingerprint={"block_out_channels": [320, 640, 1280, 1280], "cross_attention_dim": 768},
+        base={"family": "sd1"},
+        config={"sees": "instruction"},
+    )
+    return PatchArtifact({"control.zero_mid.weight.delta": torch.zeros(2, 2)}, info).save(tmp_path / "sd1.safetensors")
+
+
+def test_dry_run_prints_every_field_and_trains_nothing(tmp_path: Path) -> None:
+    printed = run("train", "configs/patches/weapons.yaml", "training.steps=7", f"output={tmp_path}/run", "--dry-run")
+    assert "steps: 7" in printed
+    assert "preservation:" in printed
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("train", "configs/patches/weapons.yaml", "training.stepz=5"), "did you mean 'steps'"),
+        (("train", "configs/patches/weapons.yaml", "category=weapon"), "did you mean 'weapons'"),
+        (("train", "configs/patches/weapons.yaml", "training.steps=0"), "at least 1"),
+        (("train", "configs/patches/weapons.yaml", "objective.name=safe_controll"), "did you mean 'safe_control'"),
+        (("train", "configs/nowhere.yaml"), "nowhere.yaml"),
+        (("verify", "nowhere.safetensors"), "nowhere.safetensors"),
+        (("inspect", "README.md"), "README.md"),
+        (("generate", "--prompt", " ", "-o", "x.png"), "prompt is empty"),
+        (("generate", "--prompt", "a knife", "-o", "x.png", "--model", "tiny-sdd"), "did you mean 'tiny-sd'"),
+        (("generate", "--prompt", "a knife", "-o", "x.png", "--model", "./nowhere"), "nowhere"),
+    ],
+)
+def test_a_mistake_is_one_line_that_says_what_to_do(words: tuple[str, ...], says: str) -> None:
+    assert says in run(*words, expect=2)
+
+
+def test_an_altered_and_a_truncated_patch_are_refused(tmp_path: Path) -> None:
+    data = bytearray(WEAPONS.read_bytes())
+    whole = tmp_path / "whole.safetensors"
+    whole.write_bytes(data)
+    assert "ok" in run("verify", whole)  # control: the untouched copy passes
+    data[-5] ^= 1
+    (tmp_path / "altered.safetensors").write_bytes(data)
+    (tmp_path / "cut.safetensors").write_bytes(data[: len(data) // 2])
+    assert "altered.safetensors" in run("verify", tmp_path / "altered.safetensors", expect=2)
+    assert "cut.safetensors" in run("verify", tmp_path / "cut.safetensors", expect=2)
+
+
+def test_a_patch_for_another_architecture_is_refused(tmp_path: Path, other_architecture: Path) -> None:
+    out = tmp_path / "x.png"
+    error = run("generate", "--prompt", "a knife", "-o", out, "--patch", other_architecture, expect=2)
+    assert "sd1" in error
+    assert "tiny-sd" in error
+    assert not out.exists()
+
+
+def test_inspect_as_json_names_categories_and_kind() -> None:
+    info = json.loads(run("inspect", WEAPONS, "--json"))
+    assert list(info["instructions"]) == ["weapons"]
+    assert info["kind"] == "control"
+
+
+def test_merge_then_generate_writes_an_image(tmp_path: Path) -> None:
+    merged, image = tmp_path / "both.safetensors", tmp_path / "out.png"
+    run("merge", WEAPONS, ROOT / "patches" / "alcohol" / "alcohol.safetensors", "-o", merged)
+    words = ("generate", "--model", "tiny-sd", "--patch", merged, "--prompt", "a knife next to a cat", "--steps", "3")
+    run(*words, "-o", image)
+    assert image.read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_unwritable_output_is_one_line() -> None:
+    assert "cannot write" in run("generate", "--prompt", "a cat", "--steps", "1", "-o", "/proc/nowhere/x.png", expect=2)

@@ -1,0 +1,26 @@
+"""The examples run as they stand."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("example", sorted(path.name for path in (ROOT / "examples").glob("*.py")))
+def test_example_runs(example: str) -> None:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, f"examples/{example}"], capture_output=True, text=True, cwd=ROOT, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_examples_are_short_and_end_in_an_assertion() -> None:
+    for path in (ROOT / "examples").glob("*.py"):
+        lines = path.read_text().splitlines()
+        assert len(lines) <= 40
+        assert lines[-1].startswith("assert")

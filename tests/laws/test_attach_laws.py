@@ -1,0 +1,530 @@
+"""Laws 1, 2 and 11, for every patch kind: off means off, removed means gone, bypassed means no image.
+
+Beside them the rules of attaching: what stacks, which rows are corrected, and which pipelines it works in.
+"""
+
+import gc
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import permutations
+
+import pytest
+import torch
+from diffusers import (
+    ControlNetModel,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPAGPipeline,
+    StableDiffusionPipeline,
+)
+from PIL import Image
+from torch import Tensor
+
+from safepatch.artifact import PatchArtifact
+from safepatch.diffusion import quiet
+from safepatch.errors import ConfigError, PatchBypassed
+from safepatch.patch import PATCH_KINDS
+from safepatch.runtime.apply import DOWN, MID, Handle, apply, attach
+from tests.small import (
+    INSTRUCTION,
+    PROMPTS,
+    SEEDS,
+    images,
+    new_artifact,
+    new_patch,
+    new_small_pipe,
+    new_small_unet,
+    rows,
+    same_residuals,
+    spied,
+)
+
+every_kind = pytest.mark.parametrize("kind", sorted(PATCH_KINDS))
+HOOK_TABLES = [f"_forward{pre}_hooks{suffix}" for pre in ("", "_pre") for suffix in ("", "_with_kwargs")]
+PHOTO = Image.new("RGB", (64, 64), "orange")
+
+
+def hook_count(pipe: StableDiffusionPipeline) -> int:
+    """Entries in any hook table of any module of the pipeline."""
+    modules = [module for part in (pipe.unet, pipe.vae, pipe.text_encoder) for module in part.modules()]
+    return sum(
+        len(getattr(module, table)) for module in modules for table in (*HOOK_TABLES, "_forward_hooks_always_called")
+    )
+
+
+def weights(pipe: StableDiffusionPipeline) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in pipe.unet.state_dict().items()}
+
+
+def same_weights(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+@torch.no_grad()
+def call(pipe: StableDiffusionPipeline, **kwargs: object) -> dict:
+    """What reached the UNet, and its output, in one direct call on two random rows."""
+    sample, timesteps, states = rows()
+    with spied(pipe.unet) as calls:
+        pipe.unet(sample, timesteps, encoder_hidden_states=states, **kwargs)
+    return calls[0]
+
+
+def given(seen: dict) -> tuple[tuple[Tensor, ...], Tensor]:
+    """The residuals of one spied call."""
+    return seen[DOWN], seen[MID]
+
+
+def plus(*residuals: tuple[tuple[Tensor, ...], Tensor]) -> tuple[tuple[Tensor, ...], Tensor]:
+    return tuple(sum(parts) for parts in zip(*(down for down, _ in residuals), strict=True)), sum(
+        mid for _, mid in residuals
+    )
+
+
+def each(residuals: tuple[tuple[Tensor, ...], Tensor]) -> tuple[Tensor, ...]:
+    return (*residuals[0], residuals[1])
+
+
+# ---- law 1: off is off -----------------------------------------------------------------------------------------
+
+
+def zero(artifact: PatchArtifact) -> PatchArtifact:
+    return replace(artifact, tensors={name: torch.zeros_like(tensor) for name, tensor in artifact.tensors.items()})
+
+
+SILENT: dict[str, Callable[[StableDiffusionPipeline, str], Handle]] = {
+    "scale 0": lambda pipe, kind: apply(pipe, new_artifact(pipe.unet, kind), scale=0),
+    "a zero artifact": lambda pipe, kind: apply(pipe, zero(new_artifact(pipe.unet, kind))),
+    "a fresh patch": lambda pipe, kind: attach(pipe, new_patch(pipe.unet, kind, seed=None), [INSTRUCTION]),
+    "a fresh artifact": lambda pipe, kind: apply(pipe, new_artifact(pipe.unet, kind, seed=None)),
+}
+
+
+@every_kind
+@pytest.mark.parametrize("silent", sorted(SILENT))
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
+def test_a_silent_patch_changes_no_bit(small_pipe, kind, silent, guidance_scale):
+    base = images(small_pipe, guidance_scale)
+    with SILENT[silent](small_pipe, kind) as handle:
+        assert torch.equal(images(small_pipe, guidance_scale), base)
+    assert handle.stats.patched_calls == 2  # control: it was asked, and was silent
+    with apply(small_pipe, new_artifact(small_pipe.unet, kind)):
+        assert not torch.equal(images(small_pipe, guidance_scale), base)  # control: an awake patch is not
+
+
+@every_kind
+def test_attaching_draws_nothing_from_the_global_generator(small_pipe, kind):
+    """Whoever seeds globally gets the same starting noise with a patch as without."""
+    artifact = new_artifact(small_pipe.unet, kind)
+    before = torch.get_rng_state()
+    with apply(small_pipe, artifact):
+        images(small_pipe)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@every_kind
+def test_scale_can_be_changed_between_calls(small_pipe, kind):
+    base = images(small_pipe)
+    with apply(small_pipe, new_artifact(small_pipe.unet, kind), scale=0.5) as handle:
+        half = images(small_pipe)
+        handle.scale = 1.0
+        whole = images(small_pipe)
+        handle.scale = 0
+        off = images(small_pipe)
+        handle.scale = 0.5
+        again = images(small_pipe)
+    assert torch.equal(off, base)
+    assert torch.equal(again, half)
+    assert not torch.equal(half, base)  # control
+    assert not torch.equal(half, whole)
+
+
+@every_kind
+def test_scale_multiplies_the_residuals(small_pipe, kind):
+    with apply(small_pipe, new_artifact(small_pipe.unet, kind)) as handle:
+        whole = given(call(small_pipe))
+        handle.scale = 0.5
+        half = given(call(small_pipe))
+    assert same_residuals(plus(half, half), whole)
+
+
+def test_a_negative_scale_is_refused(small_pipe):
+    with pytest.raises(ConfigError, match="scale must be 0"):
+        apply(small_pipe, new_artifact(small_pipe.unet), scale=-1)
+    assert hook_count(small_pipe) == 0
+
+
+# ---- law 2: removed is gone ------------------------------------------------------------------------------------
+
+
+@every_kind
+def test_removing_restores_every_bit_and_leaves_no_hook(small_pipe, kind):
+    base, before = images(small_pipe), weights(small_pipe)
+    handle = apply(small_pipe, new_artifact(small_pipe.unet, kind))
+    assert not torch.equal(images(small_pipe), base)  # control
+    assert hook_count(small_pipe) > 0  # control
+    assert small_pipe.unet.state_dict().keys() == before.keys()  # also while attached
+    handle.remove()
+    handle.remove()  # twice is harmless
+    assert torch.equal(images(small_pipe), base)
+    assert same_weights(weights(small_pipe), before)
+    assert hook_count(small_pipe) == 0
+
+
+@every_kind
+@pytest.mark.parametrize("order", list(permutations(range(3))))
+def test_several_patches_come_off_in_any_order(small_pipe, kind, order):
+    base, before = images(small_pipe), weights(small_pipe)
+    artifacts = [new_artifact(small_pipe.unet, kind, seed) for seed in range(3)]
+    handles = [apply(small_pipe, artifact) for artifact in artifacts]
+    for index in order[:2]:
+        handles[index].remove()
+    other = new_small_pipe()
+    with apply(other, artifacts[order[2]]):
+        expected = images(other)
+    assert torch.equal(images(small_pipe), expected)  # the one left acts as if it had always been alone
+    assert not torch.equal(expected, base)  # control
+    handles[order[2]].remove()
+    assert torch.equal(images(small_pipe), base)
+    assert same_weights(weights(small_pipe), before)
+    assert hook_count(small_pipe) == 0
+
+
+@every_kind
+def test_a_body_that_raises_is_left_clean(small_pipe, kind):
+    base = images(small_pipe)
+    with pytest.raises(ZeroDivisionError), apply(small_pipe, new_artifact(small_pipe.unet, kind)):
+        assert not torch.equal(images(small_pipe), base)  # control
+        raise ZeroDivisionError
+    assert torch.equal(images(small_pipe), base)
+    assert hook_count(small_pipe) == 0
+
+
+def test_hooks_of_others_stay(small_pipe):
+    seen = []
+    own = small_pipe.unet.register_forward_pre_hook(lambda *_: seen.append(1))
+    with apply(small_pipe, new_artifact(small_pipe.unet)):
+        assert hook_count(small_pipe) > 1  # control
+    assert hook_count(small_pipe) == 1
+    call(small_pipe)
+    assert seen
+    own.remove()
+
+
+def test_a_mismatched_patch_leaves_no_hook(small_pipe):
+    other = new_artifact(new_small_unet(layers_per_block=2))
+    with pytest.raises(Exception, match="this patch is for") as caught:
+        apply(small_pipe, other)
+    assert "\n" not in str(caught.value)
+    assert hook_count(small_pipe) == 0
+
+
+def test_is_active_says_whether_the_patch_still_hangs_on_the_pipeline(small_pipe):
+    handle = apply(small_pipe, new_artifact(small_pipe.unet))
+    assert handle.is_active
+    unet, small_pipe.unet = small_pipe.unet, new_small_unet()
+    assert not handle.is_active
+    small_pipe.unet = unet
+    assert handle.is_active
+    handle.remove()
+    assert not handle.is_active
+
+
+def test_a_patch_does_not_keep_the_pipeline_alive():
+    pipe = new_small_pipe()
+    handle = apply(pipe, new_artifact(pipe.unet))
+    del pipe
+    gc.collect()
+    assert handle._pipe() is None
+    assert not handle.is_active
+    handle.remove()
+
+
+# ---- stacking --------------------------------------------------------------------------------------------------
+
+
+@every_kind
+def test_two_patches_add_up(small_pipe, kind):
+    artifacts = [new_artifact(small_pipe.unet, kind, seed) for seed in (1, 2)]
+    alone = []
+    for artifact in artifacts:
+        with apply(small_pipe, artifact):
+            alone.append(given(call(small_pipe)))
+    with apply(small_pipe, artifacts[0]), apply(small_pipe, artifacts[1]):
+        both = given(call(small_pipe))
+    assert same_residuals(both, plus(*alone))
+    assert not same_residuals(*alone)  # control
+
+
+@every_kind
+def test_a_patch_attached_over_another_copies_none_of_its_hooks(small_pipe, kind):
+    with apply(small_pipe, new_artifact(small_pipe.unet, kind, seed=1)) as first:
+        assert hook_count(small_pipe) > 0  # control: there are hooks to copy
+        second = PATCH_KINDS[kind].from_unet(small_pipe.unet, "instruction")
+        assert not [m for m in second.modules() for table in HOOK_TABLES if getattr(m, table)]
+        calls = first.stats.unet_calls
+        second(*rows(), torch.randn(1, 5, 192))
+        assert first.stats.unet_calls == calls
+    assert hook_count(small_pipe) == 0
+
+
+def test_residuals_already_there_are_added_to(small_pipe):
+    with apply(small_pipe, new_artifact(small_pipe.unet)) as handle:
+        own = given(call(small_pipe))
+        handle.scale = 0
+        others = (tuple(torch.randn_like(r) for r in own[0]), torch.randn_like(own[1]))
+        untouched = call(small_pipe, **{DOWN: others[0], MID: others[1]})
+        handle.scale = 1
+        summed = call(small_pipe, **{DOWN: list(others[0]), MID: others[1]})
+    assert same_residuals(given(untouched), others)  # control
+    assert same_residuals(given(summed), plus(others, own))
+    assert not torch.equal(summed["output"], untouched["output"])
+
+
+def test_too_few_residuals_are_an_error_and_not_cut_off(small_pipe):
+    with apply(small_pipe, new_artifact(small_pipe.unet)):
+        down, mid = given(call(small_pipe))
+        with pytest.raises(ConfigError, match=f"passes {len(down) - 1} skip residuals, the patch makes {len(down)}"):
+            call(small_pipe, **{DOWN: down[:-1], MID: mid})
+
+
+# ---- which rows are corrected ----------------------------------------------------------------------------------
+
+
+@every_kind
+@pytest.mark.parametrize("negative", [None, "a knife"])
+def test_under_guidance_the_negative_rows_are_the_bases(small_pipe, kind, negative):
+    with spied(small_pipe.unet) as base:
+        images(small_pipe, 4.0, negative)
+    with apply(small_pipe, new_artifact(small_pipe.unet, kind)), spied(small_pipe.unet) as patched:
+        images(small_pipe, 4.0, negative)
+    assert torch.equal(base[0]["sample"], patched[0]["sample"])  # control: one noise
+    assert all(not r[:2].any() and r[2:].any() for seen in patched for r in each(given(seen)))
+    assert torch.equal(patched[0]["output"][:2], base[0]["output"][:2])
+    assert not torch.equal(patched[0]["output"][2:], base[0]["output"][2:])  # control
+
+
+@every_kind
+def test_without_guidance_every_row_is_corrected(small_pipe, kind):
+    with apply(small_pipe, new_artifact(small_pipe.unet, kind)), spied(small_pipe.unet) as calls:
+        images(small_pipe, 1.0)
+    assert all(len(r) == 2 and r[0].any() and r[1].any() for seen in calls for r in each(given(seen)))
+
+
+def test_guidance_of_an_earlier_image_leaves_no_row_uncorrected(small_pipe):
+    """A pipeline keeps its last guidance scale; another pipeline, or a direct call, on the same UNet has its own."""
+    other = quiet(StableDiffusionImg2ImgPipeline.from_pipe(small_pipe))
+    with apply(small_pipe, new_artifact(small_pipe.unet)):
+        images(small_pipe, 4.0)
+        assert small_pipe.do_classifier_free_guidance  # control: still set
+        with spied(small_pipe.unet) as calls:
+            other(
+                list(PROMPTS), image=PHOTO, num_inference_steps=2, strength=1.0, guidance_scale=1.0, output_type="pt",
+                generator=[torch.Generator().manual_seed(seed) for seed in SEEDS],
+            )  # fmt: skip
+        calls.append(call(small_pipe))
+    assert all(r[0].any() and r[1].any() for seen in calls for r in each(given(seen)))
+
+
+def test_perturbed_attention_guidance_has_its_negative_rows_left_alone_too(small_pipe):
+    pipe = quiet(
+        StableDiffusionPAGPipeline(**small_pipe.components, pag_applied_layers=["mid"], requires_safety_checker=False)
+    )
+    with apply(pipe, new_artifact(pipe.unet)), spied(pipe.unet) as calls:
+        pipe(PROMPTS[0], num_inference_steps=2, guidance_scale=4.0, pag_scale=1.0, output_type="pt")
+    assert all(
+        len(r) == 3 and not r[0].any() and r[1].any() and r[2].any() for seen in calls for r in each(given(seen))
+    )
+
+
+def test_text_first_layouts_are_corrected_in_full(small_pipe):
+    """InstructPix2Pix lays out [text, image, uncond]: for two images no part may be mistaken for a negative prompt."""
+    sample, _, states = rows(2)
+    with apply(small_pipe, new_artifact(small_pipe.unet)):
+        images(small_pipe, 4.0)
+        with torch.no_grad(), spied(small_pipe.unet) as calls:
+            small_pipe.unet(sample.repeat(3, 1, 1, 1), 500, encoder_hidden_states=states.repeat(3, 1, 1))
+    assert all(row.any() for r in each(given(calls[0])) for row in r)
+
+
+# ---- pipelines and calls it works in ---------------------------------------------------------------------------
+
+
+def test_img2img_from_pipe_is_patched_and_restored(small_pipe):
+    pipe = quiet(StableDiffusionImg2ImgPipeline.from_pipe(small_pipe))
+
+    def draw() -> Tensor:
+        options = {"num_inference_steps": 4, "strength": 0.5, "guidance_scale": 4.0, "output_type": "pt"}
+        return pipe(PROMPTS[0], image=PHOTO, generator=torch.Generator().manual_seed(0), **options).images
+
+    base = draw()
+    for target in (pipe, small_pipe):  # attached to the new pipeline, or to the one it came from
+        with apply(target, new_artifact(small_pipe.unet)) as handle:
+            assert not torch.equal(draw(), base)
+            assert handle.stats.patched_calls == handle.stats.unet_calls == 2
+        assert torch.equal(draw(), base)
+
+
+def test_a_patch_survives_from_pipe(small_pipe):
+    base = images(small_pipe)
+    with apply(small_pipe, new_artifact(small_pipe.unet)):
+        other = quiet(StableDiffusionPipeline.from_pipe(small_pipe))
+        assert not torch.equal(images(other), base)
+
+
+def test_controlnet_pipelines_keep_their_control(small_pipe):
+    torch.manual_seed(0)
+    controlnet = ControlNetModel.from_unet(small_pipe.unet, conditioning_embedding_out_channels=(16, 32, 96))
+    for conv in (*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block):
+        torch.nn.init.normal_(conv.weight, std=0.1)
+    pipe = quiet(
+        StableDiffusionControlNetPipeline(**small_pipe.components, controlnet=controlnet, requires_safety_checker=False)
+    )
+
+    def seen() -> list[dict]:
+        with spied(pipe.unet) as calls:
+            generator = torch.Generator().manual_seed(0)
+            pipe(PROMPTS[0], PHOTO, num_inference_steps=1, guidance_scale=4.0, output_type="pt", generator=generator)
+        return calls
+
+    base = given(seen()[0])
+    with apply(pipe, new_artifact(pipe.unet)):
+        patched = given(seen()[0])
+    for with_patch, control in zip(each(patched), each(base), strict=True):
+        assert control.any()  # control
+        assert torch.equal(with_patch[0], control[0])  # the negative row keeps the ControlNet's residual alone
+        assert not torch.equal(with_patch[1], control[1])
+
+
+@every_kind
+def test_a_patch_of_the_text_to_image_model_works_in_inpainting(small_pipe, kind):
+    """Inpainting UNets take mask and masked image too: 9 input channels. A patch reads the latents only."""
+    unet = new_small_unet(in_channels=9)
+    with torch.no_grad():
+        unet.load_state_dict({**small_pipe.unet.state_dict(), "conv_in.weight": unet.conv_in.weight})
+    parts = {**small_pipe.components, "unet": unet}
+    pipe = quiet(StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False))
+
+    def draw() -> Tensor:
+        options = {"num_inference_steps": 2, "guidance_scale": 4.0, "output_type": "pt", "height": 64, "width": 64}
+        generator = torch.Generator().manual_seed(0)
+        return pipe(
+            PROMPTS[0], image=PHOTO, mask_image=Image.new("L", (64, 64), 255), generator=generator, **options
+        ).images
+
+    base, artifact = draw(), new_artifact(small_pipe.unet, kind)
+    with apply(pipe, artifact):
+        assert not torch.equal(draw(), base)
+    assert torch.equal(draw(), base)
+    with apply(pipe, zero(artifact)):
+        assert torch.equal(draw(), base)
+
+
+@every_kind
+def test_timesteps_may_come_in_any_form(small_pipe, kind):
+    sample, _, states = rows()
+    forms = (500, 500.0, torch.tensor(500), torch.tensor([500]), torch.tensor([500, 500]), torch.tensor(500.0))
+    with torch.no_grad(), apply(small_pipe, new_artifact(small_pipe.unet, kind)), spied(small_pipe.unet) as calls:
+        for form in forms:
+            small_pipe.unet(sample, form, encoder_hidden_states=states)
+        small_pipe.unet(sample, 501, states)  # control, and states given by position
+    first, *others, control = [given(seen) for seen in calls]
+    assert all(same_residuals(other, first) for other in others)
+    assert not same_residuals(control, first)
+
+
+@every_kind
+@pytest.mark.parametrize("tokens", [1, 24, 60])
+def test_text_states_may_have_any_length(small_pipe, kind, tokens):
+    sample, timesteps, states = rows(tokens=tokens)
+    with torch.no_grad(), apply(small_pipe, new_artifact(small_pipe.unet, kind)), spied(small_pipe.unet) as calls:
+        small_pipe.unet(sample, timesteps, encoder_hidden_states=states)
+    assert all(r.any() for r in each(given(calls[0])))
+
+
+def test_a_half_precision_host_gets_residuals_of_its_own_dtype(small_pipe):
+    artifact = new_artifact(small_pipe.unet)
+    small_pipe.to(torch.bfloat16)
+    with apply(small_pipe, artifact), spied(small_pipe.unet) as calls:
+        images(small_pipe)
+    assert {r.dtype for r in each(given(calls[0]))} == {torch.bfloat16}
+
+
+# ---- law 11: bypassed is no image ------------------------------------------------------------------------------
+
+
+def bypass_by_forward(pipe: StableDiffusionPipeline) -> None:
+    """One UNet call that runs no hook of the UNet, then an image."""
+    with torch.no_grad():
+        latents = pipe.unet.forward(*rows()[:2], rows()[2]).sample
+        pipe.vae.decode(latents)
+
+
+def bypass_by_replacing(pipe: StableDiffusionPipeline) -> None:
+    unet, pipe.unet = pipe.unet, new_small_unet()
+    try:
+        images(pipe)
+    finally:
+        pipe.unet = unet
+
+
+BYPASSES = {"unet.forward": bypass_by_forward, "another pipe.unet": bypass_by_replacing}
+
+
+@every_kind
+@pytest.mark.parametrize("bypass", sorted(BYPASSES))
+def test_an_image_made_without_the_patch_is_refused(small_pipe, kind, bypass):
+    artifact = new_artifact(small_pipe.unet, kind)
+    with apply(small_pipe, artifact):
+        images(small_pipe)  # control: what is patched is not refused
+        with pytest.raises(PatchBypassed) as caught:
+            BYPASSES[bypass](small_pipe)
+        assert "\n" not in str(caught.value)
+        images(small_pipe)  # nor is what is patched again
+    with apply(small_pipe, artifact, fail_closed=False):
+        BYPASSES[bypass](small_pipe)
+    BYPASSES[bypass](small_pipe)  # control: without a patch there is nothing to bypass
+
+
+def test_a_pipeline_that_calls_forward_itself_is_refused(small_pipe, monkeypatch):
+    forward = small_pipe.unet.forward
+    with apply(small_pipe, new_artifact(small_pipe.unet)):
+        monkeypatch.setattr(type(small_pipe.unet), "__call__", lambda _, *args, **kwargs: forward(*args, **kwargs))
+        with pytest.raises(PatchBypassed, match="ran 2 times without its patch"):
+            images(small_pipe)
+
+
+def test_decoding_alone_is_no_bypass(small_pipe):
+    with torch.no_grad(), apply(small_pipe, new_artifact(small_pipe.unet)):
+        small_pipe.vae.decode(torch.randn(1, 4, 8, 8))
+
+
+def test_encoding_is_no_place_to_refuse(small_pipe):
+    with torch.no_grad(), apply(small_pipe, new_artifact(small_pipe.unet)):
+        small_pipe.unet.forward(*rows()[:2], rows()[2])
+        small_pipe.vae.encode(torch.randn(1, 3, 16, 16))
+        with pytest.raises(PatchBypassed):
+            small_pipe.vae.decode(torch.randn(1, 4, 8, 8))
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_call_that_failed_in_the_patch_hides_no_later_bypass(small_pipe, monkeypatch, error):
+    def fail(*_: object) -> None:
+        raise error
+
+    with apply(small_pipe, new_artifact(small_pipe.unet)) as handle:
+        with monkeypatch.context() as patched:
+            patched.setattr(handle._patch, "forward", fail)
+            with pytest.raises(error):
+                images(small_pipe)
+        with pytest.raises(PatchBypassed):
+            bypass_by_forward(small_pipe)
+
+
+def test_every_patch_of_several_is_watched(small_pipe):
+    artifacts = [new_artifact(small_pipe.unet, seed=seed) for seed in (1, 2)]
+    with apply(small_pipe, artifacts[0]) as first, apply(small_pipe, artifacts[1], fail_closed=False):
+        images(small_pipe)
+        first._hooks[0].remove()  # somebody takes the first one's hook off
+        with pytest.raises(PatchBypassed):
+            images(small_pipe)

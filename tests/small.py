@@ -1,0 +1,148 @@
+"""A small random pipeline and what the tests need around it: seconds to build, milliseconds to run.
+
+It has the embedded model's layout (tokenizer, 192 wide text states, 16 x 16 latents, v-prediction) and none of its
+training, so it shows that mechanisms work, never that a patch is any good.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from safepatch.artifact import PatchArtifact
+from safepatch.diffusion import Components, generate, quiet
+from safepatch.patch import PATCH_KINDS, Patch
+from safepatch.patch.files import to_artifact
+from safepatch.tiny.text import MAX_TOKENS, WIDTH, new_tokenizer
+from safepatch.tiny.unet import assemble
+
+INSTRUCTION = "no weapons, show harmless tools instead"
+PROMPTS, SEEDS = ("a knife next to a cat", "a picture of a dog"), (1, 2)
+
+
+def new_small_unet(**overrides: Any) -> UNet2DConditionModel:
+    """A random UNet in the embedded model's layout, narrow; `overrides` change its configuration."""
+    options = {
+        "sample_size": 16,
+        "block_out_channels": (16, 32, 32),
+        "layers_per_block": 1,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "cross_attention_dim": WIDTH,
+        "attention_head_dim": 4,
+        "norm_num_groups": 8,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return UNet2DConditionModel(**{**options, **overrides}).eval()
+
+
+def _new_vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 8, 16),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=64,
+        mid_block_add_attention=False,
+    )
+
+
+def _new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=64,
+        projection_dim=WIDTH,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        max_position_embeddings=MAX_TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        attn_implementation="eager",
+    )
+    return CLIPTextModel(config)
+
+
+@cache
+def _parts() -> Components:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        tokenizer = new_tokenizer()
+        vae, text_encoder = _new_vae().eval(), _new_text_encoder(tokenizer).eval()
+    return Components(new_small_unet(), vae, text_encoder, tokenizer, scheduler=None)
+
+
+def new_small_pipe(unet: UNet2DConditionModel | None = None) -> StableDiffusionPipeline:
+    """A pipeline of its own: equal weights every time, nothing shared but the tokenizer."""
+    parts = _parts()
+    vae, text_encoder = copy.deepcopy((parts.vae, parts.text_encoder))
+    return quiet(assemble(unet or copy.deepcopy(parts.unet), vae, text_encoder, parts.tokenizer))
+
+
+@torch.no_grad()
+def awaken(patch: Patch, seed: int = 0, size: float = 0.1) -> Patch:
+    """The patch with noise of standard deviation `size` on every weight, so that it does change images."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in patch.parameters():
+        parameter.add_(size * torch.randn(parameter.shape, generator=generator))
+    return patch.eval().requires_grad_(False)
+
+
+def new_patch(unet: nn.Module, kind: str = "control", sees: str = "instruction+prompt", seed: int | None = 0) -> Patch:
+    """A patch of `kind` on `unet`, awake, or fresh when `seed` is None."""
+    patch = PATCH_KINDS[kind].from_unet(unet, sees).eval()
+    return patch if seed is None else awaken(patch, seed)
+
+
+def new_artifact(unet: nn.Module, kind: str = "control", seed: int | None = 0) -> PatchArtifact:
+    """That patch as an artifact, float32."""
+    return to_artifact(new_patch(unet, kind, seed=seed), unet, {"weapons": INSTRUCTION})
+
+
+def images(pipe: StableDiffusionPipeline, guidance_scale: float = 4.0, negative: str | None = None) -> Tensor:
+    """Two images in two steps, (2, 3, 64, 64)."""
+    negatives = [negative] * len(PROMPTS) if negative else None
+    return generate(pipe, PROMPTS, SEEDS, steps=2, guidance_scale=guidance_scale, negative_prompts=negatives)
+
+
+def rows(n: int = 2, channels: int = 4, tokens: int = MAX_TOKENS, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Random noisy latents (n, channels, 16, 16), integer timesteps (n,) and text states (n, tokens, 192)."""
+    generator = torch.Generator().manual_seed(seed)
+    sample = torch.randn(n, channels, 16, 16, generator=generator)
+    timesteps = torch.randint(0, 1000, (n,), generator=generator)
+    return sample, timesteps, torch.randn(n, tokens, WIDTH, generator=generator)
+
+
+def same_residuals(left: tuple[tuple[Tensor, ...], Tensor], right: tuple[tuple[Tensor, ...], Tensor]) -> bool:
+    """Whether two patches' residuals, or what two UNet calls were given, are equal in every bit."""
+    pairs = zip((*left[0], left[1]), (*right[0], right[1]), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+@contextmanager
+def spied(unet: nn.Module) -> Iterator[list[dict[str, Any]]]:
+    """The keyword arguments, and as `output` the prediction, of every UNet call, as they are after all patches."""
+    calls: list[dict[str, Any]] = []
+
+    def arrive(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        calls.append({**dict(zip(("sample", "timestep"), args, strict=False)), **kwargs})
+
+    def leave(_: nn.Module, args: tuple, output: Any) -> None:
+        calls[-1]["output"] = output[0]
+
+    hooks = unet.register_forward_pre_hook(arrive, with_kwargs=True), unet.register_forward_hook(leave)
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
