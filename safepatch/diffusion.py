@@ -42,6 +42,12 @@ class Components:
             module.eval().requires_grad_(False)
         return self
 
+    def to(self, device: torch.device) -> "Components":
+        """Move every module to `device`; returns itself."""
+        for module in (self.unet, self.vae, self.text_encoder):
+            module.to(device)
+        return self
+
 
 def load(source: str | Path) -> StableDiffusionPipeline:
     """A pipeline from a diffusers folder, a single `.safetensors` file, or a Hub id.
@@ -144,7 +150,8 @@ def training_target(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: T
 @torch.no_grad()
 def encode_images(vae: AutoencoderKL, images: Tensor) -> Tensor:
     """Scaled latents (B, 4, h, w) of images in [0, 1], shape (B, 3, H, W): the mode of the posterior."""
-    return vae.encode(images * 2 - 1).latent_dist.mode() * vae.config["scaling_factor"]
+    pixels = (images * 2 - 1).to(vae.device, vae.dtype)
+    return vae.encode(pixels).latent_dist.mode() * vae.config["scaling_factor"]
 
 
 @torch.no_grad()

@@ -43,16 +43,16 @@ PER_CATEGORY_BASE: dict[str, Measure] = {
 
 def build_table(out: Path, n: int) -> str:
     """Measure everything with `n` images per rate, write `out/table.json`, and return the table as markdown."""
-    patches = {name: PatchArtifact.open(shipped_patch(name)) for name in CATEGORIES}
+    index = json.loads((PATCHES / "index.json").read_text())
+    patches = {name: PatchArtifact.open(shipped_patch(name)) for name in CATEGORIES if name in index}
     bench = Bench(BASE, load_pipeline(BASE), embedded_detector(), Protocol(n=n))
     table: Table = {"n": n, **detector_figures(bench.detector, Components.of(bench.pipe), max(n, 200))}
     table["base_prompt_accuracy"] = suite.prompt_accuracy(bench, None).value
     for field, measure in {**PER_CATEGORY_BASE, **PER_PATCH}.items():
         print(f"measuring {field}")
-        table[field] = {name: measure(bench, CATEGORIES[name], patches[name]).value for name in CATEGORIES}
+        table[field] = {name: measure(bench, CATEGORIES[name], patches[name]).value for name in patches}
     table.update(sibling_figures(patches, bench))
     table["merged_unsafe_rate"] = merged_figures(out, n)
-    index = json.loads((PATCHES / "index.json").read_text())
     table["train_minutes"] = {name: index[name]["train_minutes"] for name in patches}
     table["patch_mb"] = {name: shipped_patch(name).stat().st_size / 1e6 for name in patches}
     out.mkdir(parents=True, exist_ok=True)

@@ -50,7 +50,7 @@ class PairsConfig:
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt with the scene it describes; `scene` is None for the empty prompt's free latents."""
+    """One prompt with the scene it describes; the empty prompt comes with any benign scene."""
 
     text: str
     scene: Scene

@@ -12,8 +12,11 @@ from safepatch.tiny.world import BENIGN, HELDOUT, KNOWN, Wording
 
 # Whoever is named by one of these is, or may be, under age. Such a prompt is never used, whatever it asks for.
 _MINORS = re.compile(
-    r"\b(child(ren)?|kid(s|die|dies)?|minors?|under-?age[d]?|infants?|bab(y|ies)|toddlers?|teen(s|age|aged|ager|agers)?"
-    r"|pre-?teens?|boys?|girls?|schoolboys?|schoolgirls?|juveniles?|adolescents?|lolita?s?|shotas?)\b",
+    r"\b((school)?(child(ren)?|kids?|boys?|girls?)|kid(do|dos|die|dies)|minors?|under-?aged?|infants?|newborns?|bab(y|ies)"
+    r"|toddlers?|preschoolers?|youngsters?|tweens?|(pre-?)?teen(s|age|aged|ager|agers)?|juveniles?|adolescents?"
+    r"|lolis?|lolitas?|shotas?"
+    r"|(\d|1[0-7]|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|(thir|four|fif|six|seven)teen)"
+    r"[ -]?((years?|yrs?)[ -]?olds?|y/?o))\b",
     re.IGNORECASE,
 )
 

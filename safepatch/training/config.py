@@ -47,7 +47,7 @@ class TrainingConfig:
         tensorboard: also log to tensorboard (needs the extra of that name).
     """
 
-    steps: int = 600
+    steps: int = 300
     batch_size: int = 16
     learning_rate: float = 6e-4
     warmup: int = 30

@@ -6,7 +6,9 @@ killed and resumed ends in the same file as one that was not.
 
 import json
 import math
-from collections.abc import Iterator
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
@@ -53,7 +56,7 @@ class State:
 
     def load(self, path: Path) -> None:
         """Continue from `path`."""
-        saved = torch.load(path, weights_only=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
         self.patch.load_state_dict(saved["patch"])
         self.average.load_state_dict(saved["average"])
         self.optimizer.load_state_dict(saved["optimizer"])
@@ -64,7 +67,7 @@ def train(pipe: object, config: TrainConfig, bank: PairBank | None = None) -> Pa
     """Train the patch that `config` describes on the frozen `pipe` and return the path of its file.
 
     Args:
-        pipe: the base model's pipeline; it is not changed.
+        pipe: the base model's pipeline; its modules are frozen and moved to the device that trains, not changed.
         config: the run. Its `output` folder gets `<category>.safetensors`, `log.jsonl`, `config.json` and, until the
             run is done, `checkpoint.pt`, from which an interrupted run continues by itself.
         bank: the training data, when it is at hand; else it is built from `config.data`.
@@ -75,22 +78,26 @@ def train(pipe: object, config: TrainConfig, bank: PairBank | None = None) -> Pa
     """
     category = lookup(CATEGORIES, config.category, what="category")
     out = _output_folder(config)
-    components = Components.of(pipe).freeze()
-    bank = bank or build_bank(components, category, config.data)
     accelerator = _accelerator(config.training, out)
+    components = Components.of(pipe).freeze().to(accelerator.device)
+    bank = bank or build_bank(components, category, config.data)
     state = _fresh_state(components, config)
     checkpoint = out / "checkpoint.pt"
     if checkpoint.is_file():
         state.load(checkpoint)
     instruction = instruction_states(components, [category.instruction])
-    with _keeps_checkpoint(state, checkpoint, accelerator):
+    if accelerator.is_main_process:
+        _rewind_log(out, state.step)
+    with _ctrl_c_waits() as asked:
         for values in _steps(state, components, instruction, bank, config, accelerator):
             if accelerator.is_main_process:
                 _log(out, state.step, values, accelerator)
-                if state.step % config.training.checkpoint_every == 0:
+                if asked() or state.step % config.training.checkpoint_every == 0:
                     state.save(checkpoint)
                 if config.training.validate_every and state.step % config.training.validate_every == 0:
                     save_validation_grid(pipe, state.average.module, category, out / f"step{state.step:06d}.png")
+            if asked():
+                raise Interrupted(f"stopped at step {state.step}; {checkpoint} is kept, run the same command to resume")
     return _finish(state, components, config, out, checkpoint, accelerator)
 
 
@@ -169,6 +176,7 @@ def _fresh_state(components: Components, config: TrainConfig) -> State:
 
 
 def _accelerator(options: TrainingConfig, out: Path) -> Accelerator:
+    AcceleratorState._reset_state()  # it would refuse another precision than an earlier run's in the same process
     log_with = "tensorboard" if options.tensorboard else None
     accelerator = Accelerator(mixed_precision=options.mixed_precision, log_with=log_with, project_dir=out)
     if log_with:
@@ -183,26 +191,41 @@ def _output_folder(config: TrainConfig) -> Path:
         out.mkdir(parents=True, exist_ok=True)
         text = json.dumps(to_dict(config), indent=1, sort_keys=True) + "\n"
         record = out / "config.json"
-        if (out / "checkpoint.pt").is_file() and record.is_file() and record.read_text() != text:
-            raise SafepatchError(
-                f"{out} holds the checkpoint of another configuration; delete it or choose another output="
-            )
-        record.write_text(text)
+        if not record.is_file() or record.read_text() != text:  # another process may have written the same just now
+            if (out / "checkpoint.pt").is_file():
+                raise SafepatchError(
+                    f"{out} holds the checkpoint of another configuration; delete it or choose another output="
+                )
+            record.write_text(text)
     except OSError as error:
         raise SafepatchError(f"cannot write to {out} ({error.strerror}); choose another output=") from error
     return out
 
 
 @contextmanager
-def _keeps_checkpoint(state: State, checkpoint: Path, accelerator: Accelerator) -> Iterator[None]:
+def _ctrl_c_waits() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C only asks to stop, so that whole steps are kept; a second one stops at once, at the last checkpoint."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread gets signals
+        yield lambda: False
+        return
+    presses: list[int] = []
+
+    def ask(number: int, _: object) -> None:
+        presses.append(number)
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, ask)
     try:
-        yield
-    except KeyboardInterrupt:
-        if accelerator.is_main_process:
-            state.save(checkpoint)
-        raise Interrupted(
-            f"stopped at step {state.step}; {checkpoint} is kept, run the same command to resume"
-        ) from None
+        yield lambda: bool(presses)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _rewind_log(out: Path, step: int) -> None:
+    """Drop what an earlier run logged after `step`, where this one goes on."""
+    log = out / "log.jsonl"
+    lines = log.read_text().splitlines() if log.is_file() else []
+    log.write_text("".join(f"{line}\n" for line in lines[:step]))
 
 
 def _log(out: Path, step: int, values: dict[str, float], accelerator: Accelerator) -> None:

@@ -117,7 +117,7 @@ def test_a_missing_delta_counts_as_zero_and_an_unknown_one_is_refused(kind):
     less.load_deltas(unet, {other: delta for other, delta in deltas.items() if other != name})
     nulled.load_deltas(unet, {**deltas, name: torch.zeros_like(deltas[name])})
     assert same_residuals(residuals(less), residuals(nulled))
-    with pytest.raises(BaseMismatch, match="changes 'somewhere.else', which this model lacks"):
+    with pytest.raises(BaseMismatch, match=r"changes 'somewhere\.else', which this model lacks"):
         less.load_deltas(unet, {**deltas, "somewhere.else": torch.ones(1)})
 
 

@@ -1,0 +1,431 @@
+"""The trainer: what a run leaves behind, and that stopping it, in whatever way, does not change where it ends."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from safepatch.artifact import PatchArtifact, verify
+from safepatch.data.pairs import PairBank, PairsConfig, build_bank
+from safepatch.diffusion import Components
+from safepatch.errors import SafepatchError, UnknownName
+from safepatch.objectives import OBJECTIVES, SafeControlConfig
+from safepatch.patch import PATCH_KINDS
+from safepatch.runtime.apply import apply
+from safepatch.runtime.load import load_pipeline
+from safepatch.taxonomy import CATEGORIES
+from safepatch.training import trainer
+from safepatch.training.config import PatchConfig, TrainConfig, TrainingConfig
+from safepatch.training.trainer import Interrupted, learning_rate, train
+from tests.small import images, new_small_pipe
+
+ROOT = Path(__file__).parents[2]
+STEPS = 6
+TINY = TrainingConfig(steps=STEPS, batch_size=2, learning_rate=5e-3, warmup=2, checkpoint_every=1)
+PAIRS = PairsConfig(pairs=6)
+
+
+@pytest.fixture(scope="module")
+def bank() -> PairBank:
+    """Of six pairs; the trainer builds an equal one when it is given none."""
+    return build_bank(Components.of(new_small_pipe()).freeze(), CATEGORIES["weapons"], PAIRS)
+
+
+@dataclass(frozen=True)
+class Disturbed(SafeControlConfig):
+    """The objective, with something that happens in the middle of the step that computes the `when`-th loss."""
+
+    def loss(self, *inputs: object) -> dict[str, Tensor]:
+        """The losses, after whatever the test put into `happens`."""
+        losses = super().loss(*inputs)
+        happens.pop(0)()
+        return losses
+
+
+happens: list[Callable[[], object]] = []
+
+
+def nothing() -> None:
+    """What happens in an undisturbed step."""
+
+
+def config(out: Path, objective: object = None, **training: object) -> TrainConfig:
+    options = {"category": "weapons", "model": "small", "output": str(out), "data": PAIRS}
+    return TrainConfig(**options, objective=objective or SafeControlConfig(), training=replace(TINY, **training))
+
+
+def run(out: Path, bank: PairBank, objective: object = None, **training: object) -> PatchArtifact:
+    """Train on a pipeline of its own and open the file."""
+    return PatchArtifact.open(train(new_small_pipe(), config(out, objective, **training), bank))
+
+
+def logged(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(bank, tmp_path_factory) -> PatchArtifact:
+    return run(tmp_path_factory.mktemp("whole"), bank)
+
+
+# ---- what a run leaves -----------------------------------------------------------------------------------------
+
+
+def test_a_run_ends_in_a_file_a_log_and_its_configuration(tmp_path):
+    """Built from nothing but the configuration; the pipeline's weights stay as they were."""
+    pipe = new_small_pipe()
+    before = {name: tensor.clone() for name, tensor in pipe.unet.state_dict().items()}
+    path = train(pipe, config(tmp_path / "deep" / "run"))
+    assert path == tmp_path / "deep" / "run" / "weapons.safetensors"
+    assert sorted(item.name for item in path.parent.iterdir()) == ["config.json", "log.jsonl", "weapons.safetensors"]
+    assert verify(path).categories == ("weapons",)
+    assert [line["step"] for line in logged(path.parent)] == list(range(1, STEPS + 1))
+    assert all({"loss", "correct", "preserve"} < line.keys() for line in logged(path.parent))
+    assert json.loads((path.parent / "config.json").read_text())["training"]["steps"] == STEPS
+    assert all(torch.equal(tensor, before[name]) for name, tensor in pipe.unet.state_dict().items())
+    parameters = (p for part in (pipe.unet, pipe.vae, pipe.text_encoder) for p in part.parameters())
+    assert all(parameter.grad is None for parameter in parameters)
+
+
+def test_the_file_says_what_it_is_and_changes_images(uninterrupted, small_pipe):
+    info = uninterrupted.info
+    assert info.kind == "control"
+    assert info.instructions == {"weapons": CATEGORIES["weapons"].instruction}
+    assert (info.training["steps"], info.training["processes"]) == (STEPS, 1)
+    assert info.config["objective"]["name"] == "safe_control"
+    assert "output" not in info.config  # where it was trained is no part of what it is
+    assert uninterrupted.dtype == torch.float16
+    assert any(delta.any() for delta in uninterrupted.deltas().values())
+    base = images(small_pipe)
+    with apply(small_pipe, uninterrupted):
+        assert not torch.equal(images(small_pipe), base)
+    assert torch.equal(images(small_pipe), base)
+
+
+def test_equal_runs_give_equal_files_and_other_seeds_do_not(uninterrupted, bank, tmp_path):
+    torch.manual_seed(99)  # the global seed has no say
+    assert run(tmp_path / "again", bank).content_hash == uninterrupted.content_hash
+    other = run(tmp_path / "other", bank, seed=1)
+    assert not torch.equal(other.delta("control.zero_mid.weight"), uninterrupted.delta("control.zero_mid.weight"))
+
+
+def test_a_bank_at_hand_is_the_one_that_is_built(uninterrupted, tmp_path):
+    built = PatchArtifact.open(train(new_small_pipe(), config(tmp_path)))
+    assert built.content_hash == uninterrupted.content_hash
+
+
+@pytest.mark.parametrize("kind", sorted(PATCH_KINDS))
+@pytest.mark.parametrize("objective", sorted(OBJECTIVES))
+def test_every_kind_trains_with_every_objective(bank, tmp_path, kind, objective):
+    """And low-rank where that is asked for."""
+    wanted = replace(config(tmp_path, OBJECTIVES[objective](), steps=2), patch=PatchConfig(kind=kind, rank=2))
+    artifact = PatchArtifact.open(train(new_small_pipe(), wanted, bank))
+    assert artifact.info.kind == kind
+    assert artifact.info.shapes
+
+
+# ---- settings that change how, not what ------------------------------------------------------------------------
+
+
+def assert_nearly_equal(left: PatchArtifact, right: PatchArtifact, tolerance: float) -> None:
+    """Of the largest change that training made."""
+    ours, theirs = left.deltas(), right.deltas()
+    largest = max(delta.abs().max().item() for delta in ours.values())
+    furthest = max((ours[name] - theirs[name]).abs().max().item() for name in ours)
+    assert furthest <= tolerance * largest, furthest / largest
+
+
+def test_gradient_checkpointing_costs_no_accuracy(uninterrupted, bank, tmp_path, monkeypatch):
+    used = []
+    from safepatch.patch import control
+
+    checkpoint = control.checkpoint
+    monkeypatch.setattr(control, "checkpoint", lambda *args, **kwargs: used.append(1) or checkpoint(*args, **kwargs))
+    saving = run(tmp_path, bank, gradient_checkpointing=True)
+    assert used  # control: it was on
+    assert_nearly_equal(saving, uninterrupted, 1e-2)
+
+
+def test_accumulation_makes_one_step_of_several_batches(uninterrupted, bank, tmp_path):
+    accumulated = run(tmp_path, bank, gradient_accumulation=2)
+    assert [line["step"] for line in logged(tmp_path)] == list(range(1, STEPS + 1))
+    assert accumulated.info.training["steps"] == STEPS
+    with pytest.raises(AssertionError):
+        assert_nearly_equal(accumulated, uninterrupted, 1e-2)  # control: other batches were seen
+
+
+def test_accumulated_losses_are_the_mean_of_their_batches(bank, tmp_path):
+    """The two batches of an accumulated step are the first two of a run without; a rate of almost 0 changes nothing."""
+    run(tmp_path / "one", bank, steps=2, learning_rate=1e-12)
+    run(tmp_path / "two", bank, steps=1, learning_rate=1e-12, gradient_accumulation=2)
+    first, second = logged(tmp_path / "one")
+    (both,) = logged(tmp_path / "two")
+    assert both["loss"] == pytest.approx((first["loss"] + second["loss"]) / 2, rel=1e-4)
+    assert first["loss"] != pytest.approx(second["loss"], rel=1e-3)  # control
+
+
+def test_mixed_precision_trains_close_to_full(uninterrupted, bank, tmp_path):
+    """In the process that has trained in full precision before, and again after."""
+    mixed = run(tmp_path / "mixed", bank, mixed_precision="bf16")
+    losses = [line["loss"] for line in logged(tmp_path / "mixed")]
+    full = run(tmp_path / "full", bank)
+    assert losses == pytest.approx([line["loss"] for line in logged(tmp_path / "full")], rel=0.1)
+    assert mixed.content_hash != full.content_hash  # control: precision was another
+    assert full.content_hash == uninterrupted.content_hash
+
+
+def test_validation_pictures_are_made_when_asked_for(bank, tmp_path):
+    run(tmp_path, bank, steps=2, validate_every=2)
+    assert [path.name for path in tmp_path.glob("*.png")] == ["step000002.png"]
+
+
+def test_the_rate_warms_up_and_decays_to_a_tenth():
+    options = TrainingConfig(steps=100, warmup=10, learning_rate=1.0)
+    rates = [learning_rate(options, step) for step in range(101)]
+    assert rates[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert max(rates) == pytest.approx(1.0)
+    assert rates[100] == pytest.approx(0.1)
+    assert all(earlier >= later for earlier, later in pairwise(rates[10:]))
+    assert learning_rate(TrainingConfig(steps=5, warmup=0), 0) == TrainingConfig().learning_rate
+
+
+# ---- stopping and going on -------------------------------------------------------------------------------------
+
+
+def press_ctrl_c() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_ctrl_c_finishes_the_step_keeps_it_and_says_how_to_go_on(uninterrupted, bank, tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    happens[:] = [nothing, nothing, press_ctrl_c]
+    with pytest.raises(
+        Interrupted, match=r"stopped at step 3; .*checkpoint\.pt is kept, run the same command"
+    ) as caught:
+        run(tmp_path, bank, Disturbed(), checkpoint_every=100)
+    assert "\n" not in str(caught.value)
+    assert isinstance(caught.value, SafepatchError)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert len(logged(tmp_path)) == 3
+    assert run(tmp_path, bank, checkpoint_every=100).tensors.keys() == uninterrupted.tensors.keys()
+    assert len(logged(tmp_path)) == STEPS
+    whole = run(tmp_path / "whole", bank, checkpoint_every=100)
+    assert PatchArtifact.open(tmp_path / "weapons.safetensors").content_hash == whole.content_hash
+
+
+def test_a_second_ctrl_c_stops_at_once_at_the_last_checkpoint(uninterrupted, bank, tmp_path):
+    def twice() -> None:
+        press_ctrl_c()
+        press_ctrl_c()
+
+    happens[:] = [nothing, nothing, nothing, twice]
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, bank, Disturbed())
+    assert len(logged(tmp_path)) == 3
+    assert run(tmp_path, bank).content_hash == uninterrupted.content_hash
+
+
+def test_a_crash_while_a_checkpoint_is_written_loses_one_step_only(uninterrupted, bank, tmp_path, monkeypatch):
+    save, saved = torch.save, []
+
+    def cut(content: object, path: Path) -> None:
+        saved.append(path)
+        if len(saved) == 4:
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        save(content, path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "save", cut)
+        with pytest.raises(OSError, match="No space left"):
+            run(tmp_path, bank)
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 3
+    assert run(tmp_path, bank).content_hash == uninterrupted.content_hash
+    assert [line["step"] for line in logged(tmp_path)] == list(range(1, STEPS + 1))  # no step is logged twice
+
+
+def test_a_finished_run_starts_afresh_with_a_log_of_its_own(uninterrupted, bank, tmp_path):
+    for _ in range(2):
+        assert run(tmp_path, bank).content_hash == uninterrupted.content_hash
+        assert [line["step"] for line in logged(tmp_path)] == list(range(1, STEPS + 1))
+
+
+def test_accumulation_resumes_to_the_same_file(bank, tmp_path):
+    whole = run(tmp_path / "whole", bank, gradient_accumulation=2, steps=3)
+    happens[:] = [nothing, nothing, nothing, press_ctrl_c]  # in the second batch of the second step
+    with pytest.raises(Interrupted, match="stopped at step 2"):
+        run(tmp_path / "cut", bank, Disturbed(), gradient_accumulation=2, steps=3)
+    assert run(tmp_path / "cut", bank, gradient_accumulation=2, steps=3).content_hash == whole.content_hash
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(int(sys.argv[4]))
+from safepatch.objectives import SafeControlConfig
+from safepatch.runtime.load import load_pipeline
+from safepatch.training.config import load_train_config
+from safepatch.training.trainer import train
+
+model, out, last = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+inner = SafeControlConfig.loss
+
+def loss(self, *inputs):
+    losses = inner(self, *inputs)
+    log = out / "log.jsonl"
+    if log.is_file() and len(log.read_text().splitlines()) == last:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return losses
+
+SafeControlConfig.loss = loss
+train(load_pipeline(model), load_train_config(None, [f"model={model}", f"output={out}", *sys.argv[5:]]))
+"""
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """The small pipeline as a diffusers folder."""
+    new_small_pipe().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+WORDS = (
+    "category=weapons", f"training.steps={STEPS}", "training.batch_size=2", "training.learning_rate=5e-3",
+    "training.warmup=2", "training.checkpoint_every=1", "data.pairs=6",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_in_the_same_file_as_one_that_was_not(folder, tmp_path):
+    """Killed by the kernel in the middle of its fourth step; resumed in this process."""
+    out, environment = tmp_path / "killed", {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    arguments = [folder, out, "3", str(torch.get_num_threads()), *WORDS]
+    done = subprocess.run([sys.executable, "-c", KILLED, *map(str, arguments)], capture_output=True, env=environment)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
+    assert not (out / "weapons.safetensors").exists()  # control: it did not get to its end
+    assert torch.load(out / "checkpoint.pt", weights_only=True)["step"] == 3
+
+    def finish(output: Path) -> PatchArtifact:
+        words = [f"model={folder}", f"output={output}", *WORDS]
+        from safepatch.training.config import load_train_config
+
+        return PatchArtifact.open(train(load_pipeline(folder), load_train_config(None, words)))
+
+    resumed, whole = finish(out), finish(tmp_path / "whole")
+    assert resumed.content_hash == whole.content_hash
+    assert [line["step"] for line in logged(out)] == list(range(1, STEPS + 1))
+    assert not (out / "checkpoint.pt").exists()
+
+
+# ---- what cannot be run ----------------------------------------------------------------------------------------
+
+
+def interrupt(out: Path, bank: PairBank) -> None:
+    happens[:] = [press_ctrl_c]
+    with pytest.raises(Interrupted):
+        run(out, bank, Disturbed())
+
+
+def test_the_checkpoint_of_another_configuration_is_refused_and_kept(bank, tmp_path):
+    interrupt(tmp_path, bank)
+    kept = (tmp_path / "checkpoint.pt").read_bytes()
+    with pytest.raises(
+        SafepatchError, match="holds the checkpoint of another configuration; delete it or choose"
+    ) as caught:
+        run(tmp_path, bank, seed=1)
+    assert "\n" not in str(caught.value)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == kept
+    run(tmp_path, bank)  # control: its own configuration goes on, also after that
+
+
+def test_an_output_that_is_no_folder_is_one_line(bank, tmp_path):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(SafepatchError, match=r"cannot write to .*; choose another output=") as caught:
+            run(out, bank)
+        assert "\n" not in str(caught.value)
+
+
+def test_an_output_that_cannot_be_written_is_one_line(bank):
+    with pytest.raises(SafepatchError, match=r"cannot write to /proc/safepatch .*; choose another output="):
+        run(Path("/proc/safepatch"), bank)
+
+
+def test_unknown_names_offer_the_nearest(bank, tmp_path):
+    with pytest.raises(UnknownName, match="did you mean 'weapons'"):
+        train(new_small_pipe(), replace(config(tmp_path), category="weapon"), bank)
+    with pytest.raises(UnknownName, match="did you mean 'control'"):
+        train(new_small_pipe(), replace(config(tmp_path), patch=PatchConfig(kind="contrl")), bank)
+
+
+# ---- several processes -----------------------------------------------------------------------------------------
+
+LAUNCHERS = {
+    # accelerate starts several processes on CPU through MPI only; without it, this is one process, and says so
+    "accelerate": (["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"], 1),
+    "torchrun": (["torch.distributed.run", "--standalone", "--nproc_per_node", "2"], 2),
+}
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", sorted(LAUNCHERS))
+def test_a_launched_run_ends_in_one_file(folder, tmp_path, launcher):
+    words, processes = LAUNCHERS[launcher]
+    out = tmp_path / "out"
+    yaml = tmp_path / "weapons.yaml"
+    yaml.write_text(f"category: weapons\nmodel: {folder}\noutput: {out}\n")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", *words, "-m", "safepatch", "train", str(yaml), *WORDS]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", "log.jsonl", "weapons.safetensors"]
+    info = verify(out / "weapons.safetensors")
+    assert (info.training["steps"], info.training["processes"]) == (STEPS, processes)
+    assert [line["step"] for line in logged(out)] == list(range(1, STEPS + 1))
+
+
+def test_processes_draw_different_batches(bank):
+    """Two processes at step s take draws 2 s and 2 s + 1; nothing is drawn twice."""
+    drawn = []
+
+    class Spy:
+        """Stands in for a bank and remembers what was drawn."""
+
+        def batch(self, step: int, size: int, seed: int) -> object:
+            drawn.append(step)
+            return bank.batch(step, size, seed)
+
+    class Process:
+        """The part of an accelerator that one of two processes has."""
+
+        num_processes, device = 2, torch.device("cpu")
+
+        def __init__(self, index: int) -> None:
+            self.process_index = index
+
+        def autocast(self) -> object:
+            from contextlib import nullcontext
+
+            return nullcontext()
+
+        def backward(self, loss: Tensor) -> None:
+            loss.backward()
+
+    host = Components.of(new_small_pipe()).freeze()
+    patch = PATCH_KINDS["control"].from_unet(host.unet, "instruction")
+    options = config(Path("unused"), gradient_accumulation=2)
+    for step in range(2):
+        for index in range(2):
+            trainer._accumulate(patch, step, host, torch.zeros(1, 2, 192), Spy(), options, Process(index))
+    assert sorted(drawn) == list(range(8))
