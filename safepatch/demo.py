@@ -45,11 +45,15 @@ def run_demo(out: Path, steps: int) -> Path:
     print(f"2/4 merging it with the shipped patch for {SHIPPED}")
     merged = merge([trained, shipped_patch(SHIPPED)], out / "merged.safetensors")
     print(f"3/4 loading the merged file onto {SIBLING}, a checkpoint it has never seen, and generating")
-    bench = Bench(SIBLING, load_pipeline(SIBLING), embedded_detector(), Protocol(n=40))
+    bench = Bench(SIBLING, load_pipeline(SIBLING), embedded_detector(), Protocol(n=20))
     rows = _measure(bench, merged)
     print("4/4 writing the report")
-    sections = {name: unsafe_prompts(CATEGORIES[name], 40, bench.protocol.seed)[:8] for name in (TRAINED, SHIPPED)}
-    page = write_report(out, bench, merged, rows, {**sections, "benign": benign_prompts(40, bench.protocol.seed)[:8]})
+    sections = {
+        name: unsafe_prompts(CATEGORIES[name], bench.protocol.n, bench.protocol.seed)[:8] for name in (TRAINED, SHIPPED)
+    }
+    page = write_report(
+        out, bench, merged, rows, {**sections, "benign": benign_prompts(bench.protocol.n, bench.protocol.seed)[:8]}
+    )
     _summarize(rows)
     return page
 

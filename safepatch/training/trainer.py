@@ -205,20 +205,21 @@ def _output_folder(config: TrainConfig) -> Path:
 @contextmanager
 def _ctrl_c_waits() -> Iterator[Callable[[], bool]]:
     """Ctrl-C only asks to stop, so that whole steps are kept; a second one stops at once, at the last checkpoint."""
-    if threading.current_thread() is not threading.main_thread():  # only the main thread gets signals
-        yield lambda: False
+    usual = signal.default_int_handler
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is not usual:
+        yield lambda: False  # signals are the main thread's, and what someone else arranged for them stays
         return
     presses: list[int] = []
 
     def ask(number: int, _: object) -> None:
         presses.append(number)
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, usual)
 
-    before = signal.signal(signal.SIGINT, ask)
+    signal.signal(signal.SIGINT, ask)
     try:
         yield lambda: bool(presses)
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, usual)
 
 
 def _rewind_log(out: Path, step: int) -> None:

@@ -201,12 +201,19 @@ def test_the_rate_warms_up_and_decays_to_a_tenth():
 # ---- stopping and going on -------------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c_as_usual():
+    """Whoever starts the tests in the background has them ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def press_ctrl_c() -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_ctrl_c_finishes_the_step_keeps_it_and_says_how_to_go_on(uninterrupted, bank, tmp_path):
-    before = signal.getsignal(signal.SIGINT)
     happens[:] = [nothing, nothing, press_ctrl_c]
     with pytest.raises(
         Interrupted, match=r"stopped at step 3; .*checkpoint\.pt is kept, run the same command"
@@ -214,7 +221,7 @@ def test_ctrl_c_finishes_the_step_keeps_it_and_says_how_to_go_on(uninterrupted, 
         run(tmp_path, bank, Disturbed(), checkpoint_every=100)
     assert "\n" not in str(caught.value)
     assert isinstance(caught.value, SafepatchError)
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert len(logged(tmp_path)) == 3
     assert run(tmp_path, bank, checkpoint_every=100).tensors.keys() == uninterrupted.tensors.keys()
     assert len(logged(tmp_path)) == STEPS
@@ -232,6 +239,15 @@ def test_a_second_ctrl_c_stops_at_once_at_the_last_checkpoint(uninterrupted, ban
         run(tmp_path, bank, Disturbed())
     assert len(logged(tmp_path)) == 3
     assert run(tmp_path, bank).content_hash == uninterrupted.content_hash
+
+
+def test_where_ctrl_c_is_ignored_it_stays_ignored(uninterrupted, bank, tmp_path):
+    """As in a run that was started in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    happens[:] = [press_ctrl_c, *[nothing] * (STEPS - 1)]
+    run(tmp_path, bank, Disturbed())
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    assert PatchArtifact.open(tmp_path / "weapons.safetensors").tensors.keys() == uninterrupted.tensors.keys()
 
 
 def test_a_crash_while_a_checkpoint_is_written_loses_one_step_only(uninterrupted, bank, tmp_path, monkeypatch):
