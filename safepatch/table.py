@@ -4,6 +4,7 @@ import json
 import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -28,7 +29,7 @@ PER_PATCH: dict[str, Measure] = {
     "patched_unsafe_rate": lambda bench, category, patch: suite.unsafe_rate(bench, category, patch),
     "patched_unsafe_rate_heldout": lambda bench, category, patch: suite.unsafe_rate(bench, category, patch, True),
     "patched_prompt_accuracy": lambda bench, _, patch: suite.prompt_accuracy(bench, patch),
-    "benign_drift": lambda bench, _, patch: suite.drift(bench, patch),
+    "benign_drift": lambda bench, _, patch: suite.drift(bench, cast(PatchArtifact, patch)),
     "other_unsafe_rate": suite.other_unsafe_rate,
     "safe_recognisable_rate": suite.safe_recognisable_rate,
     "companion_kept": suite.companion_kept,

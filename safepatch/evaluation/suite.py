@@ -6,6 +6,7 @@ Base and patched images start from the same noise, prompt by prompt, on prompts 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ class Bench:
     """
 
     name: str
-    pipe: object
+    pipe: Any
     detector: Detector
     protocol: Protocol
     _images: dict[tuple, Tensor] = field(default_factory=dict)

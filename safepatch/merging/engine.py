@@ -146,7 +146,8 @@ def _difference(ours: Any, theirs: Any) -> tuple[Any, Any]:
     if not (isinstance(ours, dict) and isinstance(theirs, dict)):
         return ours, theirs
     shared = _agreed([ours, theirs])
-    return tuple({key: side[key] for key in sorted(side.keys() - shared.keys())} for side in (ours, theirs))
+    first, second = ({key: side[key] for key in sorted(side.keys() - shared.keys())} for side in (ours, theirs))
+    return first, second
 
 
 def _agreed(tables: list[dict[str, Any]]) -> dict[str, Any]:

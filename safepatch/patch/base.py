@@ -35,7 +35,7 @@ class Patch(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def from_unet(cls, unet: nn.Module, sees: str) -> "Patch":
+    def from_unet(cls, unet: Any, sees: str) -> "Patch":
         """A fresh patch for `unet`, which is only read."""
 
     @abstractmethod
@@ -58,16 +58,16 @@ class Patch(nn.Module, ABC):
         """
 
     @abstractmethod
-    def anchors(self, unet: nn.Module) -> dict[str, Tensor]:
+    def anchors(self, unet: Any) -> dict[str, Tensor]:
         """The value each parameter has when its delta is zero, by parameter name."""
 
-    def deltas(self, unet: nn.Module) -> dict[str, Tensor]:
+    def deltas(self, unet: Any) -> dict[str, Tensor]:
         """The patch as differences from `anchors(unet)`, float32; all zero for a fresh patch."""
         anchors = self.anchors(unet)
         return {name: (p.detach().float() - anchors[name].float()).cpu() for name, p in self.named_parameters()}
 
     @torch.no_grad()
-    def load_deltas(self, unet: nn.Module, deltas: Mapping[str, Tensor]) -> None:
+    def load_deltas(self, unet: Any, deltas: Mapping[str, Tensor]) -> None:
         """Set every parameter to the host's anchor plus its delta (rebasing); a missing delta counts as zero.
 
         Raises:

@@ -43,7 +43,7 @@ class ControlPatch(Patch):
         self.zero_mid = _zero_conv(channels[-1])
 
     @classmethod
-    def from_unet(cls, unet: nn.Module, sees: str = "instruction+prompt") -> "ControlPatch":
+    def from_unet(cls, unet: Any, sees: str = "instruction+prompt") -> "ControlPatch":
         """A fresh patch: the clone equals the host's encoder, the zero convolutions are zero."""
         parts = {name: getattr(unet, name) for name in CLONED if isinstance(getattr(unet, name, None), nn.Module)}
         clone = {name: _copy_without_hooks(part).float().requires_grad_(True) for name, part in parts.items()}
@@ -59,7 +59,7 @@ class ControlPatch(Patch):
         added_cond_kwargs: Mapping[str, Tensor] | None = None,
     ) -> Residuals:
         """Residuals of shape (B, C_i, h_i, w_i) for every skip, and for the mid block."""
-        clone = self.clone
+        clone: Any = self.clone
         hidden = clone["conv_in"](sample[:, : clone["conv_in"].in_channels])
         embedding = self._embed_time(row_timesteps(timesteps, sample), hidden.dtype, added_cond_kwargs)
         states = self._context(prompt_states, instruction_states)
@@ -72,7 +72,7 @@ class ControlPatch(Patch):
             tuple(zero(skip) for zero, skip in zip(self.zero_down, skips, strict=True)), self.zero_mid(hidden)
         )
 
-    def anchors(self, unet: nn.Module) -> dict[str, Tensor]:
+    def anchors(self, unet: Any) -> dict[str, Tensor]:
         """The host's own encoder weights for the clone, zeros for the zero convolutions."""
         host = dict(unet.named_parameters())
         host["conv_in.weight"] = host["conv_in.weight"][:, : self.clone["conv_in"].in_channels]
@@ -104,7 +104,7 @@ class ControlPatch(Patch):
         return embedding + self.clone["add_embedding"](joined.to(dtype))
 
 
-def skip_channels(unet: nn.Module) -> tuple[int, ...]:
+def skip_channels(unet: Any) -> tuple[int, ...]:
     """Channels of every skip in encoder order (conv_in, then each resnet and downsampler), then the mid's."""
     widths = [unet.conv_in.out_channels]
     for block in unet.down_blocks:
@@ -114,13 +114,13 @@ def skip_channels(unet: nn.Module) -> tuple[int, ...]:
 
 
 def _zero_conv(width: int) -> nn.Conv2d:
-    conv = nn.utils.skip_init(nn.Conv2d, width, width, 1)  # draws nothing from the global generator
+    conv: Any = nn.utils.skip_init(nn.Conv2d, width, width, 1)  # draws nothing from the global generator
     nn.init.zeros_(conv.weight)
     nn.init.zeros_(conv.bias)
     return conv
 
 
-def _narrowed(conv: nn.Conv2d, channels: int) -> nn.Conv2d:
+def _narrowed(conv: Any, channels: int) -> Any:
     """`conv` on its first `channels` inputs: of what an inpainting UNet is given, only the latents are every host's."""
     if conv.in_channels > channels:
         conv.in_channels, conv.weight = channels, nn.Parameter(conv.weight.detach()[:, :channels].clone())

@@ -3,8 +3,6 @@
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
-
 from safepatch.artifact import PatchArtifact, PatchInfo
 from safepatch.diffusion import family, fingerprint
 from safepatch.errors import BaseMismatch, lookup
@@ -13,7 +11,7 @@ from safepatch.patch import PATCH_KINDS, Patch
 
 def to_artifact(
     patch: Patch,
-    unet: nn.Module,
+    unet: Any,
     instructions: dict[str, str],
     config: dict[str, Any] | None = None,
     training: dict[str, Any] | None = None,
@@ -41,7 +39,7 @@ def to_artifact(
     return PatchArtifact(tensors, info)
 
 
-def from_artifact(artifact: PatchArtifact, unet: nn.Module) -> Patch:
+def from_artifact(artifact: PatchArtifact, unet: Any) -> Patch:
     """A patch module on `unet`: the host's own weights plus the stored deltas (rebasing).
 
     Raises:
@@ -54,7 +52,7 @@ def from_artifact(artifact: PatchArtifact, unet: nn.Module) -> Patch:
     return patch.eval().requires_grad_(False)
 
 
-def check_fits(info: PatchInfo, unet: nn.Module) -> None:
+def check_fits(info: PatchInfo, unet: Any) -> None:
     """Raise a one-line `BaseMismatch` unless the patch was made for this UNet's architecture."""
     ours, theirs = fingerprint(unet), info.fingerprint
     wrong = [key for key in ours if ours[key] != theirs.get(key)]
@@ -66,7 +64,7 @@ def check_fits(info: PatchInfo, unet: nn.Module) -> None:
         )
 
 
-def absolute(artifact: PatchArtifact, base_unet: nn.Module, host_unet: nn.Module) -> PatchArtifact:
+def absolute(artifact: PatchArtifact, base_unet: Any, host_unet: Any) -> PatchArtifact:
     """The same patch with its clone's weights as they were on `base_unet`, expressed as deltas against `host_unet`."""
     own = from_artifact(artifact, base_unet)
     tensors = {f"{own.kind}.{name}.delta": delta for name, delta in own.deltas(host_unet).items()}

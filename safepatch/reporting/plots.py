@@ -101,7 +101,7 @@ def _sentence(label: str, row: Row) -> str:
 def _svg(series: dict[str, dict[str, Row]], colors: dict[str, str]) -> str:
     bands = _bands(series)
     height = sum(len(labels) + GAP for labels in bands.values())
-    with mpl.rc_context(RC):
+    with mpl.rc_context(RC):  # pyright: ignore[reportArgumentType] - its key type lists names one by one
         figure = Figure(figsize=(5, 0.6 + 0.2 * height), layout="constrained")
         axes = figure.add_subplot()
         centers = [_draw_band(axes, category, y, series, colors) for category, y in _tops(bands).items()]

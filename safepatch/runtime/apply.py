@@ -43,11 +43,11 @@ class Handle:
         stats: counters since attachment.
     """
 
-    def __init__(self, pipe: object, patch: Patch, instruction_states: Tensor, scale: float, fail_closed: bool) -> None:
+    def __init__(self, pipe: Any, patch: Patch, instruction_states: Tensor, scale: float, fail_closed: bool) -> None:
         self.scale = scale
         self.stats = Stats()
         self._pipe = weakref.ref(pipe)
-        self._unet: nn.Module = Components.of(pipe).unet
+        self._unet: Any = Components.of(pipe).unet
         self._patch = patch
         self._instruction_states = instruction_states
         self._missed = 0
@@ -131,7 +131,7 @@ class Handle:
             )
 
 
-def apply(pipe: object, patch: str | Path | PatchArtifact, scale: float = 1.0, fail_closed: bool = True) -> Handle:
+def apply(pipe: Any, patch: str | Path | PatchArtifact, scale: float = 1.0, fail_closed: bool = True) -> Handle:
     """Attach a patch to a diffusers pipeline.
 
     Args:
@@ -153,7 +153,7 @@ def apply(pipe: object, patch: str | Path | PatchArtifact, scale: float = 1.0, f
     return attach(pipe, module, list(artifact.info.instructions.values()), scale, fail_closed)
 
 
-def attach(pipe: object, patch: Patch, instructions: list[str], scale: float = 1.0, fail_closed: bool = True) -> Handle:
+def attach(pipe: Any, patch: Patch, instructions: list[str], scale: float = 1.0, fail_closed: bool = True) -> Handle:
     """Attach a patch module that is already in memory, reading `instructions`; see `apply`."""
     if scale < 0:
         raise ConfigError(f"scale must be 0 (off) or more, not {scale}")

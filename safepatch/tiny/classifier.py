@@ -127,7 +127,7 @@ def train_classifier(pipe: StableDiffusionPipeline, checkpoint: Path) -> Classif
     return _recalibrated(classifier, images)
 
 
-def _recalibrated(classifier: nn.Module, images: Tensor) -> Classifier:
+def _recalibrated(classifier: Classifier, images: Tensor) -> Classifier:
     """Batch statistics of the averaged weights, measured on clean training images."""
     for module in classifier.modules():
         if isinstance(module, nn.BatchNorm2d):

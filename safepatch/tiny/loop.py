@@ -9,10 +9,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+
+Loss = Callable[[Any, int], Tensor]  # (module, step) -> scalar
 
 
 @dataclass(frozen=True)
@@ -41,12 +44,12 @@ class Schedule:
 
 
 def fit(
-    module: nn.Module,
-    loss: Callable[[nn.Module, int], Tensor],
+    module: Any,
+    loss: Loss,
     schedule: Schedule,
     checkpoint: Path,
     stop_after: float = math.inf,
-) -> nn.Module:
+) -> Any:
     """Train `module` and return the average of its weights; picks up from `checkpoint` when it exists.
 
     Args:
@@ -81,8 +84,8 @@ def fit(
 
 
 def _average(average: nn.Module, module: nn.Module, decay: float) -> None:
-    kept = [p for p in average.parameters()]
-    torch._foreach_lerp_(kept, [p.detach() for p in module.parameters()], 1 - decay)
+    for kept, current in zip(average.parameters(), module.parameters(), strict=True):
+        kept.lerp_(current.detach(), 1 - decay)
 
 
 def _resume(path: Path, module: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer) -> int:

@@ -39,7 +39,7 @@ def add_low_rank(module: nn.Module, path: Path) -> None:
     if not path.is_file():
         raise ModelNotFound(f"no sibling weights at {path}; run `make tiny`, or reinstall safepatch")
     tensors = load_file(path)
-    parameters = dict(module.named_parameters())
+    parameters: dict[str, torch.Tensor] = dict(module.named_parameters())
     for name in sorted(key.removesuffix(".up") for key in tensors if key.endswith(".up")):
         delta = tensors[f"{name}.up"].float() @ tensors[f"{name}.down"].float()
         parameters[name] += delta.reshape(parameters[name].shape)

@@ -4,6 +4,7 @@ They play the third-party checkpoint: same architecture and words, different pic
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -34,7 +35,8 @@ def train_sibling(
 def low_rank_deltas(unet: nn.Module) -> dict[str, torch.Tensor]:
     """`<parameter>.up` (out, r) and `<parameter>.down` (r, in) in float16 of every adapted layer."""
     tensors = {}
-    for name, module in unet.named_modules():
+    modules: dict[str, Any] = dict(unet.named_modules())
+    for name, module in modules.items():
         if hasattr(module, "lora_A"):
             down, up = module.lora_A["default"].weight, module.lora_B["default"].weight
             tensors[f"{name}.weight.down"] = down.detach().flatten(1).half().contiguous()

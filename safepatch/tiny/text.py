@@ -137,7 +137,7 @@ def train_text_encoder(checkpoint: Path) -> tuple[CLIPTokenizer, CLIPTextModel, 
     def loss(reader: nn.Module, step: int) -> Tensor:
         captions, scenes = labelled(random.Random(step), BATCH)
         logits, truth = reader(tokenize(tokenizer, captions)), targets(captions, scenes)
-        return sum(cross_entropy(logits[key], truth[key]) for key in truth)
+        return torch.stack([cross_entropy(logits[key], truth[key]) for key in truth]).sum()
 
     reader = fit(Reader(new_text_encoder(tokenizer)), loss, SCHEDULE, checkpoint)
     captions, scenes = labelled(random.Random(10_000_019), 1000)

@@ -8,16 +8,17 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import mse_loss
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from safepatch.tiny.loop import Schedule, fit
+from safepatch.tiny.loop import Loss, Schedule, fit
 from safepatch.tiny.scenes import Scene, caption, draw, sample_scene, to_tensor
 from safepatch.tiny.text import WIDTH, tokenize
 from safepatch.tiny.world import CONCEPTS
@@ -86,11 +87,11 @@ def v_target(latents: Tensor, noise: Tensor, timesteps: Tensor, scheduler: DDIMS
     return scheduler.get_velocity(latents, noise, timesteps)
 
 
-def denoising_loss(pool: Pool, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> object:
+def denoising_loss(pool: Pool, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> Loss:
     """The loss function `(unet, step) -> scalar` on random captions of random scenes of `pool`."""
     scheduler = new_scheduler()
 
-    def loss(unet: nn.Module, step: int) -> Tensor:
+    def loss(unet: Any, step: int) -> Tensor:
         rng, generator = random.Random(step), torch.Generator().manual_seed(step)
         picks = [rng.randrange(len(pool.scenes)) for _ in range(BATCH)]
         prompts = ["" if rng.random() < CAPTION_DROPOUT else caption(pool.scenes[i], rng) for i in picks]

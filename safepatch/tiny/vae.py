@@ -6,10 +6,11 @@ teaches nothing), in the art of all vendors, and works on whole images.
 
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
-from torch import Tensor, nn
+from torch import Tensor
 
 from safepatch.tiny.loop import Schedule, fit
 from safepatch.tiny.scenes import SIZE, draw, sample_scene, to_tensor
@@ -52,7 +53,7 @@ def _edge(rng: random.Random, centre: float, size: int) -> int:
     return min(SIZE - CROP, max(0, round(centre - CROP / 2 + rng.uniform(-reach, reach))))
 
 
-def vae_loss(vae: nn.Module, step: int) -> Tensor:
+def vae_loss(vae: Any, step: int) -> Tensor:
     """Absolute plus squared error of the reconstruction, with a light Kullback-Leibler term."""
     images = crops(random.Random(step), BATCH)
     posterior = vae.encode(images).latent_dist

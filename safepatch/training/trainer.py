@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -47,6 +47,11 @@ class State:
     optimizer: torch.optim.Optimizer
     step: int = 0
 
+    @property
+    def averaged(self) -> Patch:
+        """The patch with the averaged weights."""
+        return cast(Patch, self.average.module)
+
     def save(self, path: Path) -> None:
         """Write atomically: a kill at any moment leaves the previous checkpoint or the new one."""
         parts = {"patch": self.patch, "average": self.average, "optimizer": self.optimizer}
@@ -63,7 +68,7 @@ class State:
         self.step = saved["step"]
 
 
-def train(pipe: object, config: TrainConfig, bank: PairBank | None = None) -> Path:
+def train(pipe: Any, config: TrainConfig, bank: PairBank | None = None) -> Path:
     """Train the patch that `config` describes on the frozen `pipe` and return the path of its file.
 
     Args:
@@ -95,7 +100,7 @@ def train(pipe: object, config: TrainConfig, bank: PairBank | None = None) -> Pa
                 if asked() or state.step % config.training.checkpoint_every == 0:
                     state.save(checkpoint)
                 if config.training.validate_every and state.step % config.training.validate_every == 0:
-                    save_validation_grid(pipe, state.average.module, category, out / f"step{state.step:06d}.png")
+                    save_validation_grid(pipe, state.averaged, category, out / f"step{state.step:06d}.png")
             if asked():
                 raise Interrupted(f"stopped at step {state.step}; {checkpoint} is kept, run the same command to resume")
     return _finish(state, components, config, out, checkpoint, accelerator)
@@ -246,7 +251,7 @@ def _finish(
             "processes": accelerator.num_processes,
             "torch": torch.__version__.split("+")[0],
         }
-        artifact = pack(state.average.module, components, config, training)
+        artifact = pack(state.averaged, components, config, training)
         artifact.save(path)
         checkpoint.unlink(missing_ok=True)
     accelerator.wait_for_everyone()

@@ -1,6 +1,7 @@
 """Validation pictures: base above, patched below, same prompts and seeds."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -12,7 +13,7 @@ from safepatch.runtime.apply import attach
 from safepatch.taxonomy import Category
 
 
-def save_validation_grid(pipe: object, patch: Patch, category: Category, path: Path) -> None:
+def save_validation_grid(pipe: Any, patch: Patch, category: Category, path: Path) -> None:
     """Write a grid of five unsafe and five benign prompts as PNG."""
     prompts = [*unsafe_prompts(category, 5, seed=90), *benign_prompts(5, seed=90)]
     texts, seeds = [p.text for p in prompts], [p.seed for p in prompts]
