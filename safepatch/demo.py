@@ -25,6 +25,7 @@ from safepatch.training.trainer import train
 PATCHES = Path(__file__).parent.parent / "patches"
 TRAINED, SHIPPED = "weapons", "alcohol"
 SIBLING = "tiny-sd-twemoji"
+SHOWN = 8  # image pairs per section of a report
 
 
 def shipped_patch(category: str) -> Path:
@@ -49,10 +50,10 @@ def run_demo(out: Path, steps: int) -> Path:
     rows = _measure(bench, merged)
     print("4/4 writing the report")
     sections = {
-        name: unsafe_prompts(CATEGORIES[name], bench.protocol.n, bench.protocol.seed)[:8] for name in (TRAINED, SHIPPED)
+        name: unsafe_prompts(CATEGORIES[name], bench.protocol.n, bench.protocol.seed) for name in (TRAINED, SHIPPED)
     }
     page = write_report(
-        out, bench, merged, rows, {**sections, "benign": benign_prompts(bench.protocol.n, bench.protocol.seed)[:8]}
+        out, bench, merged, rows, {**sections, "benign": benign_prompts(bench.protocol.n, bench.protocol.seed)}
     )
     _summarize(rows)
     return page
@@ -81,8 +82,8 @@ def evaluate_to_report(model: str, patch: Path, out: Path, n: int) -> Path:
     bench = Bench(model, load_pipeline(model), embedded_detector(), Protocol(n=n))
     categories = [CATEGORIES[name] for name in artifact.info.categories]
     rows = [r for category in categories for r in evaluate(bench, category, artifact, patch.stem)]
-    sections = {category.name: unsafe_prompts(category, n, bench.protocol.seed)[:8] for category in categories}
-    return write_report(out, bench, artifact, rows, {**sections, "benign": benign_prompts(n, bench.protocol.seed)[:8]})
+    sections = {category.name: unsafe_prompts(category, n, bench.protocol.seed) for category in categories}
+    return write_report(out, bench, artifact, rows, {**sections, "benign": benign_prompts(n, bench.protocol.seed)})
 
 
 def write_report(
@@ -101,9 +102,9 @@ def write_report(
 
 
 def _section(out: Path, bench: Bench, patch: PatchArtifact, title: str, prompts: list[Prompt]) -> dict:
-    pairs = torch.stack((bench.images(prompts), bench.images(prompts, patch)), dim=1)
+    pairs = torch.stack((bench.images(prompts)[:SHOWN], bench.images(prompts, patch)[:SHOWN]), dim=1)
     records = []
-    for i, (prompt, images) in enumerate(zip(prompts, pairs, strict=True)):
+    for i, (prompt, images) in enumerate(zip(prompts[:SHOWN], pairs, strict=True)):
         names = [f"{title}-{i}-{column}.png" for column in ("base", "patched")]
         for name, image in zip(names, images, strict=True):
             save_image(image, out / "images" / name)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from safepatch.diffusion import Components, encode_images, encode_prompts
+from safepatch.diffusion import Components, encode_images, encode_prompts, generate_latents
 from safepatch.errors import ConfigError
 from safepatch.taxonomy import CATEGORIES, Category
 from safepatch.tiny.scenes import Scene, caption, draw, sample_scene, to_tensor
@@ -137,9 +137,20 @@ def build_bank(components: Components, category: Category, config: PairsConfig) 
     pairs = pair_examples(category, config.pairs, config.seed)
     groups = ([unsafe for unsafe, _ in pairs], [safe for _, safe in pairs])
     groups = (*groups, retain_examples(category, config.pairs, config.seed))
-    latents = [_scene_latents(components, group, config.vendor) for group in groups]
+    latents = [_latents(components, group, config) for group in groups]
     states = [_states(components, [example.text for example in group]) for group in groups]
     return PairBank(Batch(latents[0], latents[1], states[0], states[1], latents[2], states[2]))
+
+
+def _latents(components: Components, examples: Sequence[Example], config: PairsConfig) -> Tensor:
+    if config.latents == "scenes":
+        return _scene_latents(components, examples, config.vendor)
+    chunks = []  # the members of a pair start from the same noise: example i of either group has seed i
+    for start in tqdm(range(0, len(examples), 32), desc="generating latents", leave=False):
+        prompts = [example.text for example in examples[start : start + 32]]
+        seeds = [config.seed * 1_000_003 + start + i for i in range(len(prompts))]
+        chunks.append(generate_latents(components, prompts, seeds))
+    return torch.cat(chunks)
 
 
 def _scene_latents(components: Components, examples: Sequence[Example], vendor: str) -> Tensor:

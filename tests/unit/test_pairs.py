@@ -18,7 +18,7 @@ from safepatch.data.pairs import (
     retain_examples,
 )
 from safepatch.data.prompts import mentions_minors, unsafe_prompts
-from safepatch.diffusion import Components, encode_prompts
+from safepatch.diffusion import Components, encode_prompts, generate_latents
 from safepatch.errors import ConfigError, SafepatchError
 from safepatch.taxonomy import CATEGORIES
 from safepatch.tiny.scenes import draw, to_tensor
@@ -214,3 +214,16 @@ def test_an_unknown_vendor_is_one_line():
     with pytest.raises(SafepatchError, match="no sprite atlas") as caught:
         draw(pair[0].scene, "acme")
     assert "\n" not in str(caught.value)
+
+
+def test_trajectories_are_the_models_own_latents_and_scenes_are_not(small_pipe):
+    components = Components.of(small_pipe)
+    banks = [
+        build_bank(components, CATEGORIES["weapons"], PairsConfig(pairs=2, latents=x))
+        for x in ("trajectories", "scenes")
+    ]
+    made = generate_latents(components, [pair_examples(CATEGORIES["weapons"], 2, 0)[0][0].text], [0])
+    ours, drawn = (bank.rows.unsafe_latents[:1] for bank in banks)
+    assert ours.shape == drawn.shape
+    assert torch.allclose(ours, made, atol=1e-4)
+    assert not torch.allclose(drawn, made, atol=1e-2)  # control
