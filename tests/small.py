@@ -83,10 +83,10 @@ def _parts() -> Components:
 
 
 def new_small_pipe(unet: UNet2DConditionModel | None = None) -> StableDiffusionPipeline:
-    """A pipeline of its own: equal weights every time, nothing shared but the tokenizer."""
+    """A pipeline of its own: equal weights every time, nothing shared but the tokenizer and the text encoder."""
     parts = _parts()
-    vae, text_encoder = copy.deepcopy((parts.vae, parts.text_encoder))
-    return quiet(assemble(unet or copy.deepcopy(parts.unet), vae, text_encoder, parts.tokenizer))
+    unet, vae = unet or copy.deepcopy(parts.unet), copy.deepcopy(parts.vae)
+    return quiet(assemble(unet, vae, parts.text_encoder, parts.tokenizer))
 
 
 @torch.no_grad()
@@ -109,10 +109,16 @@ def new_artifact(unet: nn.Module, kind: str = "control", seed: int | None = 0) -
     return to_artifact(new_patch(unet, kind, seed=seed), unet, {"weapons": INSTRUCTION})
 
 
+@cache
+def small_artifact(kind: str = "control", seed: int | None = 0) -> PatchArtifact:
+    """`new_artifact` on the small pipeline's UNet; artifacts are frozen, so one serves all tests."""
+    return new_artifact(_parts().unet, kind, seed)
+
+
 def images(pipe: StableDiffusionPipeline, guidance_scale: float = 4.0, negative: str | None = None) -> Tensor:
-    """Two images in two steps, (2, 3, 64, 64)."""
+    """Two images in one step, (2, 3, 64, 64)."""
     negatives = [negative] * len(PROMPTS) if negative else None
-    return generate(pipe, PROMPTS, SEEDS, steps=2, guidance_scale=guidance_scale, negative_prompts=negatives)
+    return generate(pipe, PROMPTS, SEEDS, steps=1, guidance_scale=guidance_scale, negative_prompts=negatives)
 
 
 def rows(n: int = 2, channels: int = 4, tokens: int = MAX_TOKENS, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:

@@ -58,6 +58,10 @@ class Patch(nn.Module, ABC):
         """
 
     @abstractmethod
+    def joints(self) -> list[nn.Parameter]:
+        """The zero-initialised parameters through which the patch enters the host; they may learn at their own rate."""
+
+    @abstractmethod
     def anchors(self, unet: Any) -> dict[str, Tensor]:
         """The value each parameter has when its delta is zero, by parameter name."""
 

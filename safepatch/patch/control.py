@@ -72,6 +72,10 @@ class ControlPatch(Patch):
             tuple(zero(skip) for zero, skip in zip(self.zero_down, skips, strict=True)), self.zero_mid(hidden)
         )
 
+    def joints(self) -> list[nn.Parameter]:
+        """The zero convolutions' weights and biases."""
+        return [*self.zero_down.parameters(), *self.zero_mid.parameters()]
+
     def anchors(self, unet: Any) -> dict[str, Tensor]:
         """The host's own encoder weights for the clone, zeros for the zero convolutions."""
         host = dict(unet.named_parameters())

@@ -35,6 +35,8 @@ class TrainingConfig:
         steps: optimizer steps.
         batch_size: pairs per step and process; as many preserved rows come with them.
         learning_rate: peak of AdamW's rate, after a linear warm-up and before a cosine decay to a tenth.
+        joint_rate: multiple of the learning rate for the patch's zero-initialised joints: nothing behind a joint learns
+            before the joint has left zero.
         warmup: steps of the warm-up.
         ema_decay: of the exponential moving average that is saved.
         max_grad_norm: gradients are clipped to this norm.
@@ -49,8 +51,9 @@ class TrainingConfig:
 
     steps: int = 300
     batch_size: int = 16
-    learning_rate: float = 6e-4
-    warmup: int = 30
+    learning_rate: float = 1e-3
+    joint_rate: float = 10.0
+    warmup: int = 20
     ema_decay: float = 0.99
     max_grad_norm: float = 1.0
     mixed_precision: str = "no"

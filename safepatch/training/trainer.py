@@ -126,7 +126,7 @@ def _steps(
     )
     while state.step < options.steps:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(options, state.step)
+            group["lr"] = group["multiple"] * learning_rate(options, state.step)
         values = _accumulate(wrapped, state.step, components, instruction, bank, config, accelerator)
         accelerator.clip_grad_norm_(wrapped.parameters(), options.max_grad_norm)
         optimizer.step()
@@ -176,8 +176,16 @@ def _fresh_state(components: Components, config: TrainConfig) -> State:
     patch.gradient_checkpointing = config.training.gradient_checkpointing
     patch.to(components.unet.device).train()
     average = AveragedModel(patch, multi_avg_fn=get_ema_multi_avg_fn(config.training.ema_decay)).requires_grad_(False)
-    optimizer = torch.optim.AdamW(patch.parameters(), lr=config.training.learning_rate, weight_decay=0.0)
-    return State(patch, average, optimizer)
+    return State(patch, average, _optimizer(patch, config.training))
+
+
+def _optimizer(patch: Patch, options: TrainingConfig) -> torch.optim.Optimizer:
+    joints = {id(parameter) for parameter in patch.joints()}
+    groups = [
+        {"params": [p for p in patch.parameters() if id(p) in joints], "multiple": options.joint_rate},
+        {"params": [p for p in patch.parameters() if id(p) not in joints], "multiple": 1.0},
+    ]
+    return torch.optim.AdamW(groups, lr=options.learning_rate, weight_decay=0.0)
 
 
 def _accelerator(options: TrainingConfig, out: Path) -> Accelerator:

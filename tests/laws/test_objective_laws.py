@@ -24,17 +24,18 @@ CASES: dict[str, object] = {name: config() for name, config in OBJECTIVES.items(
 every_case = pytest.mark.parametrize("case", sorted(CASES))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def host() -> Components:
+    """Frozen, so one serves all tests."""
     return Components.of(new_small_pipe()).freeze()
 
 
-def batch(seed: int = 0, n: int = 4) -> Batch:
+def batch(seed: int = 0, n: int = 2) -> Batch:
     """Random pairs that share most of their latents, as aligned scenes do."""
     generator = torch.Generator().manual_seed(seed)
-    scene, change = (torch.randn(n, 4, 16, 16, generator=generator) for _ in range(2))
+    scene, change = (torch.randn(n, 4, 8, 8, generator=generator) for _ in range(2))
     texts = [torch.randn(n, 24, 192, generator=generator) for _ in range(3)]
-    retained = torch.randn(n, 4, 16, 16, generator=generator)
+    retained = torch.randn(n, 4, 8, 8, generator=generator)
     return Batch(scene, scene + 0.3 * change, texts[0], texts[1], retained, texts[2])
 
 
