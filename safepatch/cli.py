@@ -68,7 +68,7 @@ def generate(
     scale: Annotated[float, typer.Option(help="Strength of the patch; 0 is off.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the starting noise.")] = 0,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 20,
-    guidance_scale: Annotated[float, typer.Option(help="Of classifier-free guidance.")] = 4.0,
+    guidance_scale: Annotated[float | None, typer.Option(help="Of guidance; what is usual if not given.")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
 ) -> None:
     """Generate one image, with or without a patch."""
@@ -130,7 +130,7 @@ def verify(patch: PatchFile) -> None:
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the report.")] = Path("runs/demo"),
-    steps: Annotated[int, typer.Option(help="Training steps of the demo's own patch.")] = 200,
+    steps: Annotated[int, typer.Option(help="Training steps of the demo's own patch.")] = 150,
 ) -> None:
     """The whole job in a few minutes: train, merge, load onto a sibling checkpoint, generate, score, report."""
     from safepatch.demo import run_demo

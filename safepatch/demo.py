@@ -40,7 +40,8 @@ def shipped_patch(category: str) -> Path:
 
 def run_demo(out: Path, steps: int) -> Path:
     """Run the demo into `out` and return the path of its `index.html`."""
-    config = load_train_config(None, [f"category={TRAINED}", f"output={out}/train", f"training.steps={steps}"])
+    overrides = [f"category={TRAINED}", f"output={out}/train", f"training.steps={steps}", "data.pairs=384"]
+    config = load_train_config(None, overrides)
     print(f"1/4 training a patch for {TRAINED} from scratch ({steps} steps)")
     trained = train(load_pipeline("tiny-sd"), config)
     print(f"2/4 merging it with the shipped patch for {SHIPPED}")

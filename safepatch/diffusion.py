@@ -86,6 +86,11 @@ def family(unet: UNet2DConditionModel) -> str:
     return FAMILIES.get(width, "unknown") if isinstance(width, int) else "unknown"
 
 
+def usual_guidance(unet: UNet2DConditionModel) -> float:
+    """The classifier-free guidance scale that suits the model's family: 2 for tiny-sd (DESIGN.md, 10), else 7.5."""
+    return 2.0 if family(unet) == "tiny-sd" else 7.5
+
+
 def prediction_type(scheduler: object) -> str:
     """`epsilon`, `v_prediction` or `sample`."""
     return scheduler.config.prediction_type  # type: ignore[attr-defined]
@@ -167,10 +172,18 @@ def generate(
     prompts: Sequence[str],
     seeds: Sequence[int],
     steps: int = 20,
-    guidance_scale: float = 5.0,
+    guidance_scale: float | None = None,
     negative_prompts: Sequence[str] | None = None,
 ) -> Tensor:
     """Images of `prompts`, one seed each, in [0, 1], shape (B, 3, H, W), on the CPU.
+
+    Args:
+        pipe: with a patch applied or without.
+        prompts: none may be empty.
+        seeds: of the starting noise.
+        steps: of denoising.
+        guidance_scale: of classifier-free guidance; None takes what is usual for the model's family.
+        negative_prompts: one per prompt.
 
     Raises:
         PromptError: when a prompt is empty or the counts differ.
@@ -182,7 +195,7 @@ def generate(
     images = pipe(
         list(prompts),
         num_inference_steps=steps,
-        guidance_scale=guidance_scale,
+        guidance_scale=usual_guidance(pipe.unet) if guidance_scale is None else guidance_scale,
         negative_prompt=list(negative_prompts) if negative_prompts else None,
         generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
         output_type="pt",
@@ -190,13 +203,12 @@ def generate(
     return images.float().cpu()
 
 
-def generate_latents(
-    components: Components, prompts: Sequence[str], seeds: Sequence[int], steps: int = 10, guidance_scale: float = 4.0
-) -> Tensor:
+def generate_latents(components: Components, prompts: Sequence[str], seeds: Sequence[int], steps: int = 10) -> Tensor:
     """Clean scaled latents (B, 4, h, w) that the model itself makes of `prompts`, one seed each; "" is allowed."""
     parts = {name: getattr(components, name) for name in components.__dataclass_fields__}
     pipe = quiet(StableDiffusionPipeline(**parts, feature_extractor=None, **_QUIET))
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    guidance_scale = usual_guidance(components.unet)
     options = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "output_type": "latent"}
     return pipe(list(prompts), generator=generators, **options).images.float()
 
