@@ -1,7 +1,7 @@
 """Train the shipped patches and write their cards and index: `python patches/build.py [category ...]` (`make patches`).
 
 Each patch is what `safepatch train configs/patches/<category>.yaml` gives; the card adds its recipe and, when
-`make table` has been run, its figures.
+`make table` has been run, its figures. `card:weapons` writes a card only, `picture` the README's picture.
 """
 
 import hashlib
@@ -11,16 +11,23 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 from safepatch.artifact import PatchInfo, read_info
 from safepatch.config import to_yaml
+from safepatch.data.prompts import benign_prompts, lookalike_prompts, unsafe_prompts
+from safepatch.diffusion import generate, quiet
+from safepatch.runtime.apply import apply
 from safepatch.runtime.load import load_pipeline
 from safepatch.taxonomy import CATEGORIES
 from safepatch.training.config import load_train_config
 from safepatch.training.trainer import train
+from safepatch.training.validation import save_grid
 
 HERE = Path(__file__).parent
 INDEX = HERE / "index.json"
-TABLE = HERE.parent / "runs" / "table" / "table.json"
+TABLE = HERE.parent / "runs" / "table"
+SEED = 1000  # of the picture's prompts: the evaluation's own
 
 
 def build(category: str) -> None:
@@ -36,6 +43,20 @@ def build(category: str) -> None:
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     index[category] = {"file": f"{category}/{path.name}", "sha256": digest, "train_minutes": minutes}
     INDEX.write_text(json.dumps(index, indent=1, sort_keys=True) + "\n")
+
+
+def write_picture() -> None:
+    """`patches/picture.png`: base above, patched below; per category two unsafe prompts, a look-alike, a benign one."""
+    pipe, columns = quiet(load_pipeline("tiny-sd")), []
+    for name, category in CATEGORIES.items():
+        prompts = [*unsafe_prompts(category, 6, SEED)[:6:5], *lookalike_prompts(category, 1, SEED)]
+        prompts += benign_prompts(1, SEED + len(columns))
+        texts, seeds = [prompt.text for prompt in prompts], [prompt.seed for prompt in prompts]
+        base = generate(pipe, texts, seeds)
+        with apply(pipe, HERE / name / f"{name}.safetensors"):
+            columns.append(torch.stack((base, generate(pipe, texts, seeds))))
+    path = HERE / "picture.png"
+    save_grid(torch.cat(columns, dim=1), path)
 
 
 def write_card(category: str) -> None:
@@ -74,11 +95,18 @@ with safepatch.apply(safepatch.load_pipeline("tiny-sd"), "patches/{entry["file"]
 
 
 def _figures(category: str) -> str:
-    if not TABLE.is_file():
+    if not (TABLE / "table.json").is_file():
         return "Not measured yet; `make table` measures them.\n"
-    table = json.loads(TABLE.read_text())
-    rows = [f"| `{k}` | {v[category]:.3f} |" for k, v in table.items() if isinstance(v, dict) and _has(v, category)]
-    return f"`make table`, {table['n']} images per rate:\n\n| field | value |\n|---|---|\n" + "\n".join(rows) + "\n"
+    table, controls = (json.loads((TABLE / name).read_text()) for name in ("table.json", "controls.json"))
+    rows = [row for values in (controls, table) for row in _rows(values, category)]
+    return f"`make table`, {controls['n']} images per rate:\n\n| field | value |\n|---|---|\n" + "\n".join(rows) + "\n"
+
+
+def _rows(values: dict, category: str, of: str = "") -> list[str]:
+    """Lines of the fields, however deep, that have a value for `category`."""
+    tables = {key: value for key, value in values.items() if isinstance(value, dict)}
+    rows = [f"| `{key}`{of} | {value[category]:.3f} |" for key, value in tables.items() if _has(value, category)]
+    return rows + [row for key, value in tables.items() for row in _rows(value, category, f" (`{key}`)")]
 
 
 def _has(value: dict, category: str) -> bool:
@@ -86,8 +114,10 @@ def _has(value: dict, category: str) -> bool:
 
 
 if __name__ == "__main__":
-    wanted = sys.argv[1:] or list(CATEGORIES)
-    for name in wanted:
-        if name.removeprefix("card:") == name:
-            build(name)
-        write_card(name.removeprefix("card:"))
+    for word in sys.argv[1:] or [*CATEGORIES, "picture"]:
+        if word == "picture":
+            write_picture()
+            continue
+        if not word.startswith("card:"):
+            build(word)
+        write_card(word.removeprefix("card:"))

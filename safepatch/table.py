@@ -4,7 +4,7 @@ import json
 import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -22,7 +22,7 @@ from safepatch.tiny.models import BASE, SIBLINGS
 from safepatch.tiny.scenes import draw, sample_scene, to_tensor
 from safepatch.tiny.world import CONCEPTS
 
-Table = dict[str, object]
+Table = dict[str, Any]
 Measure = Callable[[Bench, Category, PatchArtifact | None], Estimate]
 
 PER_PATCH: dict[str, Measure] = {
@@ -34,31 +34,56 @@ PER_PATCH: dict[str, Measure] = {
     "safe_recognisable_rate": suite.safe_recognisable_rate,
     "companion_kept": suite.companion_kept,
 }
-PER_CATEGORY_BASE: dict[str, Measure] = {
-    "base_unsafe_rate": lambda bench, category, _: suite.unsafe_rate(bench, category, None),
+# What the base does where a patch should, or should not, change it.
+CONTROLS: dict[str, Measure] = {
     "base_unsafe_rate_heldout": lambda bench, category, _: suite.unsafe_rate(bench, category, None, True),
     "base_other_unsafe_rate": suite.other_unsafe_rate,
+    "base_safe_recognisable_rate": suite.safe_recognisable_rate,
     "base_companion_kept": suite.companion_kept,
 }
 
 
 def build_table(out: Path, n: int) -> str:
-    """Measure everything with `n` images per rate, write `out/table.json`, and return the table as markdown."""
+    """Measure everything with `n` images per rate and return it as markdown.
+
+    Writes `out/table.json`, the fields that have a target, and `out/controls.json`, what the base does beside them;
+    both grow as figures are measured.
+    """
     index = json.loads((PATCHES / "index.json").read_text())
     patches = {name: PatchArtifact.open(shipped_patch(name)) for name in CATEGORIES if name in index}
     bench = Bench(BASE, load_pipeline(BASE), embedded_detector(), Protocol(n=n))
-    table: Table = {"n": n, **detector_figures(bench.detector, Components.of(bench.pipe), max(n, 200))}
-    table["base_prompt_accuracy"] = suite.prompt_accuracy(bench, None).value
-    for field, measure in {**PER_CATEGORY_BASE, **PER_PATCH}.items():
-        print(f"measuring {field}")
-        table[field] = {name: measure(bench, CATEGORIES[name], patches[name]).value for name in patches}
-    table.update(sibling_figures(patches, bench))
-    table["merged_unsafe_rate"] = merged_figures(out, n)
-    table["train_minutes"] = {name: index[name]["train_minutes"] for name in patches}
-    table["patch_mb"] = {name: shipped_patch(name).stat().st_size / 1e6 for name in patches}
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "table.json").write_text(json.dumps(table, indent=1) + "\n")
-    return to_markdown(table)
+    table, controls = _Figures(out / "table.json"), _Figures(out / "controls.json")
+    controls.add({"n": n, "steps": bench.protocol.steps, "guidance_scale": bench.protocol.guidance_scale})
+    table.add(detector_figures(bench.detector, Components.of(bench.pipe), max(n, 1000)))
+    table.add({"base_prompt_accuracy": suite.prompt_accuracy(bench, None).value})
+    table.add({"base_unsafe_rate": {name: suite.unsafe_rate(bench, CATEGORIES[name], None).value for name in patches}})
+    for figures, measures in ((controls, CONTROLS), (table, PER_PATCH)):
+        for field, measure in measures.items():
+            print(f"measuring {field}")
+            figures.add({field: {k: measure(bench, CATEGORIES[k], patch).value for k, patch in patches.items()}})
+    for sibling in SIBLINGS:
+        print(f"measuring sibling_unsafe_rate on {sibling}")
+        own = Bench(sibling, load_pipeline(sibling), bench.detector, bench.protocol)
+        controls.add({"sibling_base_unsafe_rate": {sibling: sibling_rates(own, dict.fromkeys(patches))}})
+        table.add({"sibling_unsafe_rate": {sibling: sibling_rates(own, patches)}})
+    table.add({"merged_unsafe_rate": merged_figures(out, n)})
+    table.add({"train_minutes": {name: index[name]["train_minutes"] for name in patches}})
+    table.add({"patch_mb": {name: shipped_patch(name).stat().st_size / 1e6 for name in patches}})
+    return f"{to_markdown(table.values)}\n\nControls:\n\n{to_markdown(controls.values)}"
+
+
+class _Figures:
+    """Fields of one JSON file, written each time some are added."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path, self.values = path, cast(Table, {})
+
+    def add(self, fields: Mapping[str, Any]) -> None:
+        """Add fields; of a field that is there already and is a table, add its entries."""
+        for name, value in fields.items():
+            self.values[name] = {**self.values.get(name, {}), **value} if isinstance(value, dict) else value
+        self.path.write_text(json.dumps(self.values, indent=1) + "\n")
 
 
 def detector_figures(detector: Detector, components: Components, n: int) -> dict[str, float]:
@@ -73,16 +98,9 @@ def detector_figures(detector: Detector, components: Components, n: int) -> dict
     return {"detector_recall": recall(truth, found).value, "detector_precision": precision(truth, found).value}
 
 
-def sibling_figures(patches: Mapping[str, PatchArtifact], base: Bench) -> Table:
-    """Unsafe rates of every sibling checkpoint without and with each patch."""
-    without, with_patch = {}, {}
-    for sibling in SIBLINGS:
-        bench = Bench(sibling, load_pipeline(sibling), base.detector, base.protocol)
-        print(f"measuring sibling_unsafe_rate on {sibling}")
-        rates = {name: suite.unsafe_rate(bench, CATEGORIES[name], None).value for name in patches}
-        patched = {name: suite.unsafe_rate(bench, CATEGORIES[name], patch).value for name, patch in patches.items()}
-        without[sibling], with_patch[sibling] = rates, patched
-    return {"sibling_base_unsafe_rate": without, "sibling_unsafe_rate": with_patch}
+def sibling_rates(bench: Bench, patches: Mapping[str, PatchArtifact | None]) -> dict[str, float]:
+    """Unsafe rate of each category on a sibling checkpoint, with its patch or, where that is None, without."""
+    return {name: suite.unsafe_rate(bench, CATEGORIES[name], patch).value for name, patch in patches.items()}
 
 
 def merged_figures(out: Path, n: int) -> dict[str, float]:
