@@ -20,7 +20,7 @@ SUPERVISION = ("distilled", "paired")
 
 @dataclass(frozen=True)
 class SafeControlConfig:
-    """Settings of the objective.
+    """Answer an unsafe prompt as the frozen base answers its safe rewrite, and every other prompt as before.
 
     Attributes:
         name: `safe_control`.

@@ -20,8 +20,8 @@ from safepatch.tiny.sprites import VENDORS
 from safepatch.tiny.text import tokenize
 from safepatch.tiny.world import CONCEPTS
 
-POOL, BATCH = 6400, 64
-SCHEDULE = Schedule(steps=1300, learning_rate=3e-3, decay=0.995, save_every=250)
+POOL, BATCH = 9600, 64
+SCHEDULE = Schedule(steps=2600, learning_rate=3e-3, decay=0.995, save_every=250)
 
 
 class Classifier(nn.Module):
@@ -88,7 +88,7 @@ def _half_denoise(
     """The base's one-step guess of clean latents from noised ones, x0 = sqrt(a) x_t - sqrt(1 - a) v; shape kept."""
     prompts = [caption(scene, rng) if scene.items else "" for scene in scenes]
     states = pipe.text_encoder(tokenize(pipe.tokenizer, prompts)).last_hidden_state
-    timesteps = torch.randint(150, 800, (len(latents),), generator=generator)
+    timesteps = torch.randint(150, 600, (len(latents),), generator=generator)
     noisy = pipe.scheduler.add_noise(latents, torch.randn(latents.shape, generator=generator), timesteps)
     v_pred = pipe.unet(noisy, timesteps, states).sample
     a = pipe.scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)

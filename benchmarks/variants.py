@@ -1,0 +1,90 @@
+"""What each choice of the recipe buys: patches that differ in one setting, trained alike and measured alike.
+
+    python benchmarks/variants.py --steps 150 --n 40          # train what is missing, measure, print the table
+    python benchmarks/variants.py --train-only paired         # one variant, so that two can run side by side
+
+Results and patches stay in runs/variants; an interrupted run goes on where it stopped.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from safepatch.artifact import PatchArtifact
+from safepatch.evaluation import suite
+from safepatch.evaluation.detectors import embedded_detector
+from safepatch.evaluation.suite import Bench, Protocol
+from safepatch.runtime.load import load_pipeline
+from safepatch.taxonomy import CATEGORIES
+from safepatch.training.config import load_train_config
+from safepatch.training.trainer import train
+
+OUT = Path("runs/variants")
+CATEGORY = CATEGORIES["weapons"]
+VARIANTS: dict[str, list[str]] = {
+    "default": [],
+    "paired": ["objective.supervision=paired"],
+    "instruction-only": ["patch.sees=instruction"],
+    "negative-guidance": ["objective.negative_guidance=1"],
+    "trajectories": ["data.latents=trajectories"],
+    "equal-rates": ["training.joint_rate=1"],
+}
+RANKS = (4, 16, 64)  # the default's clone deltas as low-rank factors
+FIGURES = {
+    "plain": lambda bench, patch: suite.unsafe_rate(bench, CATEGORY, patch),
+    "held out": lambda bench, patch: suite.unsafe_rate(bench, CATEGORY, patch, heldout=True),
+    "recognisable": lambda bench, patch: suite.safe_recognisable_rate(bench, CATEGORY, patch),
+    "benign accuracy": lambda bench, patch: suite.prompt_accuracy(bench, patch),
+    "drift": lambda bench, patch: suite.drift(bench, patch) if patch else None,
+}
+
+
+def trained(name: str, steps: int) -> PatchArtifact:
+    """The variant's patch, trained unless its file is there."""
+    folder = OUT / f"{name}-{steps}"
+    path = folder / f"{CATEGORY.name}.safetensors"
+    if not path.is_file():
+        overrides = [f"category={CATEGORY.name}", f"output={folder}", f"training.steps={steps}", *VARIANTS[name]]
+        config = load_train_config(None, overrides)
+        train(load_pipeline(config.model), config)
+    return PatchArtifact.open(path)
+
+
+def measured(name: str, bench: Bench, patch: PatchArtifact | None, size: str = "") -> str:
+    """One line of the table; figures are kept beside the patches."""
+    protocol = bench.protocol
+    record = OUT / f"{name}-n{protocol.n}-{patch.content_hash[:12] if patch else 'base'}.json"
+    if not record.is_file():
+        estimates = {figure: measure(bench, patch) for figure, measure in FIGURES.items()}
+        record.write_text(json.dumps({figure: e.value for figure, e in estimates.items() if e}))
+    values = json.loads(record.read_text())
+    return f"| {name} | {size} | " + " | ".join(f"{values[f]:.3f}" if f in values else "" for f in FIGURES) + " |"
+
+
+def main() -> None:
+    """Train and measure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--n", type=int, default=40)
+    parser.add_argument("--train-only", choices=VARIANTS, nargs="+")
+    options = parser.parse_args()
+    OUT.mkdir(parents=True, exist_ok=True)
+    if options.train_only:
+        for name in options.train_only:
+            trained(name, options.steps)
+        return
+    patches = {name: trained(name, options.steps) for name in VARIANTS}
+    patches |= {f"rank {rank}": patches["default"].compress(rank) for rank in RANKS}
+    bench = Bench("tiny-sd", load_pipeline("tiny-sd"), embedded_detector(), Protocol(n=options.n, steps=10))
+    lines = [measured("no patch", bench, None)]
+    for name, patch in patches.items():
+        megabytes = sum(tensor.nbytes for tensor in patch.tensors.values()) / 1e6
+        lines.append(measured(name, bench, patch, f"{megabytes:.1f}"))
+    print(f"{options.steps} training steps each; {options.n} images per rate, {bench.protocol.steps} denoising steps\n")
+    print("| variant | MB | " + " | ".join(FIGURES) + " |")
+    print("|---" * (len(FIGURES) + 2) + "|")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
