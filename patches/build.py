@@ -1,7 +1,8 @@
 """Train the shipped patches and write their cards and index: `python patches/build.py [category ...]` (`make patches`).
 
 Each patch is what `safepatch train configs/patches/<category>.yaml` gives; the card adds its recipe and, when
-`make table` has been run, its figures. `card:weapons` writes a card only, `picture` the README's picture.
+`make table` has been run, its figures. `card:weapons` writes a card only, `picture` the README's picture, and
+`figures` keeps what `make table` measured.
 """
 
 import hashlib
@@ -27,6 +28,7 @@ from safepatch.training.validation import save_grid
 HERE = Path(__file__).parent
 INDEX = HERE / "index.json"
 TABLE = HERE.parent / "runs" / "table"
+FIGURES = HERE / "figures.json"
 SEED = 1000  # of the picture's prompts: the evaluation's own
 
 
@@ -42,6 +44,7 @@ def build(category: str) -> None:
     index = json.loads(INDEX.read_text()) if INDEX.is_file() else {}
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     index[category] = {"file": f"{category}/{path.name}", "sha256": digest, "train_minutes": minutes}
+    index[category]["cores"] = torch.get_num_threads()
     INDEX.write_text(json.dumps(index, indent=1, sort_keys=True) + "\n")
 
 
@@ -76,7 +79,7 @@ It reads the safety instruction "{info.instructions[category]}".
 Its figures show a mechanism on a toy world; it does nothing for models that draw photographs.
 
 * file: `{Path(entry["file"]).name}`, sha256 `{entry["sha256"]}`
-* trained in {entry["train_minutes"]} minutes on two CPU cores
+* trained in {entry["train_minutes"]} minutes on {entry["cores"]} CPU core(s)
 * license: {info.license}
 
 ```python
@@ -94,12 +97,18 @@ with safepatch.apply(safepatch.load_pipeline("tiny-sd"), "patches/{entry["file"]
 """
 
 
+def keep_figures() -> None:
+    """`patches/figures.json`: what `make table` measured, for the cards and the README."""
+    figures = {name: json.loads((TABLE / f"{name}.json").read_text()) for name in ("table", "controls")}
+    FIGURES.write_text(json.dumps(figures, indent=1) + "\n")
+
+
 def _figures(category: str) -> str:
-    if not (TABLE / "table.json").is_file():
+    if not FIGURES.is_file():
         return "Not measured yet; `make table` measures them.\n"
-    table, controls = (json.loads((TABLE / name).read_text()) for name in ("table.json", "controls.json"))
-    rows = [row for values in (controls, table) for row in _rows(values, category)]
-    return f"`make table`, {controls['n']} images per rate:\n\n| field | value |\n|---|---|\n" + "\n".join(rows) + "\n"
+    figures = json.loads(FIGURES.read_text())
+    rows = "\n".join(row for values in figures.values() for row in _rows(values, category))
+    return f"`make table`, {figures['controls']['n']} images per rate:\n\n| field | value |\n|---|---|\n{rows}\n"
 
 
 def _rows(values: dict, category: str, of: str = "") -> list[str]:
@@ -115,8 +124,8 @@ def _has(value: dict, category: str) -> bool:
 
 if __name__ == "__main__":
     for word in sys.argv[1:] or [*CATEGORIES, "picture"]:
-        if word == "picture":
-            write_picture()
+        if word in ("picture", "figures"):
+            {"picture": write_picture, "figures": keep_figures}[word]()
             continue
         if not word.startswith("card:"):
             build(word)

@@ -49,7 +49,7 @@ class TrainingConfig:
         tensorboard: also log to tensorboard (needs the extra of that name).
     """
 
-    steps: int = 300
+    steps: int = 240
     batch_size: int = 16
     learning_rate: float = 1e-3
     joint_rate: float = 10.0

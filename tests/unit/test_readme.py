@@ -1,5 +1,6 @@
 """README's tables say what the code's tables hold; `python tests/unit/test_readme.py` writes them anew."""
 
+import json
 import re
 from pathlib import Path
 
@@ -12,6 +13,15 @@ from safepatch.taxonomy import CATEGORIES
 from safepatch.tiny.models import MODELS
 
 README = Path(__file__).parents[2] / "README.md"
+MEASURED = Path(__file__).parents[2] / "patches" / "figures.json"  # what `make table` measured
+PAIRED = {  # column: fields without and with a patch
+    "unsafe": ("base_unsafe_rate", "patched_unsafe_rate"),
+    "held-out wording": ("base_unsafe_rate_heldout", "patched_unsafe_rate_heldout"),
+    "safe and recognisable": ("base_safe_recognisable_rate", "safe_recognisable_rate"),
+    "companion kept": ("base_companion_kept", "companion_kept"),
+    "other categories": ("base_other_unsafe_rate", "other_unsafe_rate"),
+    "benign accuracy": ("base_prompt_accuracy", "patched_prompt_accuracy"),
+}
 
 
 def first_line(thing: object) -> str:
@@ -23,12 +33,49 @@ def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def figures() -> dict:
+    """Every field by its name, targets and controls alike."""
+    measured = json.loads(MEASURED.read_text())
+    return measured["table"] | measured["controls"]
+
+
+def arrow(before: dict | float, after: dict, name: str) -> str:
+    base = before[name] if isinstance(before, dict) else before
+    return f"{base:.2f} → {after[name]:.2f}"
+
+
+def figures_table() -> str:
+    found = figures()
+    rows = [
+        (
+            f"`{name}`",
+            *(arrow(found[before], found[after], name) for before, after in PAIRED.values()),
+            f"{found['benign_drift'][name]:.3f}",
+        )
+        for name in found["patched_unsafe_rate"]
+    ]
+    return table(("category", *PAIRED, "drift"), rows)
+
+
+def sibling_table() -> str:
+    found = figures()
+    names = list(found["patched_unsafe_rate"])
+    pairs = {"tiny-sd (own)": (found["base_unsafe_rate"], found["patched_unsafe_rate"])}
+    pairs |= {
+        key: (found["sibling_base_unsafe_rate"][key], rates) for key, rates in found["sibling_unsafe_rate"].items()
+    }
+    rows = [(f"`{key}`", *(arrow(*rates, name) for name in names)) for key, rates in pairs.items()]
+    return table(("checkpoint", *names), rows)
+
+
 def rendered() -> dict[str, str]:
     """Every table by its marker's name."""
     categories = [(f"`{c.name}`", c.definition, ", ".join(x.name for x in c.concepts)) for c in CATEGORIES.values()]
     named = {"methods": ("method", METHODS), "objectives": ("objective", OBJECTIVES), "kinds": ("kind", PATCH_KINDS)}
     return {
         "categories": table(("category", "stand-in for", "drawn as"), categories),
+        "figures": figures_table(),
+        "siblings": sibling_table(),
         "models": table(("model", "art"), [(f"`{name}`", vendor) for name, vendor in MODELS.items()]),
         **{
             key: table((head, "what it does"), [(f"`{name}`", first_line(x)) for name, x in entries.items()])
@@ -42,7 +89,7 @@ def blocks(text: str) -> dict[str, str]:
     return dict(found)
 
 
-@pytest.mark.parametrize("name", ["categories", "models", "methods", "objectives", "kinds"])
+@pytest.mark.parametrize("name", ["categories", "figures", "siblings", "models", "methods", "objectives", "kinds"])
 def test_readme_table_equals_the_codes_table(name: str) -> None:
     assert blocks(README.read_text())[name] == rendered()[name]
 
