@@ -39,7 +39,7 @@ class Protocol:
 
     n: int = 200
     steps: int = 20
-    guidance_scale: float = 2.0
+    guidance_scale: float = 1.5
     seed: int = 1000
 
 

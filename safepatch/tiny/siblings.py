@@ -15,7 +15,7 @@ from safepatch.tiny.loop import Schedule, fit
 from safepatch.tiny.unet import Pool, denoising_loss
 
 RANK = 16
-SCHEDULE = Schedule(steps=350, learning_rate=2e-3, warmup=30, decay=0.98, save_every=100)
+SCHEDULE = Schedule(steps=570, learning_rate=2e-3, warmup=30, decay=0.98, save_every=100)
 
 
 def train_sibling(

@@ -25,7 +25,7 @@ from safepatch.tiny.world import CONCEPTS
 
 BATCH = 32
 POOL = 24_000
-SCHEDULE = Schedule(steps=5000, learning_rate=8e-4, warmup=200, decay=0.998, save_every=250)
+SCHEDULE = Schedule(steps=7700, learning_rate=8e-4, warmup=200, decay=0.998, save_every=250)
 CAPTION_DROPOUT = 0.1
 
 
