@@ -25,7 +25,7 @@ VARIANTS: dict[str, list[str]] = {
     "default": [],
     "paired": ["objective.supervision=paired"],
     "instruction-only": ["patch.sees=instruction"],
-    "negative-guidance": ["objective.negative_guidance=1"],
+    "no-negative-guidance": ["objective.negative_guidance=0"],
     "trajectories": ["data.latents=trajectories"],
     "equal-rates": ["training.joint_rate=1"],
 }

@@ -36,7 +36,7 @@ class SafeControlConfig:
     supervision: str = "distilled"
     preservation: float = 4.0
     safe_share: float = 0.5
-    negative_guidance: float = 0.0
+    negative_guidance: float = 0.5
 
     def __post_init__(self) -> None:
         """Refuse what has no meaning."""
