@@ -518,7 +518,7 @@ def test_a_call_that_failed_in_the_patch_hides_no_later_bypass(small_pipe, monke
 
     with apply(small_pipe, new_artifact(small_pipe.unet)) as handle:
         with monkeypatch.context() as patched:
-            patched.setattr(handle._patch, "forward", fail)
+            patched.setattr(handle._parts[0].patch, "forward", fail)
             with pytest.raises(error):
                 images(small_pipe)
         with pytest.raises(PatchBypassed):
