@@ -1,4 +1,4 @@
-"""How much the sources of a merge disagree: per pair and block, the cosine, sign conflicts and norms of their deltas."""
+"""How much the sources of a merge disagree: cosine, sign conflicts and norms of their deltas, per pair and block."""
 
 import math
 from collections.abc import Iterable
@@ -81,7 +81,7 @@ def report(compared: Iterable[tuple[str, Comparison]]) -> list[dict[str, Any]]:
 
 
 def block_of(name: str) -> str:
-    """The block of a parameter: `control.clone.down_blocks.0.resnets.1.conv1.weight` -> `control.clone.down_blocks.0`."""
+    """The block of a parameter: `control.clone.down_blocks.0.resnets.1.weight` -> `control.clone.down_blocks.0`."""
     path = name.split(".")[:-1] or [name]
     numbered = path[3:4] if path[3:4] and path[3].isdigit() else []
     return ".".join([*path[:3], *numbered])

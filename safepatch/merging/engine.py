@@ -1,4 +1,4 @@
-"""Merging: open the sources, compare them, then write one tensor after the other; memory holds a few pieces at a time."""
+"""Merging: open the sources, compare them, write one tensor after the other; memory holds a few pieces at a time."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,6 +21,7 @@ from safepatch.merging.sources import Source, agreed, check_agreement, in_order,
 
 T = TypeVar("T")
 R = TypeVar("R")
+Pool = ThreadPoolExecutor | None  # None: the work is done on the spot
 
 BUDGET = 300_000_000  # bytes that merging ahead may take; a larger piece is merged alone
 AHEAD = 4  # pieces that may be merged ahead of the one that is written
@@ -54,8 +55,8 @@ def merge(
     target = Path(out) if out is not None else Path(recipe.out) if recipe.out else None
     if target is not None:
         _check_target(target, recipe)
-    with _torch_on_one_thread() as threads, ThreadPoolExecutor(threads) as pool:
-        opened = list(pool.map(open_source, recipe.sources, recipe.weights))
+    with _workers() as pool:
+        opened = list((pool.map if pool else map)(open_source, recipe.sources, recipe.weights))
         job = _prepare(opened, recipe)
         info = _merged_info(job, pool)
         if target is None:
@@ -67,7 +68,7 @@ def merge(
 def combine(artifacts: Sequence[PatchArtifact], recipe: MergeRecipe) -> PatchArtifact:
     """The patch that `recipe` makes of `artifacts`, given in the order of `recipe.sources`."""
     parts = zip(recipe.sources, artifacts, recipe.weights, strict=True)
-    with _torch_on_one_thread() as threads, ThreadPoolExecutor(threads) as pool:
+    with _workers() as pool:
         job = _prepare([Source(name, item, weight, item.content_hash) for name, item, weight in parts], recipe)
         return PatchArtifact(_in_memory(job), _merged_info(job, pool))
 
@@ -94,16 +95,19 @@ def _prepare(sources: Sequence[Source], recipe: MergeRecipe) -> Job:
 
 
 @contextmanager
-def _torch_on_one_thread() -> Iterator[int]:
-    """Torch's own threads are off inside: ours share the work, and no matrix product depends on their number.
+def _workers() -> Iterator[ThreadPoolExecutor | None]:
+    """As many workers as torch had threads, or None for one; torch's own are off inside.
 
-    Yields:
-        How many threads there are to share.
+    So the work is shared at one place only, and no matrix product depends on the number of threads.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield threads
+        if threads == 1:
+            yield None
+        else:
+            with ThreadPoolExecutor(threads) as pool:
+                yield pool
     finally:
         torch.set_num_threads(threads)
 
@@ -111,7 +115,7 @@ def _torch_on_one_thread() -> Iterator[int]:
 # Running
 
 
-def _stream(job: Job, pool: ThreadPoolExecutor) -> Iterator[memoryview]:
+def _stream(job: Job, pool: Pool) -> Iterator[memoryview]:
     """The bytes of the merged file's tensors, in its order."""
     for piece, values in _ahead(pool, job.values, job.pieces(), job.cost):
         yield raw_bytes(values)
@@ -125,10 +129,11 @@ def _in_memory(job: Job) -> dict[str, Tensor]:
     return {name: job.values(piece).reshape(job.layout[name].shape) for name, piece in whole.items()}
 
 
-def _ahead(
-    pool: ThreadPoolExecutor, work: Callable[[T], R], items: Iterable[T], cost: Callable[[T], int]
-) -> Iterator[tuple[T, R]]:
+def _ahead(pool: Pool, work: Callable[[T], R], items: Iterable[T], cost: Callable[[T], int]) -> Iterator[tuple[T, R]]:
     """Each item with what `work` makes of it, in order, at most `AHEAD` in progress, costing at most `BUDGET`."""
+    if pool is None:
+        yield from ((item, work(item)) for item in items)
+        return
     waiting: deque[tuple[T, Future[R]]] = deque()
     try:
         for item in items:
@@ -147,7 +152,7 @@ def _ahead(
 # What the merged file says about itself
 
 
-def _merged_info(job: Job, pool: ThreadPoolExecutor) -> PatchInfo:
+def _merged_info(job: Job, pool: Pool) -> PatchInfo:
     """Settings that the sources share are kept; training and evaluation belonged to the sources, so they are not."""
     infos = [source.info for source in job.sources]
     return PatchInfo(
@@ -162,7 +167,7 @@ def _merged_info(job: Job, pool: ThreadPoolExecutor) -> PatchInfo:
     )
 
 
-def _recorded(job: Job, pool: ThreadPoolExecutor) -> dict[str, Any]:
+def _recorded(job: Job, pool: Pool) -> dict[str, Any]:
     """The recipe as the file keeps it: no path, so that the bytes depend on content alone."""
     recipe = job.recipe
     recorded: dict[str, Any] = {"method": recipe.method, **recipe.used_options()}
@@ -195,7 +200,7 @@ def _record(source: Source, method: str) -> dict[str, Any]:
     return record
 
 
-def _conflicts(job: Job, pool: ThreadPoolExecutor) -> list[dict[str, Any]]:
+def _conflicts(job: Job, pool: Pool) -> list[dict[str, Any]]:
     def compared(name: str) -> Comparison:
         return compare(job.stack(name))
 

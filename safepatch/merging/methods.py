@@ -65,7 +65,7 @@ def linear(stack: Tensor, weights: Tensor, options: Options) -> Tensor:
 
 
 def cat(stack: Tensor, weights: Tensor, options: Options) -> Tensor:
-    """Σ w_k δ_k, stored exactly: low-rank factors side by side (LoRA, Hu 2022, arXiv 2106.09685); can be split again."""
+    """Σ w_k δ_k, stored exactly as low-rank factors side by side (LoRA, Hu 2022, arXiv 2106.09685); can be split."""
     return task_arithmetic(stack, weights, options)
 
 
@@ -119,7 +119,7 @@ def breadcrumbs(stack: Tensor, weights: Tensor, options: Options) -> Tensor:
 
 
 def elected_mean(sparse: Tensor, weights: Tensor) -> Tensor:
-    """Σ w_k δ_k over those with the sign of Σ δ_k, by their number; zeros have no part (Yadav 2023, arXiv 2306.01708)."""
+    """Σ w_k δ_k over those with the sign of Σ δ_k, by their number, zeros apart (Yadav 2023, arXiv 2306.01708)."""
     sign = torch.where(_sum(sparse) >= 0, 1.0, -1.0)
     agree = sparse * sign > 0
     total = _sum(weight * delta for weight, delta in zip(weights, _zeroed(sparse, agree), strict=True))
@@ -140,8 +140,11 @@ def _kept_magnitudes(stack: Tensor, density: float, outliers: float) -> tuple[Te
         magnitudes.partition(ranks)
         return float(magnitudes[ranks[0]]), float(magnitudes[ranks[-1]])
 
-    with ThreadPoolExecutor(2 if n >= PARALLEL else 1) as pool:
-        found = torch.tensor(list(pool.map(select, stack)))
+    if n < PARALLEL:
+        found = torch.tensor([select(delta) for delta in stack])
+    else:
+        with ThreadPoolExecutor(2) as pool:
+            found = torch.tensor(list(pool.map(select, stack)))
     return found[:, :1], found[:, 1:]
 
 
@@ -183,7 +186,7 @@ def slerp(stack: Tensor, weights: Tensor, options: Options) -> Tensor:
 def model_stock(stack: Tensor, weights: Tensor, options: Options) -> Tensor:
     """t · mean, t = K cos θ / (1 + (K - 1) cos θ), toward the center (Jang 2024, arXiv 2403.19522); K >= 1.
 
-    cos θ is the mean cosine of two deltas, a zero delta having 0 with any other, and at least 0. Weights weigh the mean.
+    cos θ, at least 0, is the mean cosine of two deltas; a zero delta has 0 with any other. Weights weigh the mean.
     """
     count, products = len(stack), dots(stack)
     pairs = [(i, j) for j in range(count) for i in range(j)]

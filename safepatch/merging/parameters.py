@@ -13,7 +13,7 @@ from safepatch.artifact import BUNDLE, Factors, cast, factorize, part_prefix
 from safepatch.container import in_file_order
 from safepatch.errors import MergeError
 from safepatch.merging.methods import METHODS, SUM_WEIGHTS, Options
-from safepatch.merging.recipe import DTYPES, MergeRecipe
+from safepatch.merging.recipe import MergeRecipe
 from safepatch.merging.sources import Source
 
 PIECE = 1 << 20  # values of a dense tensor that the elementwise methods merge at once
@@ -212,7 +212,9 @@ class Job:
     def _side_by_side(self, name: str) -> Factors:
         """[w_1 up_1, w_2 up_2, ...] @ [down_1; down_2; ...] = Σ w_k up_k down_k, exactly."""
         weights = SUM_WEIGHTS[self.recipe.method](self.weights)
-        pairs = [(s, s.factors(name), w) for s, w in zip(self.sources, weights, strict=True) if s.shape(name) is not None]
+        pairs = [
+            (s, s.factors(name), w) for s, w in zip(self.sources, weights, strict=True) if s.shape(name) is not None
+        ]
         for source, factors, _ in pairs:
             source.check_finite(f"{name}.up", factors.up)
             source.check_finite(f"{name}.down", factors.down)

@@ -93,4 +93,3 @@ def _rank(tensors: dict[str, Any], parameter: str) -> int:
     if f"{parameter}.down" in tensors:
         return tensors[f"{parameter}.down"][1][0]
     return int(f"{parameter}.delta" in tensors)
-

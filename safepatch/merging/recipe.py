@@ -57,7 +57,9 @@ class MergeRecipe:
         if self.method == BUNDLE and self.dtype is not None:
             raise MergeError("bundle keeps its parts as they are; leave out dtype")
         if self.method == "slerp" and len(self.sources) > 2:
-            raise MergeError(f"slerp goes from one patch to another, not through {len(self.sources)}; merge two, or use linear")
+            raise MergeError(
+                f"slerp goes from one patch to another, not through {len(self.sources)}; merge two, or use linear"
+            )
         if self.rank and self.method != "cat":
             raise MergeError(f"a rank belongs to method cat, not to {self.method}; leave it out")
 

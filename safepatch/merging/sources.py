@@ -64,8 +64,9 @@ class Source:
 
     def release(self, name: str) -> None:
         """Give back the memory that parameter `name` was mapped into."""
-        for form in self.artifact.stored(name) if self.file else ():
-            self.file.release(f"{name}.{form}")  # type: ignore[union-attr]
+        if self.file is not None:
+            for form in self.artifact.stored(name):
+                self.file.release(f"{name}.{form}")
 
 
 def open_source(path: str, weight: float) -> Source:
