@@ -2,7 +2,7 @@
 
     python benchmarks/merge.py                          # 4 patches of SD1.5 size, 0.7 GB each
     python benchmarks/merge.py --size sdxl --patches 2  # 2.5 GB each
-    python benchmarks/merge.py --quick                  # a hundredth of the values: does it run?
+    python benchmarks/merge.py --quick                  # a hundredth of the values, in one process: does it run?
     python benchmarks/merge.py --json out.json          # ratios and peak memory as JSON
 
 Every measurement is a process of its own that starts with the files in the page cache, imports its libraries, and is
@@ -17,7 +17,6 @@ Compared: (a) safetensors: load all, weighted sum, save. (b) sd-mecha, where it 
 import argparse
 import json
 import math
-import os
 import resource
 import shutil
 import subprocess
@@ -217,19 +216,24 @@ def run_one(way: str, paths: list[Path], out: Path) -> dict[str, float]:
     return {"seconds": time.perf_counter() - start, "peak_extra_mb": peak_mb() - before}
 
 
+def run_apart(way: str, paths: list[Path], out: Path) -> dict[str, float]:
+    """`run_one` in a process of its own."""
+    command = [sys.executable, __file__, "--one", way, "--out", str(out), *map(str, paths)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def peak_mb() -> float:
     """The largest resident size of this process so far, mapped files included."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def measure(ways: list[str], paths: list[Path], out: Path, runs: int) -> dict[str, dict[str, float]]:
-    """For every way its fastest time and largest memory of `runs`, each in a fresh process, the ways in turn."""
+def measure(ways: list[str], paths: list[Path], out: Path, runs: int, apart: bool) -> dict[str, dict[str, float]]:
+    """For every way its fastest time and largest memory of `runs`, the ways in turn, `apart` in fresh processes."""
     measured: dict[str, dict[str, float]] = {}
     for _ in range(runs):
         for way in ways:
-            command = [sys.executable, __file__, "--one", way, "--out", str(out), *map(str, paths)]
-            done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ)
-            new = json.loads(done.stdout.splitlines()[-1])
+            new = run_apart(way, paths, out) if apart else run_one(way, paths, out)
             old = measured.setdefault(way, new)
             seconds, peak = min(old["seconds"], new["seconds"]), max(old["peak_extra_mb"], new["peak_extra_mb"])
             measured[way] = {"seconds": seconds, "peak_extra_mb": peak}
@@ -249,7 +253,9 @@ def main(arguments: argparse.Namespace) -> None:
         if needed > free:
             sys.exit(f"{needed / 1e9:.1f} GB are needed in {folder}, {free / 1e9:.1f} GB are free; give --folder")
         paths = write_patches(Path(folder), shapes, arguments.patches)
-        measured = measure(ways, paths, Path(folder) / "merged.safetensors", arguments.runs)
+        measured = measure(ways, paths, Path(folder) / "merged.safetensors", arguments.runs, not arguments.quick)
+    if arguments.quick:
+        print("a quick run: its figures mean nothing")
     moved = (arguments.patches + 1) * size / 1e9
     print(
         f"{arguments.patches} x {size / 1e6:.0f} MB float16, {len(shapes)} tensors, {torch.get_num_threads()} threads"
@@ -277,7 +283,7 @@ if __name__ == "__main__":
     parser.add_argument("--patches", type=int, default=4)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--scale", type=float, default=1.0, help="of every side of a matrix")
-    parser.add_argument("--quick", action="store_true", help="scale 0.1")
+    parser.add_argument("--quick", action="store_true", help="scale 0.1 and one process: a trial, not a measurement")
     parser.add_argument("--folder", help="where the files are put; by default the system's temporary folder")
     parser.add_argument("--json", help="where to write the figures")
     parser.add_argument("--one", help=argparse.SUPPRESS)

@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import reduce
 from pathlib import Path
 from typing import Any, TypeVar
@@ -69,8 +70,14 @@ def combine(artifacts: Sequence[PatchArtifact], recipe: MergeRecipe) -> PatchArt
     """The patch that `recipe` makes of `artifacts`, given in the order of `recipe.sources`."""
     parts = zip(recipe.sources, artifacts, recipe.weights, strict=True)
     with _workers() as pool:
-        job = _prepare([Source(name, item, weight, item.content_hash) for name, item, weight in parts], recipe)
+        sources = [Source(name, _detached(item), weight, item.content_hash) for name, item, weight in parts]
+        job = _prepare(sources, recipe)
         return PatchArtifact(_in_memory(job), _merged_info(job, pool))
+
+
+def _detached(artifact: PatchArtifact) -> PatchArtifact:
+    """The same patch, no longer part of a computation that could be differentiated."""
+    return replace(artifact, tensors={name: tensor.detach() for name, tensor in artifact.tensors.items()})
 
 
 def _recipe(sources: Any, method: str, weights: Sequence[float] | None, options: dict[str, Any]) -> MergeRecipe:

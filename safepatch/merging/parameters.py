@@ -70,6 +70,13 @@ class Job:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Full shape of parameter `name`; raises `MergeError` when the sources disagree."""
+        return self._shapes[name]
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: self._agreed_shape(name) for name in self.names}
+
+    def _agreed_shape(self, name: str) -> tuple[int, ...]:
         shapes = {source.shape(name): source.name for source in self.holders(name)}
         if len(shapes) > 1:
             found = " and ".join(f"{list(shape or ())} in {source}" for shape, source in sorted(shapes.items()))

@@ -268,7 +268,9 @@ def test_a_merge_reports_every_pair_and_block(tmp_path: Path, trio: list[Path]) 
     flat = [torch.cat([artifact.delta(name).flatten() for name in SIZES]) for artifact in (first, second)]
     cosine = torch.cosine_similarity(*flat, dim=0).item()
     assert overall(recipe["conflicts"]).cosine == pytest.approx(cosine, abs=1e-3)
-    assert overall(recipe["conflicts"]).sign_conflict == pytest.approx((flat[0] * flat[1] < 0).float().mean().item(), abs=1e-3)
+    assert overall(recipe["conflicts"]).sign_conflict == pytest.approx(
+        (flat[0] * flat[1] < 0).float().mean().item(), abs=1e-3
+    )
     assert abs(cosine) < 0.9  # control: a figure that could be wrong
     assert "conflicts" not in merge(trio, conflicts=False).info.recipe
 
