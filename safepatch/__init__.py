@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from safepatch.artifact import PatchArtifact, PatchInfo, read_info, verify
     from safepatch.errors import PatchBypassed, SafepatchError
-    from safepatch.merging import merge
+    from safepatch.merging import MergeRecipe, merge, split
     from safepatch.runtime.apply import Handle, apply
     from safepatch.runtime.load import load_pipeline
     from safepatch.training.config import TrainConfig, load_train_config
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 # Where each public name lives; it is imported on first use, so that `import safepatch` loads no model library.
 _HOMES: dict[str, str] = {
     "Handle": "safepatch.runtime.apply",
+    "MergeRecipe": "safepatch.merging",
     "PatchArtifact": "safepatch.artifact",
     "PatchBypassed": "safepatch.errors",
     "PatchInfo": "safepatch.artifact",
@@ -27,12 +28,14 @@ _HOMES: dict[str, str] = {
     "load_train_config": "safepatch.training.config",
     "merge": "safepatch.merging",
     "read_info": "safepatch.artifact",
+    "split": "safepatch.merging",
     "train": "safepatch.training.trainer",
     "verify": "safepatch.artifact",
 }
 
 __all__ = [
     "Handle",
+    "MergeRecipe",
     "PatchArtifact",
     "PatchBypassed",
     "PatchInfo",
@@ -43,6 +46,7 @@ __all__ = [
     "load_train_config",
     "merge",
     "read_info",
+    "split",
     "train",
     "verify",
 ]

@@ -26,6 +26,7 @@ from safepatch.container import (
 from safepatch.errors import ArtifactError, lookup
 
 FORMAT_VERSION = 1
+BUNDLE = "bundle"  # the merge method that keeps its sources apart, as tensors `part<index>.<name>`
 FORMS = ({"delta"}, {"down", "up"})  # how one parameter may be stored: dense or low-rank
 
 JSON_FIELDS = ("instructions", "fingerprint", "base", "config", "training", "recipe", "evaluation", "shapes")
@@ -73,6 +74,11 @@ class PatchInfo:
     def categories(self) -> tuple[str, ...]:
         """Names of the harm categories the patch covers, sorted."""
         return tuple(self.instructions)
+
+    @property
+    def is_bundle(self) -> bool:
+        """Whether the file keeps several patches apart, to be applied together."""
+        return self.recipe is not None and self.recipe.get("method") == BUNDLE
 
     def to_metadata(self) -> dict[str, str]:
         """The file's `__metadata__`: ModelSpec 1.0.1 and `safepatch.*` keys; the hash is a slot of zeros."""
@@ -216,6 +222,30 @@ class PatchArtifact:
         """`0x` and 64 hex digits over tensors and metadata: what `save` stores and `verify` recomputes."""
         return content_hash(self.info.to_metadata(), self.tensors)
 
+    def parts(self) -> "tuple[Part, ...]":
+        """What a bundle keeps apart, bundles inside it opened too; any other patch is its own only part."""
+        if not self.info.is_bundle:
+            return (Part(1.0, self),)
+        sources = [(index, float(source["weight"])) for index, source in enumerate(self._sources())]
+        opened = [(weight, self.part(index)) for index, weight in sources]
+        if sum(len(artifact.tensors) for _, artifact in opened) != len(self.tensors):
+            raise ArtifactError("damaged: this bundle holds tensors that belong to none of its parts; merge it again")
+        return tuple(
+            Part(weight * part.weight, part.artifact) for weight, artifact in opened for part in artifact.parts()
+        )
+
+    def part(self, index: int) -> "PatchArtifact":
+        """Source `index` of a bundle, as it was before the merge."""
+        prefix = part_prefix(index)
+        held = {name.removeprefix(prefix): t for name, t in self.tensors.items() if name.startswith(prefix)}
+        return PatchArtifact(held, PatchInfo.from_metadata(self._sources()[index]["metadata"]))
+
+    def _sources(self) -> list[dict[str, Any]]:
+        sources = (self.info.recipe or {}).get("sources")
+        if isinstance(sources, list) and all({"weight", "metadata"} <= source.keys() for source in sources):
+            return sources
+        raise ArtifactError("damaged: its recipe does not describe its parts; merge it again")
+
     def astype(self, dtype: torch.dtype) -> "PatchArtifact":
         """The same patch with every tensor as `dtype`."""
         return replace(self, tensors={name: cast(name, tensor, dtype) for name, tensor in self.tensors.items()})
@@ -257,6 +287,18 @@ class PatchArtifact:
             info = PatchInfo.from_metadata(header.metadata)
             check_hash(path, header)
             return cls(load_file(path), info)
+
+
+class Part(NamedTuple):
+    """One patch of a bundle and the weight its residuals are multiplied with."""
+
+    weight: float
+    artifact: PatchArtifact
+
+
+def part_prefix(index: int) -> str:
+    """What the tensor names of a bundle's part begin with."""
+    return f"part{index}."
 
 
 def read_info(path: str | Path) -> PatchInfo:

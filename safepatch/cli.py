@@ -3,12 +3,17 @@
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from safepatch.errors import SafepatchError
+
+if TYPE_CHECKING:
+    from safepatch.artifact import PatchInfo
+    from safepatch.merging import MergeRecipe
 
 app = typer.Typer(
     help="Train, merge, apply and measure safety patches for text-to-image models.",
@@ -47,16 +52,71 @@ def train(
 
 @app.command()
 def merge(
-    sources: Annotated[list[Path], typer.Argument(help="Patch files of one architecture.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="Where to write the merged patch.")],
-    method: Annotated[str, typer.Option(help="How to merge: task-arithmetic or linear.")] = "task-arithmetic",
+    sources: Annotated[list[Path], typer.Argument(help="Patch files of one architecture, or one recipe (.yaml).")],
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Where to write the merged patch.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="How to merge, see the README; task-arithmetic if not given.")
+    ] = None,
     weights: Annotated[str | None, typer.Option(help="Comma-separated weights, one per source.")] = None,
+    density: Annotated[float | None, typer.Option(help="Share of entries that a sparsifying method keeps.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the methods that drop at random.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the merged tensors: float16, bfloat16, float32.")] = None,
+    rank: Annotated[int | None, typer.Option(help="With cat: re-compress to this rank.")] = None,
+    conflicts: Annotated[bool | None, typer.Option(help="Compare the sources pair by pair; on if not given.")] = None,
 ) -> None:
-    """Merge patches into one file."""
+    """Merge patches into one file; an option given here overrides the recipe's."""
     from safepatch.merging import merge as run
 
-    merged = run(sources, out, method, _numbers(weights))
-    typer.echo(f"merged {', '.join(merged.info.categories)} by {method}: {out} ({out.stat().st_size / 1e6:.1f} MB)")
+    given = {"method": method, "density": density, "seed": seed, "dtype": dtype, "rank": rank, "conflicts": conflicts}
+    options = {name: value for name, value in given.items() if value is not None}
+    recipe = _recipe(sources, {**options, **({"weights": _numbers(weights)} if weights else {})})
+    target = out or (Path(recipe.out) if recipe.out else None)
+    if target is None:
+        raise SafepatchError("nowhere to write the merged patch; give -o FILE, or 'out' in the recipe")
+    info = run(recipe, target).info
+    names = ", ".join(info.categories)
+    typer.echo(f"merged {names} by {recipe.method}: {target} ({target.stat().st_size / 1e6:.1f} MB)")
+    for line in _merge_notes(info.recipe or {}):
+        typer.echo(line)
+
+
+def _recipe(sources: list[Path], options: dict[str, Any]) -> "MergeRecipe":
+    from safepatch.merging import MergeRecipe, load_recipe
+
+    if any(path.suffix in (".yaml", ".yml") for path in sources):
+        if len(sources) > 1:
+            raise SafepatchError("give one recipe, or patch files; not both")
+        return replace(load_recipe(sources[0]), **options)
+    return MergeRecipe(tuple(map(str, sources)), **options)
+
+
+def _merge_notes(recipe: dict[str, Any]) -> list[str]:
+    """What the merge measured, a line per pair of sources and one for the re-compression."""
+    titles = [", ".join(source["categories"]) for source in recipe["sources"]]
+    notes = []
+    for pair in recipe.get("conflicts", ()):
+        i, j = pair["sources"]
+        figures = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in pair["overall"].items())
+        notes.append(f"  {titles[i]} and {titles[j]}: {figures}")
+    errors = recipe.get("rank_errors")
+    if errors:
+        worst = max(errors, key=lambda name: errors[name])
+        mean = sum(errors.values()) / len(errors)
+        notes.append(f"  rank {recipe['rank']}: relative error {mean:.4f} on average, {errors[worst]:.4f} in {worst}")
+    return notes
+
+
+@app.command()
+def split(
+    merged: PatchFile,
+    category: Annotated[str, typer.Argument(help="Which part.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Where to write the part.")],
+) -> None:
+    """Take a category's patch back out of a merge by cat or bundle, bit for bit."""
+    from safepatch.merging import split as run
+
+    part = run(merged, category, out)
+    typer.echo(f"split {', '.join(part.info.categories)}: {out}, unchanged ({part.content_hash[:14]})")
 
 
 @app.command()
@@ -105,18 +165,41 @@ def evaluate(
 
 
 @app.command()
-def inspect(patch: PatchFile, as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
+def inspect(
+    patch: PatchFile,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    picture: Annotated[Path | None, typer.Option(help="Draw a merge's conflicts as a heat map, .png or .svg.")] = None,
+) -> None:
     """Say what a patch file is, from its header alone."""
-    from dataclasses import asdict
-
     from safepatch.artifact import read_info
 
-    info = {key: value for key, value in asdict(read_info(patch)).items() if key != "shapes"}
+    info = _described(read_info(patch))
+    if picture:
+        from safepatch.reporting.plots import save_conflict_map
+
+        labels = [", ".join(source["categories"]) for source in info["sources"]]
+        save_conflict_map(picture, labels, info["conflicts"])
     if as_json:
         typer.echo(json.dumps(info, indent=1, sort_keys=True))
         return
     for key, value in info.items():
-        typer.echo(f"{key:15s} {json.dumps(value, sort_keys=True) if isinstance(value, dict) else value}")
+        typer.echo(f"{key:15s} {json.dumps(value, sort_keys=True) if isinstance(value, dict | list) else value}")
+
+
+def _described(info: "PatchInfo") -> dict[str, Any]:
+    """What `inspect` says: a merge's sources and conflicts apart from its recipe, no lists of tensors."""
+    from dataclasses import asdict
+
+    recipe = dict(info.recipe or {})
+    sources = [
+        {key: value for key, value in source.items() if key not in ("metadata", "tensors")}
+        for source in recipe.pop("sources", [])
+    ]
+    plain = {key: value for key, value in asdict(info).items() if key != "shapes"}
+    merged = {"sources": sources, "source_hashes": [source["hash"] for source in sources]}
+    conflicts = recipe.pop("conflicts", [])
+    recipe.pop("rank_errors", None)
+    return {**plain, "categories": list(info.categories), "recipe": recipe or None, **merged, "conflicts": conflicts}
 
 
 @app.command()

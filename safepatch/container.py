@@ -5,15 +5,17 @@ JSON header, the data. The header is written here because the library writes met
 duplicate keys. The content hash is the SHA-256 of the whole file with the hash's own digits set to zero.
 """
 
+import errno
 import hashlib
 import json
 import math
+import mmap
 import os
+import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +41,36 @@ def canonical_json(value: Any) -> str:
 
 def write(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
     """Write a file that carries its own hash, all or nothing; equal input gives equal bytes."""
-    text = _header_text(metadata, tensors)
-    text = text.replace(_slot(NO_HASH), _slot(_digest(text, _data(tensors))))
+    write_stream(path, metadata, tensors, _data(tensors))
+
+
+def write_stream(
+    path: Path, metadata: Mapping[str, str], layout: Mapping[str, Tensor], data: Iterable[bytes | memoryview]
+) -> None:
+    """Write a file of which only the layout is in memory: header first, then `data` as it comes, the hash at the end.
+
+    Args:
+        path: where the file appears, all or nothing.
+        metadata: texts by key, the hash being `NO_HASH`.
+        layout: dtype and shape of every tensor; meta tensors will do.
+        data: the tensors' bytes in the order of `in_file_order(layout)`, in pieces of any size.
+    """
+    text = _header_text(metadata, layout)
+    size = 8 + len(text) + sum(tensor.nbytes for tensor in layout.values())
     try:
-        _write_atomically(path, chain((_prefix(text), text), _data(tensors)))
+        _check_space(path, size)
+        _write_atomically(path, text, data)
     except OSError as error:
-        size = len(text) + sum(tensor.nbytes for tensor in tensors.values())
         raise ArtifactError(
             f"cannot write {path}: {error.strerror or error}; choose a writable folder with {size} bytes free"
         ) from error
+
+
+def _check_space(path: Path, size: int) -> None:
+    """Refuse before the first byte; the file being replaced stays until the end and needs its room too."""
+    free = shutil.disk_usage(path.parent).free
+    if free < size:
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}, {free} bytes are free")
 
 
 def content_hash(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
@@ -64,19 +87,25 @@ class Header:
     tensors: dict[str, dict[str, Any]]
 
 
-def _sorted_tensors(tensors: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
-    return sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))  # keeps every value aligned
+def in_file_order(tensors: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
+    """Names and tensors in the order of their bytes in a file, which keeps every value aligned."""
+    return sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor as they stand in a file."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _data(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
-    for _, tensor in _sorted_tensors(tensors):
-        yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    for _, tensor in in_file_order(tensors):
+        yield raw_bytes(tensor)
 
 
 def _header_text(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> bytes:
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
-    for name, tensor in _sorted_tensors(tensors):
+    for name, tensor in in_file_order(tensors):
         begin, end = end, end + tensor.nbytes
         entries[name] = {
             "dtype": DTYPE_NAMES[tensor.dtype],
@@ -102,11 +131,18 @@ def _digest(text: bytes, data: Iterable[bytes | memoryview]) -> str:
     return f"0x{sha.hexdigest()}"
 
 
-def _write_atomically(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
+def _write_atomically(path: Path, text: bytes, data: Iterable[bytes | memoryview]) -> None:
+    """The header `text` with its hash's slot open, the data, then the hash into the slot, then the final name."""
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    sha = hashlib.sha256(_prefix(text) + text)
     try:
         with partial.open("xb") as file:
-            file.writelines(chunks)
+            file.write(_prefix(text) + text)
+            for chunk in data:
+                sha.update(chunk)
+                file.write(chunk)
+            file.seek(8 + text.index(_slot(NO_HASH)))
+            file.write(_slot(f"0x{sha.hexdigest()}"))
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -193,3 +229,42 @@ def check_hash(path: Path, header: Header) -> None:
         found = _digest(blank, iter(lambda: file.read(CHUNK), b""))
     if found != stored:
         raise ArtifactError(f"altered: its content hash is {found[:12]}, it states {stored[:12]}; fetch the file again")
+
+
+@dataclass(frozen=True)
+class MappedTensors:
+    """The tensors of a file, mapped into memory and read when they are used.
+
+    Attributes:
+        tensors: views on the file by name.
+        offsets: first and last byte + 1 of each tensor in the file.
+    """
+
+    tensors: dict[str, Tensor]
+    offsets: dict[str, tuple[int, int]]
+    _map: mmap.mmap
+
+    @classmethod
+    def open(cls, path: Path, header: Header) -> "MappedTensors":
+        """The tensors of the file at `path`, whose checked `header` is at hand."""
+        start = 8 + len(header.text)
+        with path.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # private: nothing can reach the file
+        offsets, tensors = {}, {}
+        for name, entry in header.tensors.items():
+            begin, end = (start + place for place in entry["data_offsets"])
+            offsets[name] = (begin, end)
+            dtype = DTYPES[entry["dtype"]]
+            count = (end - begin) // dtype.itemsize
+            empty = torch.empty(0, dtype=dtype)  # frombuffer refuses to read nothing
+            flat = torch.frombuffer(mapped, dtype=dtype, count=count, offset=begin) if count else empty
+            tensors[name] = flat.reshape(entry["shape"])
+        return cls(tensors, offsets, mapped)
+
+    def release(self, name: str) -> None:
+        """Give the memory of tensor `name` back; the next use reads it from the file again."""
+        begin, end = self.offsets[name]
+        first = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
+        last = end // mmap.PAGESIZE * mmap.PAGESIZE
+        if last > first and hasattr(mmap, "MADV_DONTNEED"):  # Windows has no such call
+            self._map.madvise(mmap.MADV_DONTNEED, first, last - first)

@@ -1,196 +1,240 @@
-"""Merging: check that the patches belong together, then one parameter after the other, sources in a fixed order."""
+"""Merging: open the sources, compare them, write one tensor after the other; memory holds a few pieces at a time."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from safepatch.artifact import PatchArtifact, PatchInfo, cast
-from safepatch.errors import BaseMismatch, MergeError, SafepatchError
-from safepatch.merging.methods import METHODS, SUM_WEIGHTS
-from safepatch.merging.recipe import DTYPE_NAMES, DTYPES, MergeRecipe
+from safepatch.artifact import BUNDLE, PatchArtifact, PatchInfo
+from safepatch.container import MappedTensors, raw_bytes, read_header, write_stream
+from safepatch.errors import MergeError
+from safepatch.merging.conflicts import Comparison, compare, report
+from safepatch.merging.parameters import Job, Piece
+from safepatch.merging.recipe import DTYPE_NAMES, DTYPES, MergeRecipe, load_recipe
+from safepatch.merging.sources import Source, agreed, check_agreement, in_order, open_source
 
+T = TypeVar("T")
+R = TypeVar("R")
+Pool = ThreadPoolExecutor | None  # None: the work is done on the spot
 
-@dataclass(frozen=True)
-class _Source:
-    name: str
-    artifact: PatchArtifact
-    weight: float
-    hash: str
-
-    @property
-    def info(self) -> PatchInfo:
-        return self.artifact.info
-
-
-@dataclass(frozen=True)
-class _Agreement:
-    """A property that all sources must share."""
-
-    what: str
-    of: Callable[[PatchInfo], Any]
-    error: type[SafepatchError]
-    advice: str
-
-
-AGREEMENTS = (
-    _Agreement("kind", lambda info: info.kind, MergeError, "merge patches of one kind"),
-    _Agreement("architecture", lambda info: info.fingerprint, BaseMismatch, "merge patches for one architecture"),
-    _Agreement("base family", lambda info: info.base.get("family"), BaseMismatch, "merge patches of one family"),
-    _Agreement("'sees'", lambda info: info.config.get("sees"), MergeError, "train them with the same config 'sees'"),
-)
+BUDGET = 300_000_000  # bytes that merging ahead may take; a larger piece is merged alone
+AHEAD = 4  # pieces that may be merged ahead of the one that is written
+EXACT = ("cat", BUNDLE)  # methods whose sources can be split off again
 
 
 def merge(
-    sources: Sequence[str | Path],
+    sources: MergeRecipe | str | Path | Sequence[str | Path],
     out: str | Path | None = None,
     method: str = "task-arithmetic",
     weights: Sequence[float] | None = None,
+    **options: Any,
 ) -> PatchArtifact:
-    """Merge patch files into one patch of the sources' dtype, and save it when `out` is given.
+    """Merge patch files into one patch, and write it to `out` when that is given.
 
     Args:
-        sources: paths of the patches, in any order.
-        out: path of the merged patch.
-        method: a key of `METHODS`.
-        weights: one per source; all 1 by default.
+        sources: a recipe, the path of a YAML file that holds one, or paths of patches in any order.
+        out: path of the merged patch; by default the recipe's. It is streamed there and never wholly in memory.
+        method: a key of `METHODS`, or `bundle`. With a recipe, the recipe's counts.
+        weights: one per source; all 1 by default. With a recipe, the recipe's count.
+        **options: other fields of `MergeRecipe`, e.g. density or seed.
 
     Returns:
-        The merged patch, whose recipe names the hashes of its sources.
+        The merged patch, whose recipe names the hashes of its sources; its tensors are read when used.
+
+    Raises:
+        MergeError: when the sources cannot be merged as asked.
+        ArtifactError: when one of them, or the place of the output, is no good.
     """
-    given = tuple(float(weight) for weight in weights) if weights is not None else (1.0,) * len(sources)
-    recipe = MergeRecipe(tuple(map(str, sources)), given, method)
-    artifacts = [PatchArtifact.open(source) for source in sources]
-    dtype = reduce(torch.promote_types, (artifact.dtype for artifact in artifacts))
-    merged = combine(artifacts, replace(recipe, dtype=DTYPE_NAMES[dtype]))
-    if out is not None:
-        merged.save(out)
-    return merged
+    recipe = _recipe(sources, method, weights, options)
+    target = Path(out) if out is not None else Path(recipe.out) if recipe.out else None
+    if target is not None:
+        _check_target(target, recipe)
+    with _workers() as pool:
+        opened = list((pool.map if pool else map)(open_source, recipe.sources, recipe.weights))
+        job = _prepare(opened, recipe)
+        info = _merged_info(job, pool)
+        if target is None:
+            return PatchArtifact(_in_memory(job), info)
+        write_stream(target, info.to_metadata(), job.layout, _stream(job, pool))
+    return PatchArtifact(MappedTensors.open(target, read_header(target)).tensors, info)
 
 
 def combine(artifacts: Sequence[PatchArtifact], recipe: MergeRecipe) -> PatchArtifact:
     """The patch that `recipe` makes of `artifacts`, given in the order of `recipe.sources`."""
     parts = zip(recipe.sources, artifacts, recipe.weights, strict=True)
-    sources = [_Source(name, artifact, weight, artifact.content_hash) for name, artifact, weight in parts]
-    sources.sort(key=lambda source: (source.hash, source.weight))  # float sums depend on their order
-    _check_agreement(sources)
-    tensors: dict[str, Tensor] = {}
-    shapes: dict[str, list[int]] = {}
-    for name in sorted({name for source in sources for name in source.artifact.parameter_names()}):
-        merged = _merge_parameter(name, sources, recipe)
-        tensors |= {f"{name}.{form}": tensor for form, tensor in merged.items()}
-        shapes |= {name: list(_shape(name, sources))} if "up" in merged else {}
-    return PatchArtifact(tensors, _merged_info(sources, recipe, shapes))
+    with _workers() as pool:
+        sources = [Source(name, _detached(item), weight, item.content_hash) for name, item, weight in parts]
+        job = _prepare(sources, recipe)
+        return PatchArtifact(_in_memory(job), _merged_info(job, pool))
 
 
-def _merge_parameter(name: str, sources: list[_Source], recipe: MergeRecipe) -> dict[str, Tensor]:
-    """Form -> tensor of parameter `name`; a source that lacks it counts as zero."""
-    if recipe.is_identity:
-        return sources[0].artifact.stored(name)
-    weights = torch.tensor([source.weight for source in sources])
-    low_rank = all("delta" not in source.artifact.stored(name) for source in sources)
-    if low_rank and recipe.method in SUM_WEIGHTS:
-        merged = _concatenate(name, sources, SUM_WEIGHTS[recipe.method](weights))
-    else:
-        merged = {"delta": METHODS[recipe.method](_stack(name, sources), weights)}
-    return {form: cast(f"{name}.{form}", tensor, DTYPES[recipe.dtype]) for form, tensor in merged.items()}
+def _detached(artifact: PatchArtifact) -> PatchArtifact:
+    """The same patch, no longer part of a computation that could be differentiated."""
+    return replace(artifact, tensors={name: tensor.detach() for name, tensor in artifact.tensors.items()})
 
 
-def _concatenate(name: str, sources: list[_Source], weights: Tensor) -> dict[str, Tensor]:
-    """Factors side by side: [w_1 up_1, w_2 up_2, ...] @ [down_1; down_2; ...] = Σ w_k up_k down_k, exactly."""
-    _shape(name, sources)  # refuses unequal shapes
-    pairs = zip(sources, weights, strict=True)
-    factors = [(source.artifact.factors(name), weight) for source, weight in pairs if source.artifact.stored(name)]
-    return {
-        "down": torch.cat([factor.down.float() for factor, _ in factors]),
-        "up": torch.cat([weight * factor.up.float() for factor, weight in factors], dim=1),
-    }
+def _recipe(sources: Any, method: str, weights: Sequence[float] | None, options: dict[str, Any]) -> MergeRecipe:
+    if isinstance(sources, MergeRecipe):
+        return sources
+    if isinstance(sources, str | Path):
+        return load_recipe(sources)
+    return MergeRecipe(tuple(map(str, sources)), tuple(weights or ()), method, **options)
 
 
-def _stack(name: str, sources: list[_Source]) -> Tensor:
-    """Dense float32 deltas of `name`, (K, *)."""
-    zero = torch.zeros(_shape(name, sources))
-    return torch.stack([source.artifact.delta(name) if source.artifact.stored(name) else zero for source in sources])
+def _check_target(target: Path, recipe: MergeRecipe) -> None:
+    for source in recipe.sources:
+        if target.resolve() == Path(source).resolve():
+            raise MergeError(f"the output {target} is one of the patches to merge; choose another name")
 
 
-def _shape(name: str, sources: list[_Source]) -> tuple[int, ...]:
-    shapes = {
-        tuple(source.info.shapes.get(name) or source.artifact.tensors[f"{name}.delta"].shape): source.name
-        for source in sources
-        if source.artifact.stored(name)
-    }
-    if len(shapes) > 1:
-        found = " and ".join(f"{list(shape)} in {source}" for shape, source in sorted(shapes.items()))
-        raise MergeError(f"'{name}' is {found}; merge patches of one configuration")
-    return next(iter(shapes))
+def _prepare(sources: Sequence[Source], recipe: MergeRecipe) -> Job:
+    ordered = in_order(sources)
+    check_agreement(ordered, kept_apart=recipe.method == BUNDLE)
+    widest = reduce(torch.promote_types, (source.artifact.dtype for source in ordered))
+    return Job(ordered, recipe, DTYPES[recipe.dtype] if recipe.dtype else widest)
 
 
-def _check_agreement(sources: list[_Source]) -> None:
-    first = sources[0]
-    for agreement in AGREEMENTS:
-        for other in sources[1:]:
-            ours, theirs = agreement.of(first.info), agreement.of(other.info)
-            if ours != theirs:
-                ours, theirs = _difference(ours, theirs)
-                raise agreement.error(
-                    f"{first.name} and {other.name} differ in {agreement.what}: {ours} and {theirs}; {agreement.advice}"
-                )
+@contextmanager
+def _workers() -> Iterator[ThreadPoolExecutor | None]:
+    """As many workers as torch had threads, or None for one; torch's own are off inside.
+
+    So the work is shared at one place only, and no matrix product depends on the number of threads.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        if threads == 1:
+            yield None
+        else:
+            with ThreadPoolExecutor(threads) as pool:
+                yield pool
+    finally:
+        torch.set_num_threads(threads)
 
 
-def _difference(ours: Any, theirs: Any) -> tuple[Any, Any]:
-    """Of two tables, the entries that differ; of anything else, both."""
-    if not (isinstance(ours, dict) and isinstance(theirs, dict)):
-        return ours, theirs
-    shared = _agreed([ours, theirs])
-    first, second = ({key: side[key] for key in sorted(side.keys() - shared.keys())} for side in (ours, theirs))
-    return first, second
+# Running
 
 
-def _agreed(tables: list[dict[str, Any]]) -> dict[str, Any]:
-    """The entries that all tables hold with one value."""
-    return {
-        key: value for key, value in tables[0].items() if all(key in table and table[key] == value for table in tables)
-    }
+def _stream(job: Job, pool: Pool) -> Iterator[memoryview]:
+    """The bytes of the merged file's tensors, in its order."""
+    for piece, values in _ahead(pool, job.values, job.pieces(), job.cost):
+        yield raw_bytes(values)
+        if piece.stop == job.layout[piece.tensor].numel():
+            job.release(piece.tensor)
 
 
-def _merged_info(sources: list[_Source], recipe: MergeRecipe, shapes: dict[str, list[int]]) -> PatchInfo:
+def _in_memory(job: Job) -> dict[str, Tensor]:
+    """The merged tensors by name."""
+    whole = {name: Piece(name, 0, meta.numel()) for name, meta in job.layout.items()}
+    return {name: job.values(piece).reshape(job.layout[name].shape) for name, piece in whole.items()}
+
+
+def _ahead(pool: Pool, work: Callable[[T], R], items: Iterable[T], cost: Callable[[T], int]) -> Iterator[tuple[T, R]]:
+    """Each item with what `work` makes of it, in order, at most `AHEAD` in progress, costing at most `BUDGET`."""
+    if pool is None:
+        yield from ((item, work(item)) for item in items)
+        return
+    waiting: deque[tuple[T, Future[R]]] = deque()
+    try:
+        for item in items:
+            while waiting and (len(waiting) == AHEAD or sum(cost(other) for other, _ in waiting) + cost(item) > BUDGET):
+                done, future = waiting.popleft()
+                yield done, future.result()
+            waiting.append((item, pool.submit(work, item)))
+        while waiting:
+            done, future = waiting.popleft()
+            yield done, future.result()
+    finally:
+        for _, future in waiting:
+            future.cancel()
+
+
+# What the merged file says about itself
+
+
+def _merged_info(job: Job, pool: Pool) -> PatchInfo:
     """Settings that the sources share are kept; training and evaluation belonged to the sources, so they are not."""
+    infos = [source.info for source in job.sources]
     return PatchInfo(
-        kind=sources[0].info.kind,
-        instructions=_united_instructions(sources),
-        fingerprint=sources[0].info.fingerprint,
-        base=_agreed([source.info.base for source in sources]),
-        config=_agreed([source.info.config for source in sources]),
-        recipe={"method": recipe.method, "dtype": recipe.dtype, "sources": [_record(source) for source in sources]},
-        shapes=shapes,
-        license=" AND ".join(sorted({source.info.license for source in sources} - {""})),
+        kind=infos[0].kind,
+        instructions=_united_instructions(job),
+        fingerprint=infos[0].fingerprint,
+        base=agreed([info.base for info in infos]),
+        config=agreed([info.config for info in infos]),
+        recipe=_recorded(job, pool),
+        shapes=job.shapes(),
+        license=" AND ".join(sorted({info.license for info in infos} - {""})),
     )
 
 
-def _record(source: _Source) -> dict[str, Any]:
-    """What the merged file keeps of a source: no path, so that the bytes depend on content alone."""
+def _recorded(job: Job, pool: Pool) -> dict[str, Any]:
+    """The recipe as the file keeps it: no path, so that the bytes depend on content alone."""
+    recipe = job.recipe
+    recorded: dict[str, Any] = {"method": recipe.method, **recipe.used_options()}
+    recorded["sources"] = [_record(source, recipe.method) for source in job.sources]
+    if recipe.method != BUNDLE:
+        recorded["dtype"] = DTYPE_NAMES[job.dtype]
+    if recipe.conflicts and len(job.sources) > 1 and job.names:
+        recorded["conflicts"] = _conflicts(job, pool)
+    if recipe.rank:
+        low_rank = [name for name in job.names if job.rank(name) is not None]
+        recorded["rank_errors"] = {name: round(job.compressed(name).error, 6) for name in low_rank}
+    return recorded
+
+
+def _record(source: Source, method: str) -> dict[str, Any]:
+    """What the merged file keeps of a source; of an exact method, all that the source's file says."""
     info = source.info
-    return {
+    record = {
         "hash": source.hash,
         "weight": source.weight,
         "title": info.title,
         "categories": info.categories,
         "recipe": info.recipe,
     }
+    if method in EXACT:
+        record["metadata"] = info.to_metadata()
+    if method == "cat":
+        tensors = source.artifact.tensors
+        record["tensors"] = {name: [DTYPE_NAMES[t.dtype], list(t.shape)] for name, t in tensors.items()}
+    return record
 
 
-def _united_instructions(sources: list[_Source]) -> dict[str, str]:
+def _conflicts(job: Job, pool: Pool) -> list[dict[str, Any]]:
+    def compared(name: str) -> Comparison:
+        return compare(job.stack(name))
+
+    def cost(name: str) -> int:
+        return 4 * torch.Size(job.shape(name)).numel() * len(job.sources)
+
+    def figures() -> Iterator[tuple[str, Comparison]]:
+        for name, comparison in _ahead(pool, compared, job.names, cost):
+            yield name, comparison
+            for source in job.sources:
+                source.release(name)
+
+    return report(figures())
+
+
+def _united_instructions(job: Job) -> dict[str, str]:
+    """Category -> what the merged patch reads; parts that are kept apart read their own, which may differ."""
     united: dict[str, tuple[str, str]] = {}
-    for source in sources:
+    for source in job.sources:
         for category, instruction in source.info.instructions.items():
-            other, agreed = united.setdefault(category, (source.name, instruction))
-            if agreed != instruction:
+            other, before = united.setdefault(category, (source.name, instruction))
+            if before == instruction:
+                continue
+            if job.recipe.method != BUNDLE:
                 raise MergeError(
-                    f"{other} and {source.name} instruct '{category}' differently: '{agreed}' and '{instruction}'; "
+                    f"{other} and {source.name} instruct '{category}' differently: '{before}' and '{instruction}'; "
                     "merge patches that share a category's instruction"
                 )
+            united[category] = (source.name, " / ".join(sorted({*before.split(" / "), instruction})))
     return {category: instruction for category, (_, instruction) in united.items()}

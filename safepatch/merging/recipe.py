@@ -2,13 +2,18 @@
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from safepatch import container
+from safepatch.artifact import BUNDLE
+from safepatch.config import load_config
 from safepatch.errors import MergeError, lookup
-from safepatch.merging.methods import METHODS
+from safepatch.merging.methods import METHODS, USES
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in container.DTYPES.values()}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+SHARES = ("density", "epsilon", "outliers")
 
 
 @dataclass(frozen=True)
@@ -17,28 +22,74 @@ class MergeRecipe:
 
     Attributes:
         sources: names of the patches, usually paths.
-        weights: one finite number per source.
-        method: a key of `METHODS`.
-        dtype: of the merged tensors.
+        weights: one finite number per source; empty is all 1.
+        method: a key of `METHODS`, or `bundle`.
+        dtype: of the merged tensors; None is the narrowest that holds every source's.
+        density: share of each delta's entries that a sparsifying method keeps, in [0, 1].
+        epsilon: width of della's window of drop probabilities, in [0, 1].
+        outliers: share of each delta's largest entries that breadcrumbs drops, in [0, 1].
+        seed: of the methods that drop at random.
+        rank: with `cat`, re-compress by SVD what has a larger rank; 0 keeps the sum exact.
+        conflicts: compare the sources pair by pair and record it in the file; takes one more pass over them.
+        out: where a recipe file writes; not recorded.
     """
 
     sources: tuple[str, ...]
-    weights: tuple[float, ...]
+    weights: tuple[float, ...] = ()
     method: str = "task-arithmetic"
-    dtype: str = "float16"
+    dtype: str | None = None
+    density: float = 0.5
+    epsilon: float = 0.1
+    outliers: float = 0.01
+    seed: int = 0
+    rank: int = 0
+    conflicts: bool = True
+    out: str | None = None
 
     def __post_init__(self) -> None:
-        """Refuse nonsense with one line."""
-        lookup(METHODS, self.method, what="merge method")
-        lookup(DTYPES, self.dtype, what="dtype")
+        """Normalize, and refuse nonsense with one line."""
+        object.__setattr__(self, "sources", tuple(map(str, self.sources)))
+        object.__setattr__(self, "weights", tuple(map(float, self.weights)) or (1.0,) * len(self.sources))
+        lookup(dict.fromkeys((*METHODS, BUNDLE)), self.method, what="merge method")
+        if self.dtype is not None:
+            lookup(DTYPES, self.dtype, what="dtype")
+        self._check_numbers()
+        if self.method == BUNDLE and self.dtype is not None:
+            raise MergeError("bundle keeps its parts as they are; leave out dtype")
+        if self.method == "slerp" and len(self.sources) > 2:
+            raise MergeError(
+                f"slerp goes from one patch to another, not through {len(self.sources)}; merge two, or use linear"
+            )
+        if self.rank and self.method != "cat":
+            raise MergeError(f"a rank belongs to method cat, not to {self.method}; leave it out")
+
+    def _check_numbers(self) -> None:
         if not self.sources:
             raise MergeError("nothing to merge; give at least one patch")
         if len(self.weights) != len(self.sources):
             raise MergeError(f"{len(self.weights)} weights for {len(self.sources)} patches; give one weight per patch")
         if not all(math.isfinite(weight) for weight in self.weights):
             raise MergeError(f"merge weights {list(self.weights)} are not all finite; give plain numbers")
+        for name in SHARES:
+            if not 0 <= getattr(self, name) <= 1:
+                raise MergeError(f"{name} is {getattr(self, name)}; give a share from 0 to 1")
+        if self.rank < 0:
+            raise MergeError(f"rank is {self.rank}; give 0 for an exact sum, or at least 1")
 
     @property
     def is_identity(self) -> bool:
         """Whether the merge is one patch of weight 1, which every method returns as it is."""
-        return self.weights == (1.0,)
+        return self.weights == (1.0,) and not self.rank and self.method != BUNDLE
+
+    def used_options(self) -> dict[str, Any]:
+        """The options that the method reads, by name."""
+        return {name: getattr(self, name) for name in USES.get(self.method, ())}
+
+
+def load_recipe(path: str | Path) -> MergeRecipe:
+    """The recipe in a YAML file, whose keys are the fields of `MergeRecipe`; paths are relative to the current folder.
+
+    Raises:
+        ConfigError: for anything unknown, missing, unreadable or of a wrong type.
+    """
+    return load_config(MergeRecipe, Path(path))

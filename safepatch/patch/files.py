@@ -46,6 +46,8 @@ def from_artifact(artifact: PatchArtifact, unet: Any) -> Patch:
         BaseMismatch: when the file is for another architecture.
     """
     check_fits(artifact.info, unet)
+    if artifact.info.is_bundle:
+        raise BaseMismatch("a bundle is several patches, not one module; apply it, or take one of its parts()")
     patch = lookup(PATCH_KINDS, artifact.info.kind, what="patch kind").from_unet(unet, artifact.info.config["sees"])
     prefix = f"{artifact.info.kind}."
     patch.load_deltas(unet, {name.removeprefix(prefix): delta for name, delta in artifact.deltas().items()})

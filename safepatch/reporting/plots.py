@@ -1,15 +1,18 @@
 """Bars with 95 % intervals, drawn from rows as SVG text that takes its ink from the page; equal rows, equal bytes."""
 
 import io
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from safepatch.errors import SafepatchError
 from safepatch.results import NONE, Row
 
 INK = "#010203"  # a color no bar has; in the SVG it becomes `currentColor`, so light and dark pages both read well
@@ -23,6 +26,11 @@ COLORS = (
     "#999999",
 )  # Okabe and Ito, for color-blind readers
 BASE_COLOR = "#d55e00"
+HEAT = {
+    "cosine": ("RdBu", -1.0, 1.0),
+    "sign_conflict": ("Oranges", 0.0, 1.0),
+    "norm_ratio": ("PuOr", 0.0, 2.0),
+}  # limits
 GAP = 0.8  # between categories, in bar heights
 
 RC: dict[str, Any] = {
@@ -140,6 +148,46 @@ def _draw_bar(axes: Axes, row: Row, y: float, color: str) -> None:
     axes.barh(y, 100 * row.value, height=0.85, color=color)
     axes.errorbar(100 * row.value, y, xerr=error, color=INK, elinewidth=1, capsize=2)
     axes.text(100 * row.high + 1.5, y, f"{100 * row.value:.0f} %", va="center", fontsize=8)
+
+
+def save_conflict_map(path: Path, labels: Sequence[str], conflicts: Sequence[dict[str, Any]]) -> None:
+    """Draw how much the sources of a merge disagree, one column per pair and one row per block, into an image file.
+
+    Args:
+        path: `.png` or `.svg`; raises `SafepatchError` when it cannot be written.
+        labels: what the sources are called, in the order of the recipe.
+        conflicts: the recipe's conflict report.
+    """
+    if not conflicts:
+        raise SafepatchError("no conflicts are recorded in this file; merge two or more patches with conflicts on")
+    blocks = sorted({block for pair in conflicts for block in pair["blocks"]})
+    pairs = [f"{labels[i]}\n{labels[j]}" for i, j in (pair["sources"] for pair in conflicts)]
+    figure = Figure(figsize=(4 + 2 * len(pairs), 1.6 + 0.28 * len(blocks)), layout="constrained")
+    drawn = zip(figure.subplots(1, len(HEAT), sharey=True), HEAT.items(), strict=True)
+    for axes, (name, (colors, low, high)) in drawn:
+        grid = [[pair["blocks"].get(block, {}).get(name) for pair in conflicts] for block in blocks]
+        grid.append([pair["overall"][name] for pair in conflicts])
+        _draw_heat(figure, axes, grid, colors, (low, high))
+        axes.set(title=name.replace("_", " "))
+        axes.set_xticks(range(len(pairs)), labels=pairs, fontsize=8)
+        axes.set_yticks(range(len(blocks) + 1), labels=[*blocks, "overall"], fontsize=8)
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise SafepatchError(f"cannot write {path}: {error}; give a writable .png or .svg") from error
+
+
+def _draw_heat(
+    figure: Figure, axes: Axes, grid: list[list[float | None]], colors: str, limits: tuple[float, float]
+) -> None:
+    """One heat map with its numbers; a pair that has none in a block is left white."""
+    values = [[math.nan if value is None else value for value in row] for row in grid]
+    image = axes.imshow(values, cmap=colors, vmin=limits[0], vmax=limits[1], aspect="auto")
+    figure.colorbar(image, ax=axes, fraction=0.05)
+    for y, row in enumerate(values):
+        for x, value in enumerate(row):
+            if not math.isnan(value):
+                axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=7)
 
 
 def _svg_text(figure: Figure) -> str:

@@ -5,15 +5,16 @@ any pipeline that calls the same UNet, and stacks with ControlNets and with othe
 """
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from safepatch.artifact import PatchArtifact
+from safepatch.artifact import Part, PatchArtifact
 from safepatch.diffusion import Components, encode_prompts
 from safepatch.errors import ConfigError, PatchBypassed
 from safepatch.patch import Patch, Residuals
@@ -35,21 +36,28 @@ class Stats:
     patched_calls: int = 0
 
 
+class ActivePart(NamedTuple):
+    """A patch module, the states of the instruction it reads, (1, tokens, width), and its weight among others."""
+
+    patch: Patch
+    instruction_states: Tensor
+    weight: float = 1.0
+
+
 class Handle:
-    """One attachment of a patch to a pipeline; leaving the `with` block, or `remove()`, takes it off.
+    """One attachment of a patch, or of all parts of a bundle; leaving the `with` block, or `remove()`, takes it off.
 
     Attributes:
         scale: run-time strength; 0 is off and bit-identical to the base. May be changed between calls.
         stats: counters since attachment.
     """
 
-    def __init__(self, pipe: Any, patch: Patch, instruction_states: Tensor, scale: float, fail_closed: bool) -> None:
+    def __init__(self, pipe: Any, parts: Sequence[ActivePart], scale: float, fail_closed: bool) -> None:
         self.scale = scale
         self.stats = Stats()
         self._pipe = weakref.ref(pipe)
         self._unet: Any = Components.of(pipe).unet
-        self._patch = patch
-        self._instruction_states = instruction_states
+        self._parts = tuple(parts)
         self._missed = 0
         self._hooks = [
             self._unet.register_forward_pre_hook(self._add_residuals, with_kwargs=True),
@@ -84,22 +92,30 @@ class Handle:
 
     def _patched(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         sample, timesteps, states = bind(args, kwargs)
-        rows = self._rows_to_correct(sample)
-        return _summed(self._residuals(sample, timesteps, states, kwargs.get("added_cond_kwargs"), rows), kwargs)
+        rows, added = self._rows_to_correct(sample), kwargs.get("added_cond_kwargs")
+        made = [self._residuals(part, sample, timesteps, states, added, rows) for part in self._parts]
+        return _summed(reduce(_plus, made), kwargs)
 
     @torch.no_grad()
     def _residuals(
-        self, sample: Tensor, timesteps: Any, states: Tensor, added: Mapping[str, Tensor] | None, rows: slice
+        self,
+        part: ActivePart,
+        sample: Tensor,
+        timesteps: Any,
+        states: Tensor,
+        added: Mapping[str, Tensor] | None,
+        rows: slice,
     ) -> Residuals:
-        patch = self._patch.to(sample.device)
+        patch = part.patch.to(sample.device)
         dtype = next(patch.parameters()).dtype
         times = torch.as_tensor(timesteps, device=sample.device).reshape(-1).expand(len(sample))[rows]
         conditions = {key: value[rows] for key, value in (added or {}).items() if isinstance(value, Tensor)}
-        instruction = self._instruction_states.to(sample.device, dtype)
+        instruction = part.instruction_states.to(sample.device, dtype)
         made = patch(sample[rows].to(dtype), times, states[rows].to(dtype), instruction, conditions)
+        scale = self.scale * part.weight
         return Residuals(
-            tuple(_padded(r * self.scale, rows, sample) for r in made.down),
-            _padded(made.mid * self.scale, rows, sample),
+            tuple(_padded(r * scale, rows, sample) for r in made.down),
+            _padded(made.mid * scale, rows, sample),
         )
 
     def _rows_to_correct(self, sample: Tensor) -> slice:
@@ -148,16 +164,28 @@ def apply(pipe: Any, patch: str | Path | PatchArtifact, scale: float = 1.0, fail
         ArtifactError: when the file is missing, damaged or altered.
     """
     artifact = patch if isinstance(patch, PatchArtifact) else PatchArtifact.open(patch)
+    _check_scale(scale)
     components = Components.of(pipe)
-    module = from_artifact(artifact, components.unet).to(components.unet.device)
-    return attach(pipe, module, list(artifact.info.instructions.values()), scale, fail_closed)
+    return Handle(pipe, [_activate(part, components) for part in artifact.parts()], scale, fail_closed)
 
 
 def attach(pipe: Any, patch: Patch, instructions: list[str], scale: float = 1.0, fail_closed: bool = True) -> Handle:
     """Attach a patch module that is already in memory, reading `instructions`; see `apply`."""
+    _check_scale(scale)
+    part = ActivePart(patch, instruction_states(Components.of(pipe), instructions))
+    return Handle(pipe, [part], scale, fail_closed)
+
+
+def _check_scale(scale: float) -> None:
     if scale < 0:
         raise ConfigError(f"scale must be 0 (off) or more, not {scale}")
-    return Handle(pipe, patch, instruction_states(Components.of(pipe), instructions), scale, fail_closed)
+
+
+def _activate(part: Part, components: Components) -> ActivePart:
+    """A part on the pipeline's UNet, reading its own instructions only."""
+    module = from_artifact(part.artifact, components.unet).to(components.unet.device)
+    instructions = list(part.artifact.info.instructions.values())
+    return ActivePart(module, instruction_states(components, instructions), part.weight)
 
 
 def instruction_states(components: Components, instructions: list[str]) -> Tensor:
@@ -171,6 +199,10 @@ def bind(args: tuple, kwargs: Mapping[str, Any]) -> tuple[Tensor, Any, Tensor]:
     names = ("sample", "timestep", "encoder_hidden_states")
     given = dict(zip(names, args, strict=False))
     return tuple(given[name] if name in given else kwargs[name] for name in names)  # type: ignore[return-value]
+
+
+def _plus(left: Residuals, right: Residuals) -> Residuals:
+    return Residuals(tuple(a + b for a, b in zip(left.down, right.down, strict=True)), left.mid + right.mid)
 
 
 def _padded(residual: Tensor, rows: slice, sample: Tensor) -> Tensor:

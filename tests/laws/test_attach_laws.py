@@ -22,11 +22,12 @@ from diffusers import (
 from PIL import Image
 from torch import Tensor
 
-from safepatch.artifact import PatchArtifact
+from safepatch.artifact import BUNDLE, PatchArtifact
 from safepatch.diffusion import quiet
 from safepatch.errors import ConfigError, PatchBypassed
+from safepatch.merging import MergeRecipe, combine
 from safepatch.patch import PATCH_KINDS
-from safepatch.runtime.apply import DOWN, MID, Handle, apply, attach
+from safepatch.runtime.apply import DOWN, MID, Handle, Stats, apply, attach
 from tests.small import (
     INSTRUCTION,
     PROMPTS,
@@ -259,6 +260,29 @@ def test_two_patches_add_up(small_pipe, kind):
         both = given(call(small_pipe))
     assert same_residuals(both, plus(*alone))
     assert not same_residuals(*alone)  # control
+
+
+@every_kind
+def test_a_bundle_is_its_parts_applied_together_each_with_its_own_instruction_and_weight(small_pipe, kind):
+    first, second = (new_artifact(small_pipe.unet, kind, seed) for seed in (1, 2))
+    second = replace(second, info=replace(second.info, instructions={"gore": "no gore, show flowers instead"}))
+    alone = []
+    for artifact, scale in ((first, 1.0), (second, 0.5)):
+        with apply(small_pipe, artifact, scale):
+            alone.append(given(call(small_pipe)))
+    bundle = combine([first, second], MergeRecipe(("first", "second"), (1.0, 0.5), BUNDLE))
+    with apply(small_pipe, bundle) as handle:
+        together = given(call(small_pipe))
+        assert handle.stats == Stats(unet_calls=1, patched_calls=1)
+        images(small_pipe)  # the fail-closed check counts a bundle as one patch
+    assert same_residuals(together, plus(*alone))
+    mixed = combine([first, second], MergeRecipe(("first", "second"), (0.5, 1.0), BUNDLE))
+    with apply(small_pipe, mixed):
+        assert not same_residuals(given(call(small_pipe)), together)  # control: weights count
+    sums = combine([first, second], MergeRecipe(("first", "second"), (1.0, 0.5)))
+    with apply(small_pipe, sums):
+        assert not same_residuals(given(call(small_pipe)), together)  # control: a sum of weights is something else
+    assert hook_count(small_pipe) == 0
 
 
 @every_kind
@@ -520,7 +544,7 @@ def test_a_call_that_failed_in_the_patch_hides_no_later_bypass(small_pipe, monke
 
     with apply(small_pipe, small_artifact()) as handle:
         with monkeypatch.context() as patched:
-            patched.setattr(handle._patch, "forward", fail)
+            patched.setattr(handle._parts[0].patch, "forward", fail)
             with pytest.raises(error):
                 images(small_pipe)
         with pytest.raises(PatchBypassed):

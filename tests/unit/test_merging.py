@@ -9,7 +9,7 @@ import torch
 
 from safepatch.artifact import PatchArtifact, PatchInfo, verify
 from safepatch.errors import ArtifactError, BaseMismatch, MergeError, UnknownName
-from safepatch.merging import METHODS, MergeRecipe, combine, merge
+from safepatch.merging import METHODS, MergeRecipe, Options, combine, merge
 from safepatch.merging.methods import SUM_WEIGHTS
 
 INFO = PatchInfo(
@@ -32,14 +32,14 @@ def low_rank(seed: int) -> PatchArtifact:
 
 def test_known_sums() -> None:
     stack, weights = torch.tensor([[1.0, 2.0], [3.0, -2.0]]), torch.tensor([1.0, 3.0])
-    assert METHODS["task-arithmetic"](stack, weights).tolist() == [10.0, -4.0]
-    assert METHODS["linear"](stack, weights).tolist() == [2.5, -1.0]
+    assert METHODS["task-arithmetic"](stack, weights, Options()).tolist() == [10.0, -4.0]
+    assert METHODS["linear"](stack, weights, Options()).tolist() == [2.5, -1.0]
 
 
 def test_sum_weights_belong_to_methods_and_say_the_same() -> None:
     stack, weights = torch.eye(3), torch.tensor([1.0, 2.0, 5.0])
     for method, weigh in SUM_WEIGHTS.items():
-        assert torch.equal(METHODS[method](stack, weights), weigh(weights))
+        assert torch.equal(METHODS[method](stack, weights, Options()), weigh(weights))
 
 
 def test_merge_writes_a_verified_file_with_united_categories(tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_weights_without_a_mean(tmp_path: Path) -> None:
 
 
 def test_overflow_of_the_merged_dtype_is_refused() -> None:
-    recipe = MergeRecipe(("a", "b"), (60000.0, 60000.0))
+    recipe = MergeRecipe(("a", "b"), (60000.0, 60000.0), dtype="float16")
     with pytest.raises(ArtifactError, match="overflows"):
         combine([build(1.0), build(2.0)], recipe)
 

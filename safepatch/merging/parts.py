@@ -1,0 +1,95 @@
+"""Take a category's patch back out of a file whose merge was exact, bit for bit."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from safepatch.artifact import PatchArtifact, PatchInfo
+from safepatch.errors import MergeError, nearest
+from safepatch.merging.recipe import DTYPES
+
+
+def split(merged: str | Path | PatchArtifact, category: str, out: str | Path | None = None) -> PatchArtifact:
+    """The patch for `category` as it was before the merge, and written to `out` when that is given.
+
+    Args:
+        merged: a patch merged by `cat` or `bundle`, or its path.
+        category: which part; parts inside merged parts are found too.
+        out: path of the part.
+
+    Raises:
+        MergeError: when no part, or no single part, is for that category, or when it cannot be had back bit for bit.
+    """
+    artifact = merged if isinstance(merged, PatchArtifact) else PatchArtifact.open(merged)
+    part = _find(artifact, category)
+    if out is not None:
+        part.save(out)
+    return part
+
+
+def _find(artifact: PatchArtifact, category: str) -> PatchArtifact:
+    index = _index(artifact.info, category)
+    part = _restored(artifact, index)
+    return part if part.info.recipe is None or part.info.categories == (category,) else _find(part, category)
+
+
+def _index(info: PatchInfo, category: str) -> int:
+    """Which source of the merge is for `category`."""
+    method, sources = (info.recipe or {}).get("method"), (info.recipe or {}).get("sources", [])
+    if not all("metadata" in source for source in sources) or not sources:
+        how = f"merged by {method}, which mixes its parts" if method else "one patch"
+        raise MergeError(f"'{info.title}' is {how}; only merges by cat or bundle can be split")
+    found = [index for index, source in enumerate(sources) if category in source["categories"]]
+    if not found:
+        raise MergeError(f"no part for '{category}'{nearest(category, info.categories)}")
+    if len(found) > 1:
+        raise MergeError(f"{len(found)} parts are for '{category}'; which one is meant cannot be told")
+    return found[0]
+
+
+def _restored(artifact: PatchArtifact, index: int) -> PatchArtifact:
+    source = (artifact.info.recipe or {})["sources"][index]
+    part = artifact.part(index) if artifact.info.is_bundle else _cut_out(artifact, index)
+    if part.content_hash != source["hash"]:
+        raise MergeError(
+            f"the part for {', '.join(source['categories'])} cannot be had back bit for bit: its weight "
+            f"{source['weight']} was rounded into it; merge with bundle, or cat with weights 1 or dtype float32"
+        )
+    return part
+
+
+def _cut_out(artifact: PatchArtifact, index: int) -> PatchArtifact:
+    """The columns and rows that source `index` has in factors side by side."""
+    recipe: dict[str, Any] = artifact.info.recipe or {}
+    if recipe["rank"]:
+        raise MergeError(f"its sum was re-compressed to rank {recipe['rank']}, which mixes the parts; use rank 0")
+    source = recipe["sources"][index]
+    tensors = {}
+    for name, (dtype, shape) in source["tensors"].items():
+        parameter, _, form = name.rpartition(".")
+        values = _values(artifact, parameter, form, index)
+        if values is None:
+            raise MergeError(f"'{parameter}' is dense in the sources, so its sum cannot be split; merge with bundle")
+        tensors[name] = values.to(DTYPES[dtype]).reshape(shape)
+    return PatchArtifact(tensors, PatchInfo.from_metadata(source["metadata"]))
+
+
+def _values(artifact: PatchArtifact, parameter: str, form: str, index: int) -> Tensor | None:
+    """The tensor of source `index`, its weight taken out again; None when it was summed with another."""
+    sources = (artifact.info.recipe or {})["sources"]
+    weight = sources[index]["weight"]
+    if parameter not in artifact.info.shapes:
+        alone = sum(_rank(source["tensors"], parameter) > 0 for source in sources) == 1
+        return artifact.tensors[f"{parameter}.{form}"].float() / weight if alone else None
+    ranks = [_rank(source["tensors"], parameter) for source in sources]
+    columns = slice(sum(ranks[:index]), sum(ranks[: index + 1]))
+    factors = artifact.factors(parameter)
+    return factors.down[columns].float() if form == "down" else factors.up[:, columns].float() / weight
+
+
+def _rank(tensors: dict[str, Any], parameter: str) -> int:
+    """How many columns a source has in a parameter's factors: a vector has one, a missing parameter none."""
+    if f"{parameter}.down" in tensors:
+        return tensors[f"{parameter}.down"][1][0]
+    return int(f"{parameter}.delta" in tensors)
