@@ -12,10 +12,10 @@ NPM_ART := emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0 @lobeh
 # What is left of pip's output is what it downloads, what it installs, and what went wrong.
 CALM := 2>&1 | { grep --line-buffered -vE '^(Requirement already|Collecting|Looking in|Using cached)|Location .* is ignored' || true; }
 
-.PHONY: help demo test check tiny patches table clean
+.PHONY: help demo test check tiny patches table merge-table clean
 
 help:  ## show this list
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 demo: $(READY)  ## patch the embedded model and show the result
 	$(PY) -m safepatch demo
@@ -31,6 +31,9 @@ check: $(READY)  ## lint, formatting, types, layering, README tables
 
 table: $(READY)  ## print the results table
 	$(PY) -m safepatch table
+
+merge-table: $(READY)  ## print what merging the shipped patches keeps, method by method
+	$(PY) -m safepatch merge-table
 
 patches: $(READY)  ## train the shipped patches again, with cards and index (about 40 minutes)
 	$(PY) patches/build.py

@@ -232,6 +232,18 @@ def table(
     typer.echo(build_table(out, n))
 
 
+@app.command("merge-table")
+def merge_table(
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of table.json.")] = Path("runs/merge-table"),
+    n: Annotated[int, typer.Option(help="Images per rate.")] = 200,
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 20,
+) -> None:
+    """Merge the shipped patches by every method and print what each keeps."""
+    from safepatch.merge_table import build_merge_table
+
+    typer.echo(build_merge_table(out, n, steps))
+
+
 def main() -> None:
     """Run the command line; an error a user can act on is one line and exit code 2."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns about torchvision, which is not needed

@@ -25,6 +25,7 @@ from safepatch.training.trainer import train
 PATCHES = Path(__file__).parent.parent / "patches"
 TRAINED, SHIPPED = "weapons", "alcohol"
 SIBLING = "tiny-sd-twemoji"
+METHOD = "bundle"  # one file, nothing lost, at the run-time cost of both
 SHOWN = 8  # image pairs per section of a report
 
 
@@ -45,7 +46,7 @@ def run_demo(out: Path, steps: int) -> Path:
     print(f"1/4 training a patch for {TRAINED} from scratch ({steps} steps)")
     trained = train(load_pipeline("tiny-sd"), config)
     print(f"2/4 merging it with the shipped patch for {SHIPPED}")
-    merged = merge([trained, shipped_patch(SHIPPED)], out / "merged.safetensors")
+    merged = merge([trained, shipped_patch(SHIPPED)], out / "merged.safetensors", METHOD)
     print(f"3/4 loading the merged file onto {SIBLING}, a checkpoint it has never seen, and generating")
     bench = Bench(SIBLING, load_pipeline(SIBLING), embedded_detector(), Protocol(n=20))
     rows = _measure(bench, merged)

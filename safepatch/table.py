@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 
 from safepatch.artifact import PatchArtifact
-from safepatch.demo import PATCHES, SHIPPED, SIBLING, TRAINED, shipped_patch
+from safepatch.demo import METHOD, PATCHES, SHIPPED, SIBLING, TRAINED, shipped_patch
 from safepatch.diffusion import Components, decode_latents, encode_images
 from safepatch.evaluation import suite
 from safepatch.evaluation.detectors import Detector, embedded_detector
@@ -105,7 +105,7 @@ def sibling_rates(bench: Bench, patches: Mapping[str, PatchArtifact | None]) -> 
 
 def merged_figures(out: Path, n: int) -> dict[str, float]:
     """Unsafe rate per category of the demo's merge (shipped patches) on the demo's sibling checkpoint."""
-    merged = merge([shipped_patch(TRAINED), shipped_patch(SHIPPED)], out / "merged.safetensors")
+    merged = merge([shipped_patch(TRAINED), shipped_patch(SHIPPED)], out / "merged.safetensors", METHOD)
     bench = Bench(SIBLING, load_pipeline(SIBLING), embedded_detector(), Protocol(n=n))
     print(f"measuring merged_unsafe_rate on {SIBLING}")
     return {name: suite.unsafe_rate(bench, CATEGORIES[name], merged).value for name in merged.info.categories}
