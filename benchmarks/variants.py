@@ -44,8 +44,8 @@ def trained(name: str, steps: int) -> PatchArtifact:
     folder = OUT / f"{name}-{steps}"
     path = folder / f"{CATEGORY.name}.safetensors"
     if not path.is_file():
-        overrides = [f"category={CATEGORY.name}", f"output={folder}", f"training.steps={steps}", *VARIANTS[name]]
-        config = load_train_config(None, overrides)
+        overrides = [f"category={CATEGORY.name}", f"output={folder}", f"training.steps={steps}", "data.pairs=256"]
+        config = load_train_config(None, overrides + VARIANTS[name])
         train(load_pipeline(config.model), config)
     return PatchArtifact.open(path)
 
