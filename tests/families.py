@@ -51,6 +51,8 @@ def small_family_pipe(name: str, **sizes: Any) -> Any:
         torch.manual_seed(0)
         parts = {part: _new_part(part, entry, config) for part, entry in config["model_index"].items()}
     parts = {key: value for key, value in parts.items() if key != "_class_name"}
+    for tokenizer in parts.keys() & ({"tokenizer"} if name == "sd2" else {"tokenizer_2"}):
+        parts[tokenizer].pad_token = "!"  # as OpenCLIP's text encoders were trained
     if "safety_checker" in parts:
         parts["requires_safety_checker"] = False
     return quiet(getattr(diffusers, config["model_index"]["_class_name"])(**parts))

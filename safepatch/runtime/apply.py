@@ -80,6 +80,7 @@ class Handle:
 
     def remove(self) -> None:
         """Take the patch off; calling it twice is harmless."""
+        self._fail_closed = False  # compiled code may run the inner hook once more
         while self._hooks:
             self._hooks.pop().remove()
 

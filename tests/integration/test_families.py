@@ -323,12 +323,12 @@ def test_check_refuses_before_any_weight_is_read(original, sd1, tmp_path, monkey
         check(sd1.path, patch)
 
 
+@torch.no_grad()
 def test_a_sketch_tells_the_distance_of_weights(sd1):
     host = small_family_pipe("sd1").unet
     before = sketch(host)
-    with torch.no_grad():
-        for weights in (*host.down_blocks.parameters(), *host.up_blocks.parameters()):
-            weights.add_(0.02 * torch.randn(weights.shape, generator=torch.Generator().manual_seed(weights.numel())))
+    for weights in (*host.down_blocks.parameters(), *host.up_blocks.parameters()):
+        weights.add_(0.02 * torch.randn(weights.shape, generator=torch.Generator().manual_seed(weights.numel())))
     own = dict(sd1.pipe.unet.named_parameters())
     encoder = [n for n, _ in host.named_parameters() if not n.startswith(("up_blocks", "conv_norm_out", "conv_out"))]
     square = sum(float((host.get_parameter(n) - own[n]).square().sum()) for n in encoder)

@@ -79,12 +79,6 @@ def with_offload(pipe: Any) -> Any:
     return pipe
 
 
-def compiled(pipe: Any) -> Any:
-    torch.compiler.reset()
-    pipe.unet = torch.compile(pipe.unet, backend="eager")
-    return pipe
-
-
 def in_bfloat16(pipe: Any) -> Any:
     return pipe.to(torch.bfloat16)
 
@@ -142,7 +136,6 @@ CHANGES: dict[str, Change] = {
     "LoRA": with_lora,
     "slicing": with_slicing,
     "offload": with_offload,
-    "compile": compiled,
     "bfloat16": in_bfloat16,
     "deepcopy": copy.deepcopy,
     "image to image by from_pipe": diffusers.StableDiffusionImg2ImgPipeline.from_pipe,
@@ -187,6 +180,17 @@ def test_a_patch_keeps_acting_whatever_the_user_does_to_the_pipeline(change, whe
     if when == "before":
         apply(pipe, artifact)
     expect_law(pipe, reference, options)
+
+
+def test_a_pipeline_is_compiled_after_the_patch_is_applied(small_pipe):
+    one = {"num_inference_steps": 1, "guidance_scale": 1.0}
+    reference = draw(small_pipe, **one)
+    apply(small_pipe, new_artifact(small_pipe.unet))
+    patched = draw(small_pipe, **one)
+    torch.compiler.reset()
+    small_pipe.unet = torch.compile(small_pipe.unet, backend="eager")
+    assert torch.equal(draw(small_pipe, **one), patched)
+    expect_law(small_pipe, reference, one)
 
 
 def test_a_patch_acts_under_autocast(small_pipe):
