@@ -182,17 +182,6 @@ def test_a_patch_keeps_acting_whatever_the_user_does_to_the_pipeline(change, whe
     expect_law(pipe, reference, options)
 
 
-def test_a_pipeline_is_compiled_after_the_patch_is_applied(small_pipe):
-    one = {"num_inference_steps": 1, "guidance_scale": 1.0}
-    reference = draw(small_pipe, **one)
-    apply(small_pipe, new_artifact(small_pipe.unet))
-    patched = draw(small_pipe, **one)
-    torch.compiler.reset()
-    small_pipe.unet = torch.compile(small_pipe.unet, backend="eager")
-    assert torch.equal(draw(small_pipe, **one), patched)
-    expect_law(small_pipe, reference, one)
-
-
 def test_a_patch_acts_under_autocast(small_pipe):
     def shot(cast: bool = True) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16) if cast else nullcontext():
