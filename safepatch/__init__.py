@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from safepatch.errors import PatchBypassed, SafepatchError
     from safepatch.merging import MergeRecipe, merge, split
     from safepatch.runtime.apply import Handle, apply
+    from safepatch.runtime.check import Status, check, status
     from safepatch.runtime.load import load_pipeline
     from safepatch.training.config import TrainConfig, load_train_config
     from safepatch.training.trainer import train
@@ -22,13 +23,16 @@ _HOMES: dict[str, str] = {
     "PatchBypassed": "safepatch.errors",
     "PatchInfo": "safepatch.artifact",
     "SafepatchError": "safepatch.errors",
+    "Status": "safepatch.runtime.check",
     "TrainConfig": "safepatch.training.config",
     "apply": "safepatch.runtime.apply",
+    "check": "safepatch.runtime.check",
     "load_pipeline": "safepatch.runtime.load",
     "load_train_config": "safepatch.training.config",
     "merge": "safepatch.merging",
     "read_info": "safepatch.artifact",
     "split": "safepatch.merging",
+    "status": "safepatch.runtime.check",
     "train": "safepatch.training.trainer",
     "verify": "safepatch.artifact",
 }
@@ -40,13 +44,16 @@ __all__ = [
     "PatchBypassed",
     "PatchInfo",
     "SafepatchError",
+    "Status",
     "TrainConfig",
     "apply",
+    "check",
     "load_pipeline",
     "load_train_config",
     "merge",
     "read_info",
     "split",
+    "status",
     "train",
     "verify",
 ]

@@ -27,6 +27,12 @@ Model = Annotated[
 ]
 
 
+Tokenizer = Annotated[
+    Path | None, typer.Option("--tokenizer", help="CLIP's tokenizer folder, for a single file; default: the Hub cache.")
+]
+AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Open a .ckpt, with torch's restricted loader.")]
+
+
 @app.command()
 def train(
     config: Annotated[Path, typer.Argument(help="YAML configuration of the run.")],
@@ -130,6 +136,11 @@ def generate(
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 20,
     guidance_scale: Annotated[float | None, typer.Option(help="Of guidance; what is usual if not given.")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
+    tokenizer: Tokenizer = None,
+    allow_pickle: AllowPickle = False,
+    prediction_type: Annotated[
+        str | None, typer.Option(help="Of a single file's UNet: epsilon or v_prediction; default: what its family has.")
+    ] = None,
 ) -> None:
     """Generate one image, with or without a patch."""
     from contextlib import nullcontext
@@ -138,10 +149,13 @@ def generate(
     from safepatch.diffusion import generate as run
     from safepatch.diffusion import save_image
     from safepatch.runtime.apply import apply
+    from safepatch.runtime.check import require_fit
     from safepatch.runtime.load import load_pipeline
 
     admit([prompt])
-    pipe = load_pipeline(model)
+    if patch:
+        require_fit(model, patch, allow_pickle)  # before gigabytes of weights are read
+    pipe = load_pipeline(model, tokenizer, allow_pickle, prediction_type)
     with apply(pipe, patch, scale) if patch else nullcontext():
         images = run(pipe, [prompt], [seed], steps, guidance_scale, [negative_prompt] if negative_prompt else None)
     save_image(images[0], out)
@@ -200,6 +214,19 @@ def _described(info: "PatchInfo") -> dict[str, Any]:
     conflicts = recipe.pop("conflicts", [])
     recipe.pop("rank_errors", None)
     return {**plain, "categories": list(info.categories), "recipe": recipe or None, **merged, "conflicts": conflicts}
+
+
+@app.command()
+def check(patch: PatchFile, model: Model = "tiny-sd", allow_pickle: AllowPickle = False) -> None:
+    """Say whether a patch fits a model, and how far the model is from the one it was trained on; exit code 0 or 2."""
+    from safepatch.runtime.check import check as run
+
+    fit = run(model, patch, allow_pickle)
+    unknown = "unknown, the patch does not record its base's encoder"
+    typer.echo(f"fits: {patch} ({', '.join(fit.info.categories)}) on {model}")
+    typer.echo(f"family: {fit.family}")
+    typer.echo(f"fingerprint: {json.dumps(fit.fingerprint)}")
+    typer.echo(f"drift from the patch's base: {unknown if fit.drift is None else f'{fit.drift:.2g}'}")
 
 
 @app.command()

@@ -1,88 +1,227 @@
 """What the rest of the package needs from diffusers and transformers, so that nobody else must import them."""
 
-from collections.abc import Sequence
+import json
+import sys
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from safepatch.errors import BaseMismatch, ModelNotFound, PromptError, SafepatchError
+from safepatch.errors import BaseMismatch, ModelNotFound, PromptError, SafepatchError, UnsupportedModel
 
-FAMILIES: dict[int, str] = {192: "tiny-sd", 768: "sd1", 1024: "sd2", 2048: "sdxl"}
+FAMILIES: dict[int, str] = {192: "tiny-sd", 768: "sd1", 1024: "sd2", 1280: "sdxl-refiner", 2048: "sdxl"}
 FINGERPRINT_KEYS = ("block_out_channels", "down_block_types", "layers_per_block", "cross_attention_dim")
 
 
 @dataclass(frozen=True)
 class Components:
-    """The parts of a Stable Diffusion pipeline that safepatch works with, under diffusers' own names."""
+    """The parts of a Stable Diffusion pipeline that safepatch works with, under diffusers' own names.
+
+    SDXL has a second text encoder; its refiner has only the second, and None for the first.
+    """
 
     unet: UNet2DConditionModel
     vae: AutoencoderKL
     text_encoder: CLIPTextModel
     tokenizer: CLIPTokenizer
     scheduler: Any
+    text_encoder_2: Any = None
+    tokenizer_2: Any = None
 
     @classmethod
     def of(cls, pipe: DiffusionPipeline) -> "Components":
-        """The components of a built pipeline; raises `BaseMismatch` when one is missing."""
-        missing = [name for name in cls.__dataclass_fields__ if getattr(pipe, name, None) is None]
+        """The components of a built pipeline, without `torch.compile`'s wrappers.
+
+        Raises:
+            UnsupportedModel: when the pipeline draws with something else than a UNet.
+            BaseMismatch: when a component is missing.
+        """
+        if getattr(pipe, "unet", None) is None:
+            raise not_supported(type(pipe).__name__)
+        parts = {name: uncompiled(getattr(pipe, name, None)) for name in cls.__dataclass_fields__}
+        second = "_2" if parts["text_encoder_2"] is not None else ""
+        needed = ("vae", "scheduler", f"text_encoder{second}", f"tokenizer{second}")
+        missing = [name for name in needed if parts[name] is None]
         if missing:
-            raise BaseMismatch(f"{type(pipe).__name__} has no {', '.join(missing)}; safepatch needs a UNet pipeline")
-        return cls(**{name: getattr(pipe, name) for name in cls.__dataclass_fields__})
+            raise BaseMismatch(
+                f"{type(pipe).__name__} has no {', '.join(missing)}; build the pipeline with all its parts"
+            )
+        return cls(**parts)
+
+    def modules(self) -> list[Any]:
+        """The neural networks among the components."""
+        named = (self.unet, self.vae, self.text_encoder, self.text_encoder_2)
+        return [module for module in named if module is not None]
+
+    def text_encoders(self) -> list[tuple[Any, Any]]:
+        """Tokenizer and text encoder pairs, in the order in which the UNet's text states hold them."""
+        pairs = ((self.tokenizer, self.text_encoder), (self.tokenizer_2, self.text_encoder_2))
+        return [pair for pair in pairs if pair[1] is not None]
 
     def freeze(self) -> "Components":
         """Put every module in evaluation mode without gradients; returns itself."""
-        for module in (self.unet, self.vae, self.text_encoder):
+        for module in self.modules():
             module.eval().requires_grad_(False)
         return self
 
     def to(self, device: torch.device) -> "Components":
         """Move every module to `device`; returns itself."""
-        for module in (self.unet, self.vae, self.text_encoder):
+        for module in self.modules():
             module.to(device)
         return self
 
 
-def load(source: str | Path) -> StableDiffusionPipeline:
-    """A pipeline from a diffusers folder, a single `.safetensors` file, or a Hub id.
+def uncompiled(module: Any) -> Any:
+    """The module inside `torch.compile`'s wrapper, or the module itself."""
+    return getattr(module, "_orig_mod", module)
+
+
+def not_supported(name: str) -> UnsupportedModel:
+    """The error for a pipeline or model that draws without a UNet, or with a UNet of an unknown kind."""
+    return UnsupportedModel(f"not supported yet: {name}; use a UNet model (Stable Diffusion 1, 2 or XL)")
+
+
+def calling_pipeline() -> DiffusionPipeline | None:
+    """The innermost pipeline on the call stack: whoever is drawing right now."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, DiffusionPipeline):
+            return owner
+        frame = frame.f_back
+    return None
+
+
+def load_folder(path: Path, dtype: torch.dtype | None) -> DiffusionPipeline:
+    """The pipeline that diffusers saved in the folder `path`, of whatever class its index names.
 
     Raises:
-        ModelNotFound: when `source` is neither a path that exists nor a Hub id that can be fetched.
+        ModelNotFound: when the folder holds no pipeline.
+        UnsupportedModel: when its pipeline has no UNet; known before any weight is read.
     """
-    path = Path(source)
-    if path.is_dir():
-        if not (path / "model_index.json").is_file():
-            raise ModelNotFound(f"{path} has no model_index.json; give a folder saved by diffusers")
-        return StableDiffusionPipeline.from_pretrained(path, local_files_only=True, **_QUIET)
-    if path.suffix in (".safetensors", ".ckpt") or str(source).startswith((".", "/")):
-        if not path.is_file():
-            raise ModelNotFound(f"no file at {path}; check the path of the checkpoint")
-        return StableDiffusionPipeline.from_single_file(str(path), **_QUIET)
+    index = read_json(path / "model_index.json")
+    if "unet" not in index:
+        raise not_supported(str(index.get("_class_name", path)))
+    return DiffusionPipeline.from_pretrained(path, local_files_only=True, dtype=dtype, **_unchecked(index))
+
+
+def load_single_file(
+    path: Path, config: Path, tokenizers: Mapping[str, CLIPTokenizer], dtype: torch.dtype | None
+) -> DiffusionPipeline:
+    """The pipeline in a file of the original (CompVis/LDM) layout; never asks the network.
+
+    Args:
+        path: the checkpoint.
+        config: folder with `model_index.json` and a configuration per component, as diffusers lays them out.
+        tokenizers: by component name; they are not in such files.
+        dtype: of all weights; float32 when None.
+
+    Raises:
+        UnsupportedModel: when the file lacks weights that its family has.
+    """
+    index = read_json(config / "model_index.json")
+    build = getattr(diffusers, index["_class_name"]).from_single_file
     try:
-        return StableDiffusionPipeline.from_pretrained(str(source), **_QUIET)
+        pipe = build(
+            str(path), config=str(config), local_files_only=True, dtype=dtype, **tokenizers, **_unchecked(index)
+        )
+    except NotImplementedError as error:  # torch, on moving a weight that was never filled in
+        raise UnsupportedModel(f"{path} lacks weights of its UNet or VAE; fetch the whole file") from error
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise UnsupportedModel(f"{path} cannot be read as {index['_class_name']} ({_first_line(error)})") from error
+    for part in Components.of(pipe).modules():
+        absent = [name for name, tensor in part.named_parameters() if tensor.is_meta]
+        if absent:
+            raise UnsupportedModel(f"{path} lacks {len(absent)} weights of {type(part).__name__}, e.g. '{absent[0]}'")
+    return pipe
+
+
+def read_unet(source: str | Path, config: Path | None = None) -> UNet2DConditionModel:
+    """The UNet alone of a diffusers folder or Hub id, or, with `config` as above, of a single file."""
+    if config is None:
+        return UNet2DConditionModel.from_pretrained(str(source), subfolder="unet")
+    return UNet2DConditionModel.from_single_file(
+        str(source), config=str(config), subfolder="unet", local_files_only=True
+    )
+
+
+def load_from_hub(name: str, dtype: torch.dtype | None) -> DiffusionPipeline:
+    """The pipeline of a Hub id, from the cache or the network; raises `ModelNotFound` when neither has it."""
+    try:
+        index = DiffusionPipeline.load_config(name)
+        return DiffusionPipeline.from_pretrained(name, dtype=dtype, **_unchecked(index))
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0][:120]
-        raise ModelNotFound(f"no model '{source}' here or on the Hub ({reason}); give a folder or a file") from error
+        raise ModelNotFound(
+            f"no model '{name}' here or on the Hub ({_first_line(error)}); give a folder or a file"
+        ) from error
 
 
+def load_tokenizer(source: str | Path, pad_token: str | None = None) -> CLIPTokenizer:
+    """CLIP's tokenizer from a folder or the local Hub cache, padding with `pad_token` where its vocabulary has that.
+
+    Raises:
+        ModelNotFound: when it is in neither.
+    """
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(str(source), local_files_only=True)
+    except (OSError, ValueError, TypeError) as error:
+        raise ModelNotFound(
+            f"no CLIP tokenizer at '{source}', and a single file holds none; pass --tokenizer FOLDER (in Python "
+            f"tokenizer=...), or download {CLIP} to the Hub cache once"
+        ) from error
+    if pad_token in tokenizer.get_vocab():
+        tokenizer.pad_token = pad_token
+    return tokenizer
+
+
+def hub_unet_config(name: str) -> dict[str, Any]:
+    """Configuration of the UNet of a Hub id; no weights are fetched."""
+    try:
+        return dict(UNet2DConditionModel.load_config(name, subfolder="unet"))
+    except (OSError, ValueError) as error:
+        raise ModelNotFound(f"no UNet of '{name}' here or on the Hub ({_first_line(error)})") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON table of a model folder; raises `ModelNotFound` when it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelNotFound(f"{path.parent} has no {path.name}; give a folder saved by diffusers") from error
+    except (OSError, ValueError) as error:
+        raise ModelNotFound(f"cannot read {path} ({_first_line(error)}); save or fetch the model again") from error
+
+
+CLIP = "openai/clip-vit-large-patch14"
 _QUIET: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
 
 
-def fingerprint(unet: UNet2DConditionModel) -> dict[str, Any]:
-    """What two UNets must share for a patch of the one to fit the other, as plain JSON values."""
-    values = {key: unet.config[key] for key in FINGERPRINT_KEYS}
+def _unchecked(index: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments that leave the safety checker out of a pipeline that has one."""
+    return _QUIET if "safety_checker" in index else {}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+
+
+def fingerprint(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the configurations of two UNets must share for a patch of the one to fit the other, as plain JSON values."""
+    values = {key: config[key] for key in FINGERPRINT_KEYS}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
-def family(unet: UNet2DConditionModel) -> str:
-    """The model family by the width of its text states: tiny-sd, sd1, sd2, sdxl, or `unknown`."""
-    width = unet.config["cross_attention_dim"]
+def family(config: Mapping[str, Any]) -> str:
+    """The model family by the width of its UNet's text states, e.g. `sd1`, or `unknown`."""
+    width = config["cross_attention_dim"]
     return FAMILIES.get(width, "unknown") if isinstance(width, int) else "unknown"
 
 
@@ -98,18 +237,24 @@ def prediction_type(scheduler: object) -> str:
 
 @torch.no_grad()
 def encode_prompts(components: Components, prompts: Sequence[str]) -> Tensor:
-    """Text states of `prompts` as the pipeline computes them, shape (B, tokens, width)."""
-    tokenizer = components.tokenizer
+    """Text states of `prompts` as the pipeline computes them, shape (B, tokens, width).
+
+    SD 1 and 2 read the text encoder's last layer; SDXL reads the last but one of each encoder, side by side.
+    """
     if not prompts:
         raise PromptError("no prompts to encode; give at least one")
-    ids = tokenizer(
-        list(prompts),
-        padding="max_length",
-        max_length=tokenizer.model_max_length,
-        truncation=True,
-        return_tensors="pt",
-    ).input_ids
-    return components.text_encoder(ids.to(components.text_encoder.device)).last_hidden_state
+    states = []
+    for tokenizer, text_encoder in components.text_encoders():
+        ids = tokenizer(
+            list(prompts),
+            padding="max_length",
+            max_length=tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids.to(text_encoder.device)
+        made = text_encoder(ids, output_hidden_states=components.text_encoder_2 is not None)
+        states.append(made.last_hidden_state if components.text_encoder_2 is None else made.hidden_states[-2])
+    return torch.cat(states, dim=-1)
 
 
 def noise_pred(
@@ -205,7 +350,8 @@ def generate(
 
 def generate_latents(components: Components, prompts: Sequence[str], seeds: Sequence[int], steps: int = 10) -> Tensor:
     """Clean scaled latents (B, 4, h, w) that the model itself makes of `prompts`, one seed each; "" is allowed."""
-    parts = {name: getattr(components, name) for name in components.__dataclass_fields__}
+    names = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+    parts = {name: getattr(components, name) for name in names}
     pipe = quiet(StableDiffusionPipeline(**parts, feature_extractor=None, **_QUIET))
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     guidance_scale = usual_guidance(components.unet)

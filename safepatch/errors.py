@@ -33,6 +33,10 @@ class ModelNotFound(SafepatchError, FileNotFoundError):
     """A model name or path that leads nowhere."""
 
 
+class UnsupportedModel(SafepatchError):
+    """A model that is there but cannot be used: of another kind, incomplete, or in a format that is refused."""
+
+
 class PatchBypassed(SafepatchError, RuntimeError):
     """An image was made, or was about to be returned, without the patch that should have been active."""
 

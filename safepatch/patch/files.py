@@ -1,5 +1,6 @@
 """From a trained patch to its file and back onto any host of the same architecture."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -7,6 +8,7 @@ from safepatch.artifact import PatchArtifact, PatchInfo
 from safepatch.diffusion import family, fingerprint
 from safepatch.errors import BaseMismatch, lookup
 from safepatch.patch import PATCH_KINDS, Patch
+from safepatch.patch.drift import ENCODER, sketch
 
 
 def to_artifact(
@@ -29,8 +31,8 @@ def to_artifact(
     info = PatchInfo(
         kind=patch.kind,
         instructions=dict(sorted(instructions.items())),
-        fingerprint=fingerprint(unet),
-        base={"family": family(unet)},
+        fingerprint=fingerprint(unet.config),
+        base={"family": family(unet.config), ENCODER: sketch(unet)},
         config={**(config or {}), "sees": patch.sees},
         training=training or {},
         title=f"safepatch {' + '.join(sorted(instructions))}",
@@ -45,7 +47,7 @@ def from_artifact(artifact: PatchArtifact, unet: Any) -> Patch:
     Raises:
         BaseMismatch: when the file is for another architecture.
     """
-    check_fits(artifact.info, unet)
+    check_fits(artifact.info, unet.config)
     if artifact.info.is_bundle:
         raise BaseMismatch("a bundle is several patches, not one module; apply it, or take one of its parts()")
     patch = lookup(PATCH_KINDS, artifact.info.kind, what="patch kind").from_unet(unet, artifact.info.config["sees"])
@@ -54,15 +56,15 @@ def from_artifact(artifact: PatchArtifact, unet: Any) -> Patch:
     return patch.eval().requires_grad_(False)
 
 
-def check_fits(info: PatchInfo, unet: Any) -> None:
-    """Raise a one-line `BaseMismatch` unless the patch was made for this UNet's architecture."""
-    ours, theirs = fingerprint(unet), info.fingerprint
+def check_fits(info: PatchInfo, config: Mapping[str, Any]) -> None:
+    """Raise a one-line `BaseMismatch` unless the patch was made for UNets of this configuration."""
+    ours, theirs = fingerprint(config), info.fingerprint
     wrong = [key for key in ours if ours[key] != theirs.get(key)]
     if wrong:
         key = wrong[0]
         raise BaseMismatch(
             f"this patch is for {info.base.get('family', 'other')} UNets ({key} {theirs.get(key)}), the model is "
-            f"{family(unet)} ({key} {ours[key]}); train or fetch the {family(unet)} version of this patch"
+            f"{family(config)} ({key} {ours[key]}); train or fetch the {family(config)} version of this patch"
         )
 
 

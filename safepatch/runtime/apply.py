@@ -4,6 +4,8 @@ The patch enters through a forward pre-hook on the UNet that adds residuals to t
 any pipeline that calls the same UNet, and stacks with ControlNets and with other patches. Nothing is replaced.
 """
 
+import copy
+import math
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from safepatch.artifact import Part, PatchArtifact
-from safepatch.diffusion import Components, encode_prompts
+from safepatch.diffusion import Components, calling_pipeline, encode_prompts, uncompiled
 from safepatch.errors import ConfigError, PatchBypassed
 from safepatch.patch import Patch, Residuals
 from safepatch.patch.files import from_artifact
@@ -50,6 +52,7 @@ class Handle:
     Attributes:
         scale: run-time strength; 0 is off and bit-identical to the base. May be changed between calls.
         stats: counters since attachment.
+        categories: what the patch is for, where it came from a file.
     """
 
     def __init__(self, pipe: Any, parts: Sequence[ActivePart], scale: float, fail_closed: bool) -> None:
@@ -58,9 +61,12 @@ class Handle:
         self._pipe = weakref.ref(pipe)
         self._unet: Any = Components.of(pipe).unet
         self._parts = tuple(parts)
-        self._missed = 0
+        self.categories: tuple[str, ...] = ()
+        self._fail_closed = fail_closed
+        self._prepared = False  # whether the patch had its say in the UNet call that is under way
         self._hooks = [
             self._unet.register_forward_pre_hook(self._add_residuals, with_kwargs=True),
+            self._unet.register_forward_hook(self._end_call, always_call=True),
             self._unet.conv_in.register_forward_pre_hook(self._count_call),
         ]
         if fail_closed:
@@ -72,22 +78,32 @@ class Handle:
     def __exit__(self, *_: object) -> None:
         self.remove()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Handle":
+        """A copied pipeline carries a handle of its own, which watches the copy."""
+        copied = memo[id(self)] = object.__new__(Handle)
+        copied.__dict__.update((name, copy.deepcopy(value, memo)) for name, value in vars(self).items())
+        if id(self._pipe()) in memo:
+            copied._pipe = weakref.ref(memo[id(self._pipe())])
+        return copied
+
     def remove(self) -> None:
         """Take the patch off; calling it twice is harmless."""
+        self._fail_closed = False  # compiled code may run the inner hook once more
         while self._hooks:
             self._hooks.pop().remove()
 
     @property
     def is_active(self) -> bool:
-        """Whether the pipeline still runs the UNet this patch hangs on."""
+        """Whether the pipeline still runs the UNet this patch hangs on, and the patch still hangs there."""
         pipe = self._pipe()
-        return bool(self._hooks) and pipe is not None and getattr(pipe, "unet", None) is self._unet
+        return pipe is not None and uncompiled(pipe.unet) is self._unet and self in attached(self._unet)
 
     def _add_residuals(
         self, unet: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]] | None:
         changed = None if self.scale == 0 else (args, {**kwargs, **self._patched(args, kwargs)})
-        self.stats.patched_calls += 1  # only now: a call that failed above must not stand in for a bypassed one
+        self.stats.patched_calls += 1
+        self._prepared = True  # only now: a call that failed above must not stand in for a bypassed one
         return changed
 
     def _patched(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -132,19 +148,31 @@ class Handle:
         return slice(rows if guided and torch.equal(sample[:-rows], sample[rows:]) else 0, batch)
 
     def _count_call(self, *_: object) -> None:
+        """Inside the UNet, however it was called: the patch must have had its say."""
         self.stats.unet_calls += 1
+        if self._fail_closed and not self._prepared:
+            raise PatchBypassed(
+                "the UNet ran without its patch: its hook is lost, or unet.forward() was called; call unet()"
+            )
+
+    def _end_call(self, *_: object) -> None:
+        self._prepared = False
 
     def _check(self, *_: object) -> None:
-        """Before latents become an image: every UNet call since attachment must have gone through the patch."""
-        missed = self.stats.unet_calls - self.stats.patched_calls
-        pipe = self._pipe()
-        if pipe is not None and pipe.unet is not self._unet:
+        """Before latents become an image: the UNet that drew them must be a patched one."""
+        own, caller = self._pipe(), calling_pipeline()
+        if own is not None and uncompiled(own.unet) is not self._unet:
             raise PatchBypassed("pipe.unet was replaced after the patch was applied; apply the patch again")
-        if missed > self._missed:
-            new, self._missed = missed - self._missed, missed
+        if caller is not None and not attached(uncompiled(getattr(caller, "unet", self._unet))):
             raise PatchBypassed(
-                f"the UNet ran {new} times without its patch; no image is returned (call unet(), not unet.forward())"
+                f"{type(caller).__name__} shares this VAE but its UNet carries no patch; apply the patch to it too"
             )
+
+
+def attached(module: Any) -> list[Handle]:
+    """The patches that hang on `module`, in the order they were attached."""
+    owners = [getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values()]
+    return [owner for owner in owners if isinstance(owner, Handle)]
 
 
 def apply(pipe: Any, patch: str | Path | PatchArtifact, scale: float = 1.0, fail_closed: bool = True) -> Handle:
@@ -166,7 +194,9 @@ def apply(pipe: Any, patch: str | Path | PatchArtifact, scale: float = 1.0, fail
     artifact = patch if isinstance(patch, PatchArtifact) else PatchArtifact.open(patch)
     _check_scale(scale)
     components = Components.of(pipe)
-    return Handle(pipe, [_activate(part, components) for part in artifact.parts()], scale, fail_closed)
+    handle = Handle(pipe, [_activate(part, components) for part in artifact.parts()], scale, fail_closed)
+    handle.categories = artifact.info.categories
+    return handle
 
 
 def attach(pipe: Any, patch: Patch, instructions: list[str], scale: float = 1.0, fail_closed: bool = True) -> Handle:
@@ -177,7 +207,7 @@ def attach(pipe: Any, patch: Patch, instructions: list[str], scale: float = 1.0,
 
 
 def _check_scale(scale: float) -> None:
-    if scale < 0:
+    if not 0 <= scale < math.inf:  # NaN too
         raise ConfigError(f"scale must be 0 (off) or more, not {scale}")
 
 

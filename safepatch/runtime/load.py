@@ -1,21 +1,112 @@
-"""Find a model by whatever a user calls it."""
+"""Find a model by whatever a user calls it, and say what it is before its weights are read."""
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
-from safepatch.diffusion import load
-from safepatch.errors import ModelNotFound, nearest
-from safepatch.tiny.models import MODELS, load_tiny
+import torch
+
+from safepatch.diffusion import (
+    CLIP,
+    hub_unet_config,
+    load_folder,
+    load_from_hub,
+    load_single_file,
+    load_tokenizer,
+    not_supported,
+    read_json,
+    read_unet,
+)
+from safepatch.errors import ModelNotFound, UnsupportedModel, nearest
+from safepatch.runtime.checkpoint import Checkpoint, open_checkpoint
+from safepatch.tiny.models import ASSETS, BASE, MODELS, load_tiny
+
+# Which token fills a prompt up: OpenCLIP's text encoders were trained with "!", CLIP's with its end token.
+PAD_TOKENS = {("sd2", "tokenizer"): "!", ("sdxl", "tokenizer_2"): "!", ("sdxl-refiner", "tokenizer_2"): "!"}
 
 
-def load_pipeline(name: str | Path) -> Any:
+def load_pipeline(
+    name: str | Path,
+    tokenizer: str | Path | None = None,
+    allow_pickle: bool = False,
+    prediction_type: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Any:
     """A diffusers pipeline: an embedded model by name, a diffusers folder, a `.safetensors` file, or a Hub id.
+
+    Args:
+        name: what to load; only a Hub id may ask the network.
+        tokenizer: for a single file, the folder of CLIP's tokenizer; by default the Hub cache is searched.
+        allow_pickle: open a `.ckpt` too, with torch's restricted loader.
+        prediction_type: for a single file, of its UNet; by default what the file states, else `epsilon`, and for
+            SD2 `v_prediction` (its 512-pixel base is `epsilon` and looks the same).
+        dtype: of all weights, float32 by default; embedded models stay float32.
 
     Raises:
         ModelNotFound: with the nearest embedded name, or with what is wrong with the path.
+        UnsupportedModel: when it is not a Stable Diffusion 1, 2 or XL model.
     """
+    _refuse_misspelled(name)
     if str(name) in MODELS:
         return load_tiny(str(name))
-    if str(name).startswith("tiny"):
+    if not _is_file(name):
+        return load_folder(Path(name), dtype) if Path(name).is_dir() else load_from_hub(str(name), dtype)
+    checkpoint = open_checkpoint(Path(name), allow_pickle, prediction_type)
+    tokenizers = _tokenizers(checkpoint, tokenizer)
+    with tempfile.TemporaryDirectory() as folder:
+        return load_single_file(checkpoint.path, checkpoint.write_config(Path(folder)), tokenizers, dtype)
+
+
+def unet_config(name: str | Path, allow_pickle: bool = False) -> dict[str, Any]:
+    """Configuration of the UNet of whatever `load_pipeline` would load; no weights are read.
+
+    Raises:
+        ModelNotFound: as `load_pipeline`.
+        UnsupportedModel: as `load_pipeline`.
+    """
+    _refuse_misspelled(name)
+    if _is_file(name):
+        return open_checkpoint(Path(name), allow_pickle).config["unet"]
+    folder = ASSETS / BASE if str(name) in MODELS else Path(name)
+    if not folder.is_dir():
+        return hub_unet_config(str(name))
+    index = read_json(folder / "model_index.json")
+    if "unet" not in index:
+        raise not_supported(str(index.get("_class_name", folder)))
+    return read_json(folder / "unet" / "config.json")
+
+
+def load_unet(name: str | Path, allow_pickle: bool = False) -> Any:
+    """The UNet alone of whatever `load_pipeline` would load."""
+    if str(name) in MODELS:
+        return load_tiny(str(name)).unet
+    if not _is_file(name):
+        return read_unet(name)
+    with tempfile.TemporaryDirectory() as folder:
+        return read_unet(name, open_checkpoint(Path(name), allow_pickle).write_config(Path(folder)))
+
+
+def _refuse_misspelled(name: str | Path) -> None:
+    if str(name).startswith("tiny") and str(name) not in MODELS and not Path(name).exists():
         raise ModelNotFound(f"no embedded model '{name}'{nearest(str(name), MODELS)}")
-    return load(name)
+
+
+def _is_file(name: str | Path) -> bool:
+    suspected = Path(name).suffix in (".safetensors", ".ckpt", ".pt", ".bin") or str(name).startswith((".", "/"))
+    return Path(name).is_file() or (suspected and not Path(name).is_dir())
+
+
+def _tokenizers(checkpoint: Checkpoint, folder: str | Path | None) -> dict[str, Any]:
+    """The tokenizers of a single file, by component name; `folder` is one tokenizer's, or a pipeline's."""
+    index = checkpoint.config["model_index"]
+    made = {}
+    for name in (name for name in ("tokenizer", "tokenizer_2") if index.get(name, [None])[0]):
+        source = folder or CLIP
+        source = Path(source) / name if (Path(source) / name).is_dir() else source
+        made[name] = load_tokenizer(source, PAD_TOKENS.get((checkpoint.family, name)))
+        if len(made[name]) > checkpoint.vocabulary(name):
+            raise UnsupportedModel(
+                f"the tokenizer at {source} has {len(made[name])} tokens, the text encoder of {checkpoint.path} knows "
+                f"{checkpoint.vocabulary(name)}; pass the tokenizer that belongs to it"
+            )
+    return made

@@ -88,6 +88,21 @@ def test_a_patch_for_another_architecture_is_refused(tmp_path: Path, other_archi
     assert not out.exists()
 
 
+def test_check_says_whether_a_patch_fits(other_architecture: Path) -> None:
+    printed = run("check", "--model", "tiny-sd", WEAPONS)
+    assert "family: tiny-sd" in printed
+    assert "drift from the patch's base: " in printed
+    assert "this patch is for sd1 UNets" in run("check", "--model", "tiny-sd", other_architecture, expect=2)
+
+
+def test_a_checkpoint_of_another_kind_is_refused_by_its_name(tmp_path: Path) -> None:
+    index = {"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    assert "not supported yet: FluxPipeline" in run("check", "--model", tmp_path, WEAPONS, expect=2)
+    error = run("generate", "--model", WEAPONS, "--prompt", "a cat", "-o", tmp_path / "x.png", expect=2)
+    assert "is a safety patch, not a model" in error
+
+
 def test_inspect_as_json_names_categories_and_kind() -> None:
     info = json.loads(run("inspect", WEAPONS, "--json"))
     assert list(info["instructions"]) == ["weapons"]

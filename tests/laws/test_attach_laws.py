@@ -520,7 +520,7 @@ def test_a_pipeline_that_calls_forward_itself_is_refused(small_pipe, monkeypatch
     forward = small_pipe.unet.forward
     with apply(small_pipe, small_artifact()):
         monkeypatch.setattr(type(small_pipe.unet), "__call__", lambda _, *args, **kwargs: forward(*args, **kwargs))
-        with pytest.raises(PatchBypassed, match="ran 1 times without its patch"):
+        with pytest.raises(PatchBypassed, match="ran without its patch"):
             images(small_pipe)
 
 
@@ -531,7 +531,7 @@ def test_decoding_alone_is_no_bypass(small_pipe):
 
 def test_encoding_is_no_place_to_refuse(small_pipe):
     with torch.no_grad(), apply(small_pipe, small_artifact()):
-        small_pipe.unet.forward(*rows()[:2], rows()[2])
+        small_pipe.unet = new_small_unet()
         small_pipe.vae.encode(torch.randn(1, 3, 16, 16))
         with pytest.raises(PatchBypassed):
             small_pipe.vae.decode(torch.randn(1, 4, 8, 8))

@@ -11,6 +11,7 @@ from torch import Tensor
 from safepatch.artifact import PatchArtifact
 from safepatch.errors import BaseMismatch, ConfigError, UnknownName
 from safepatch.patch import PATCH_KINDS, Patch, Residuals
+from safepatch.patch.drift import ENCODER, sketch
 from safepatch.patch.files import from_artifact, to_artifact
 from tests.small import INSTRUCTION, new_artifact, new_patch, new_small_unet, rows, same_residuals, spied
 
@@ -144,7 +145,7 @@ def test_a_loaded_patch_is_frozen_and_says_what_it_is(kind):
     assert not patch.training
     assert not any(p.requires_grad for p in patch.parameters())
     assert (artifact.info.kind, artifact.info.config["sees"]) == (kind, "instruction+prompt")
-    assert artifact.info.base == {"family": "tiny-sd"}
+    assert artifact.info.base == {"family": "tiny-sd", ENCODER: sketch(unet)}
 
 
 @every_kind

@@ -1,0 +1,90 @@
+"""Whether a patch fits a model, told before any weight is read; and what is attached to a pipeline."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safepatch.artifact import PatchInfo, read_info
+from safepatch.diffusion import Components, family, fingerprint, uncompiled
+from safepatch.patch.drift import ENCODER, drift, sketch
+from safepatch.patch.files import check_fits
+from safepatch.runtime.apply import Handle, Stats, attached
+from safepatch.runtime.load import load_unet, unet_config
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A patch that fits a model.
+
+    Attributes:
+        family: of the model, e.g. `sd1`.
+        fingerprint: the architecture that both have.
+        info: what the patch is.
+        drift: |host - base| / |base| over the encoder's weights, where the patch records its base; else None.
+    """
+
+    family: str
+    fingerprint: dict[str, Any]
+    info: PatchInfo
+    drift: float | None
+
+
+def check(model: str | Path, patch: str | Path, allow_pickle: bool = False) -> Fit:
+    """Say whether `patch` fits `model`, and how far the model is from the one the patch was trained on.
+
+    That it fits is told from headers and configurations; weights are read only then, to measure the drift.
+
+    Raises:
+        BaseMismatch: when the patch is for another architecture.
+        ModelNotFound: when there is no such model.
+        UnsupportedModel: when the model is of another kind.
+        ArtifactError: when the file is no patch.
+    """
+    info, config = require_fit(model, patch, allow_pickle)
+    base = info.base.get(ENCODER)
+    found = drift(sketch(load_unet(model, allow_pickle)), base) if base else None
+    return Fit(family(config), fingerprint(config), info, found)
+
+
+def require_fit(
+    model: str | Path, patch: str | Path, allow_pickle: bool = False
+) -> tuple[PatchInfo, Mapping[str, Any]]:
+    """The patch's description and the model's UNet configuration; raises as `check` and reads no weights."""
+    info, config = read_info(patch), unet_config(model, allow_pickle)
+    check_fits(info, config)
+    return info, config
+
+
+@dataclass(frozen=True)
+class Status:
+    """One patch on a pipeline.
+
+    Attributes:
+        categories: what it is for; empty when it was attached from memory.
+        active: whether the pipeline's next image will be drawn with it.
+        scale: its strength; at 0 it is attached and does nothing.
+        stats: UNet calls seen and patched since it was attached.
+        handle: with which to change the scale or to take it off.
+    """
+
+    categories: tuple[str, ...]
+    active: bool
+    scale: float
+    stats: Stats
+    handle: Handle
+
+
+def status(pipe: Any) -> tuple[Status, ...]:
+    """What is attached to a pipeline, in the order it was attached; a patch that lost its hook shows as not active.
+
+    Raises:
+        UnsupportedModel: when the pipeline has no UNet.
+    """
+    components = Components.of(pipe)
+    places = (components.unet, components.unet.conv_in, uncompiled(components.vae).decoder)
+    handles = {id(handle): handle for place in places for handle in attached(place)}
+    return tuple(
+        Status(handle.categories, handle in attached(components.unet), handle.scale, handle.stats, handle)
+        for handle in handles.values()
+    )
