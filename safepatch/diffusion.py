@@ -227,7 +227,7 @@ def family(config: Mapping[str, Any]) -> str:
 
 def usual_guidance(unet: UNet2DConditionModel) -> float:
     """The classifier-free guidance scale that suits the model's family: 1.5 for tiny-sd (DESIGN.md, 10), else 7.5."""
-    return 1.5 if family(unet) == "tiny-sd" else 7.5
+    return 1.5 if family(unet.config) == "tiny-sd" else 7.5
 
 
 def prediction_type(scheduler: object) -> str:
