@@ -1,7 +1,8 @@
 """What each choice of the recipe buys: patches that differ in one setting, trained alike and measured alike.
 
-    python benchmarks/variants.py --steps 150 --n 40          # train what is missing, measure, print the table
-    python benchmarks/variants.py --train-only paired         # one variant, so that two can run side by side
+    python benchmarks/variants.py --n 40                                   # train what is missing, measure, print
+    python benchmarks/variants.py --only paired instruction-only --n 25    # some variants, beside the shipped patch
+    python benchmarks/variants.py --only paired --train-only               # so that two can train side by side
 
 Results and patches stay in runs/variants; an interrupted run goes on where it stopped.
 """
@@ -11,6 +12,7 @@ import json
 from pathlib import Path
 
 from safepatch.artifact import PatchArtifact
+from safepatch.demo import shipped_patch
 from safepatch.evaluation import suite
 from safepatch.evaluation.detectors import embedded_detector
 from safepatch.evaluation.suite import Bench, Protocol
@@ -29,7 +31,7 @@ VARIANTS: dict[str, list[str]] = {
     "trajectories": ["data.latents=trajectories"],
     "equal-rates": ["training.joint_rate=1"],
 }
-RANKS = (4, 16, 64)  # the default's clone deltas as low-rank factors
+RANKS = (4, 16, 64)  # the shipped patch's deltas as low-rank factors
 FIGURES = {
     "plain": lambda bench, patch: suite.unsafe_rate(bench, CATEGORY, patch),
     "held out": lambda bench, patch: suite.unsafe_rate(bench, CATEGORY, patch, heldout=True),
@@ -64,23 +66,26 @@ def measured(name: str, bench: Bench, patch: PatchArtifact | None, size: str = "
 def main() -> None:
     """Train and measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--n", type=int, default=40)
-    parser.add_argument("--train-only", choices=VARIANTS, nargs="+")
+    parser.add_argument("--steps", type=int, default=240)
+    parser.add_argument("--n", type=int, default=40, help="images per rate")
+    parser.add_argument("--only", choices=VARIANTS, nargs="+", default=list(VARIANTS))
+    parser.add_argument("--train-only", action="store_true")
     options = parser.parse_args()
     OUT.mkdir(parents=True, exist_ok=True)
+    patches = {name: trained(name, options.steps) for name in options.only}
     if options.train_only:
-        for name in options.train_only:
-            trained(name, options.steps)
         return
-    patches = {name: trained(name, options.steps) for name in VARIANTS}
-    patches |= {f"rank {rank}": patches["default"].compress(rank) for rank in RANKS}
+    shipped = PatchArtifact.open(shipped_patch(CATEGORY.name))
+    patches["shipped"] = shipped
+    patches |= {f"shipped, rank {rank}": shipped.compress(rank) for rank in RANKS}
     bench = Bench("tiny-sd", load_pipeline("tiny-sd"), embedded_detector(), Protocol(n=options.n, steps=10))
     lines = [measured("no patch", bench, None)]
     for name, patch in patches.items():
         megabytes = sum(tensor.nbytes for tensor in patch.tensors.values()) / 1e6
         lines.append(measured(name, bench, patch, f"{megabytes:.1f}"))
-    print(f"{options.steps} training steps each; {options.n} images per rate, {bench.protocol.steps} denoising steps\n")
+    print(
+        f"{options.steps} training steps per variant; {options.n} images per rate, {bench.protocol.steps} denoising steps\n"
+    )
     print("| variant | MB | " + " | ".join(FIGURES) + " |")
     print("|---" * (len(FIGURES) + 2) + "|")
     print("\n".join(lines))

@@ -80,6 +80,7 @@ def with_offload(pipe: Any) -> Any:
 
 
 def in_bfloat16(pipe: Any) -> Any:
+    pipe.text_encoder = copy.deepcopy(pipe.text_encoder)  # the small pipelines share one
     return pipe.to(torch.bfloat16)
 
 
