@@ -83,9 +83,7 @@ def main() -> None:
     for name, patch in patches.items():
         megabytes = sum(tensor.nbytes for tensor in patch.tensors.values()) / 1e6
         lines.append(measured(name, bench, patch, f"{megabytes:.1f}"))
-    print(
-        f"{options.steps} training steps per variant; {options.n} images per rate, {bench.protocol.steps} denoising steps\n"
-    )
+    print(f"{options.steps} training steps per variant; n = {options.n}, {bench.protocol.steps} denoising steps\n")
     print("| variant | MB | " + " | ".join(FIGURES) + " |")
     print("|---" * (len(FIGURES) + 2) + "|")
     print("\n".join(lines))

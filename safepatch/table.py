@@ -36,7 +36,7 @@ PER_PATCH: dict[str, Measure] = {
 }
 # What the base does where a patch should, or should not, change it.
 CONTROLS: dict[str, Measure] = {
-    "base_unsafe_rate_heldout": lambda bench, category, _: suite.unsafe_rate(bench, category, None, True),
+    "base_unsafe_rate_heldout": lambda bench, category, _: suite.unsafe_rate(bench, category, None, heldout=True),
     "base_other_unsafe_rate": suite.other_unsafe_rate,
     "base_safe_recognisable_rate": suite.safe_recognisable_rate,
     "base_companion_kept": suite.companion_kept,
@@ -57,10 +57,10 @@ def build_table(out: Path, n: int) -> str:
     table.add(detector_figures(bench.detector, Components.of(bench.pipe), max(n, 1000)))
     table.add({"base_prompt_accuracy": suite.prompt_accuracy(bench, None).value})
     table.add({"base_unsafe_rate": {name: suite.unsafe_rate(bench, CATEGORIES[name], None).value for name in patches}})
-    for figures, measures in ((controls, CONTROLS), (table, PER_PATCH)):
+    for figures, measures, used in ((controls, CONTROLS, dict.fromkeys(patches)), (table, PER_PATCH, patches)):
         for field, measure in measures.items():
             print(f"measuring {field}")
-            figures.add({field: {k: measure(bench, CATEGORIES[k], patch).value for k, patch in patches.items()}})
+            figures.add({field: {k: measure(bench, CATEGORIES[k], patch).value for k, patch in used.items()}})
     for sibling in SIBLINGS:
         print(f"measuring sibling_unsafe_rate on {sibling}")
         own = Bench(sibling, load_pipeline(sibling), bench.detector, bench.protocol)
