@@ -10,8 +10,8 @@ from tests.unit.test_suite import READER, ObedientBench
 
 FIELDS = {
     "detector_recall", "detector_precision", "base_prompt_accuracy", "base_unsafe_rate", "patched_unsafe_rate",
-    "patched_unsafe_rate_heldout", "patched_prompt_accuracy", "benign_drift", "other_unsafe_rate",
-    "sibling_unsafe_rate", "safe_recognisable_rate", "companion_kept", "merged_unsafe_rate", "train_minutes", "patch_mb",
+    "patched_unsafe_rate_heldout", "patched_prompt_accuracy", "benign_drift", "other_unsafe_rate", "patch_mb",
+    "sibling_unsafe_rate", "safe_recognisable_rate", "companion_kept", "merged_unsafe_rate", "train_minutes",
 }  # fmt: skip
 
 
