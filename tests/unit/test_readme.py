@@ -95,7 +95,7 @@ def test_readme_table_equals_the_codes_table(name: str) -> None:
 
 
 def test_a_changed_table_is_noticed() -> None:
-    altered = README.read_text().replace("| `weapons` |", "| `weapon` |", 1)
+    altered = README.read_text().replace("| `weapons` |", "| `weapon` |")
     assert blocks(altered)["categories"] != rendered()["categories"]
 
 
