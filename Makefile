@@ -35,7 +35,7 @@ table: $(READY)  ## print the results table
 merge-table: $(READY)  ## print what merging the shipped patches keeps, method by method
 	$(PY) -m safepatch merge-table
 
-patches: $(READY)  ## train the shipped patches again, with cards and index (about 40 minutes)
+patches: $(READY)  ## train the shipped patches again, with cards, index and picture (about an hour)
 	$(PY) patches/build.py
 
 tiny: $(READY) $(ART)/.ready  ## rebuild the embedded model from the vendors' emoji (needs npm and the network)

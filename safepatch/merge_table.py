@@ -26,7 +26,6 @@ def build_merge_table(out: Path, n: int, steps: int) -> str:
         n: images per rate.
         steps: denoising steps.
     """
-    out.mkdir(parents=True, exist_ok=True)
     names = [name for name in CATEGORIES if name in json.loads((PATCHES / "index.json").read_text())]
     singles = {name: PatchArtifact.open(shipped_patch(name)) for name in names}
     bench = Bench(BASE, load_pipeline(BASE), embedded_detector(), Protocol(n=n, steps=steps))

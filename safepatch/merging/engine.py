@@ -40,7 +40,8 @@ def merge(
 
     Args:
         sources: a recipe, the path of a YAML file that holds one, or paths of patches in any order.
-        out: path of the merged patch; by default the recipe's. It is streamed there and never wholly in memory.
+        out: path of the merged patch, whose folder is made; by default the recipe's. It is streamed there and never
+            wholly in memory.
         method: a key of `METHODS`, or `bundle`. With a recipe, the recipe's counts.
         weights: one per source; all 1 by default. With a recipe, the recipe's count.
         **options: other fields of `MergeRecipe`, e.g. density or seed.
@@ -92,6 +93,10 @@ def _check_target(target: Path, recipe: MergeRecipe) -> None:
     for source in recipe.sources:
         if target.resolve() == Path(source).resolve():
             raise MergeError(f"the output {target} is one of the patches to merge; choose another name")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MergeError(f"cannot write {target}: {error.strerror or error}; choose a writable folder") from error
 
 
 def _prepare(sources: Sequence[Source], recipe: MergeRecipe) -> Job:

@@ -229,6 +229,14 @@ def test_the_command_line_runs_a_recipe_and_overrides_it(tmp_path: Path, trio: l
         command("merge", *trio)
 
 
+def test_the_output_folder_is_made_where_that_is_possible(tmp_path: Path, trio: list[Path]) -> None:
+    assert merge(trio, tmp_path / "new" / "folder" / "out.safetensors", "linear").info.categories
+    assert (tmp_path / "new" / "folder" / "out.safetensors").is_file()
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(MergeError, match=r"cannot write .*; choose a writable folder"):
+        merge(trio, tmp_path / "file" / "out.safetensors", "linear")
+
+
 # ---- the conflict report ---------------------------------------------------------------------------------------
 
 
