@@ -17,11 +17,13 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from safepatch.artifact import PatchArtifact
 from safepatch.diffusion import Components, generate, quiet
-from safepatch.patch import PATCH_KINDS, Patch
+from safepatch.patch import PATCH_KINDS, Features, Patch, Residuals
 from safepatch.patch.files import to_artifact
+from safepatch.patch.host import HostHooks, answered
 from safepatch.tiny.text import MAX_TOKENS, WIDTH, new_tokenizer
 from safepatch.tiny.unet import assemble
 
+DOWN, MID = "down_block_additional_residuals", "mid_block_additional_residual"
 INSTRUCTION = "no weapons, show harmless tools instead"
 PROMPTS, SEEDS = ("a knife next to a cat", "a picture of a dog"), (1, 2)
 
@@ -98,9 +100,12 @@ def awaken(patch: Patch, seed: int = 0, size: float = 0.1) -> Patch:
     return patch.eval().requires_grad_(False)
 
 
+LAYOUTS: dict[str, dict[str, int]] = {"lite": {"rank": 4}}
+
+
 def new_patch(unet: nn.Module, kind: str = "control", sees: str = "instruction+prompt", seed: int | None = 0) -> Patch:
     """A patch of `kind` on `unet`, awake, or fresh when `seed` is None."""
-    patch = PATCH_KINDS[kind].from_unet(unet, sees).eval()
+    patch = PATCH_KINDS[kind].from_unet(unet, sees, **LAYOUTS.get(kind, {})).eval()
     return patch if seed is None else awaken(patch, seed)
 
 
@@ -135,10 +140,30 @@ def same_residuals(left: tuple[tuple[Tensor, ...], Tensor], right: tuple[tuple[T
     return all(torch.equal(a, b) for a, b in pairs)
 
 
+def corrections(patch: Patch, unet: nn.Module, inputs: tuple[Tensor, ...], instruction: Tensor) -> Residuals:
+    """What the patch makes of `rows()` on `unet`, which shows its features to the kinds that read them."""
+    if not patch.reads_features:
+        return patch(*inputs, instruction)
+    return patch(*inputs, instruction, features=features_of(unet, *inputs))
+
+
+@torch.no_grad()
+def features_of(unet: nn.Module, *inputs: Tensor) -> Features:
+    """The host's own features for `rows()`."""
+    seen: list[Features] = []
+    with answered(unet, seen.append):
+        unet(*inputs)
+    return seen[0]
+
+
 @contextmanager
 def spied(unet: nn.Module) -> Iterator[list[dict[str, Any]]]:
-    """The keyword arguments, and as `output` the prediction, of every UNet call, as they are after all patches."""
+    """The keyword arguments, and as `output` the prediction, of every UNet call, as they are after all patches.
+
+    What patches answer to the host's features counts as residual arguments too.
+    """
     calls: list[dict[str, Any]] = []
+    expect = HostHooks._expect
 
     def arrive(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         calls.append({**dict(zip(("sample", "timestep"), args, strict=False)), **kwargs})
@@ -146,9 +171,18 @@ def spied(unet: nn.Module) -> Iterator[list[dict[str, Any]]]:
     def leave(_: nn.Module, args: tuple, output: Any) -> None:
         calls[-1]["output"] = output[0]
 
+    def overhear(hooks: HostHooks, residuals: Residuals | None) -> None:
+        expect(hooks, residuals)
+        if residuals is not None:
+            given = calls[-1].get(DOWN, [0.0] * len(residuals.down)), calls[-1].get(MID, 0.0)
+            calls[-1][DOWN] = tuple(old + new for old, new in zip(given[0], residuals.down, strict=True))
+            calls[-1][MID] = given[1] + residuals.mid
+
     hooks = unet.register_forward_pre_hook(arrive, with_kwargs=True), unet.register_forward_hook(leave)
+    HostHooks._expect = overhear  # type: ignore[method-assign]
     try:
         yield calls
     finally:
+        HostHooks._expect = expect  # type: ignore[method-assign]
         for hook in hooks:
             hook.remove()

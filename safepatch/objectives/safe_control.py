@@ -14,6 +14,7 @@ from torch.nn.functional import mse_loss
 from safepatch.data.pairs import Batch
 from safepatch.diffusion import Components, add_noise, noise_pred, training_target
 from safepatch.errors import ConfigError
+from safepatch.patch.host import patched_noise_pred
 
 SUPERVISION = ("distilled", "paired")
 
@@ -30,6 +31,8 @@ class SafeControlConfig:
         safe_share: share of the pairs whose noisy latents come from the safe scene (`distilled` only).
         negative_guidance: eta of a target pushed away from the unsafe prediction, safe + eta (safe - unsafe); the
             guidance combination of ESD (Gandikota et al. 2023, eq. 6). 0 leaves the safe prediction as it is.
+        timestep_power: exponent of the uniform draw of timesteps; below 1 favours noisy ones, where it is decided what
+            is drawn.
     """
 
     name: str = "safe_control"
@@ -37,6 +40,7 @@ class SafeControlConfig:
     preservation: float = 4.0
     safe_share: float = 0.5
     negative_guidance: float = 0.5
+    timestep_power: float = 0.6
 
     def __post_init__(self) -> None:
         """Refuse what has no meaning."""
@@ -46,6 +50,8 @@ class SafeControlConfig:
             )
         if self.preservation < 0 or not 0 <= self.safe_share <= 1:
             raise ConfigError("objective.preservation must be >= 0 and objective.safe_share within [0, 1]")
+        if self.timestep_power <= 0:
+            raise ConfigError(f"objective.timestep_power must be above 0, not {self.timestep_power}")
 
     def loss(
         self, patch: nn.Module, components: Components, instruction: Tensor, batch: Batch, generator: torch.Generator
@@ -76,7 +82,8 @@ def safe_control_loss(
     n = len(batch.unsafe_latents)
     latents = _pair_latents(config, batch, generator)
     latents = torch.cat((latents, batch.retain_latents))
-    timesteps = _timesteps(len(latents), scheduler.config.num_train_timesteps, generator).to(latents.device)
+    timesteps = _timesteps(len(latents), scheduler.config.num_train_timesteps, config.timestep_power, generator)
+    timesteps = timesteps.to(latents.device)
     noise = torch.randn(latents.shape, generator=generator).to(latents.device)
     noisy = add_noise(scheduler, latents, noise, timesteps)
     with torch.no_grad():
@@ -88,8 +95,7 @@ def safe_control_loss(
             unsafe = noise_pred(components.unet, noisy[:n], timesteps[:n], batch.unsafe_states)
             target[:n] += config.negative_guidance * (target[:n] - unsafe)
     states = torch.cat((batch.unsafe_states, batch.retain_states))
-    residuals = patch(noisy, timesteps, states, instruction)
-    predicted = noise_pred(components.unet, noisy, timesteps, states, residuals)
+    predicted = patched_noise_pred(components.unet, patch, noisy, timesteps, states, instruction)
     correct, preserve = mse_loss(predicted[:n], target[:n]), mse_loss(predicted[n:], target[n:])
     return {"loss": correct + config.preservation * preserve, "correct": correct, "preserve": preserve}
 
@@ -101,7 +107,7 @@ def _pair_latents(config: SafeControlConfig, batch: Batch, generator: torch.Gene
     return torch.where(safe.view(-1, 1, 1, 1).to(batch.safe_latents.device), batch.safe_latents, batch.unsafe_latents)
 
 
-def _timesteps(n: int, total: int, generator: torch.Generator) -> Tensor:
-    """Integer timesteps (n,), stratified over the whole schedule, in random order."""
-    spread = (torch.randperm(n, generator=generator) + torch.rand(n, generator=generator)) / n
+def _timesteps(n: int, total: int, power: float, generator: torch.Generator) -> Tensor:
+    """Integer timesteps (n,), stratified over the schedule, in random order."""
+    spread = ((torch.randperm(n, generator=generator) + torch.rand(n, generator=generator)) / n) ** power
     return (spread * total).long().clamp(max=total - 1)  # float32 may round n - 1 + rand up to n

@@ -22,20 +22,53 @@ class Residuals(NamedTuple):
     mid: Tensor
 
 
+class Features(NamedTuple):
+    """What a frozen host made of its input, before anything is added to it; shaped as its `Residuals`.
+
+    Attributes:
+        down: one tensor per skip connection, in the order the encoder makes them, each (B, C_i, h_i, w_i).
+        mid: the mid block's output, (B, C, h, w).
+    """
+
+    down: tuple[Tensor, ...]
+    mid: Tensor
+
+    def of_rows(self, rows: slice) -> "Features":
+        """The features of some rows."""
+        return Features(tuple(skip[rows] for skip in self.down), self.mid[rows])
+
+    def to(self, dtype: torch.dtype) -> "Features":
+        """The same features in another dtype."""
+        return Features(tuple(skip.to(dtype) for skip in self.down), self.mid.to(dtype))
+
+
 class Patch(nn.Module, ABC):
     """A trainable module beside a frozen UNet.
 
     A patch maps each row (sample, timestep, text states) to residuals on its own: it never looks at other rows and
     so never depends on how a pipeline lays out its batch. A fresh patch is an exact no-op.
+
+    Attributes:
+        kind: how the patch acts on the model.
+        reads_features: whether it must be shown the host's features, and so answers after the encoder has run.
+        sees: what it reads of the text: `instruction`, or `instruction+prompt`.
+        layout: what `from_unet` must be told, beside `sees`, to build the same module again; plain JSON values.
     """
 
     kind: ClassVar[str]
+    reads_features: ClassVar[bool]
     sees: str
+    layout: dict[str, Any]
     gradient_checkpointing: bool
+
+    @property
+    def groups(self) -> int:
+        """How many corrections, each with a scale of its own, the patch computes side by side."""
+        return self.layout.get("groups", 1)
 
     @classmethod
     @abstractmethod
-    def from_unet(cls, unet: Any, sees: str) -> "Patch":
+    def from_unet(cls, unet: Any, sees: str, **layout: Any) -> "Patch":
         """A fresh patch for `unet`, which is only read."""
 
     @abstractmethod
@@ -46,6 +79,8 @@ class Patch(nn.Module, ABC):
         prompt_states: Tensor,
         instruction_states: Tensor,
         added_cond_kwargs: Mapping[str, Tensor] | None = None,
+        features: Features | None = None,
+        scales: Tensor | None = None,
     ) -> Residuals:
         """Residuals for the host.
 
@@ -55,6 +90,8 @@ class Patch(nn.Module, ABC):
             prompt_states: the rows' text states, (B, tokens, width).
             instruction_states: the safety instruction's text states, (1 or B, tokens, width).
             added_cond_kwargs: SDXL's extra conditions.
+            features: the host's own, of the same rows; a patch with `reads_features` needs them.
+            scales: strength of each group's correction, (groups,); all 1 by default.
         """
 
     @abstractmethod
@@ -66,7 +103,7 @@ class Patch(nn.Module, ABC):
         """The value each parameter has when its delta is zero, by parameter name."""
 
     def deltas(self, unet: Any) -> dict[str, Tensor]:
-        """The patch as differences from `anchors(unet)`, float32; all zero for a fresh patch."""
+        """The patch as differences from `anchors(unet)`, float32; all zero has no effect."""
         anchors = self.anchors(unet)
         return {name: (p.detach().float() - anchors[name].float()).cpu() for name, p in self.named_parameters()}
 

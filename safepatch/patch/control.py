@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from safepatch.errors import ConfigError
-from safepatch.patch.base import Patch, Residuals, row_timesteps
+from safepatch.patch.base import Features, Patch, Residuals, row_timesteps
 
 SEES = ("instruction", "instruction+prompt")
 # The encoder half of UNet2DConditionModel, in the order it runs; a host has only some of the embeddings.
@@ -31,20 +31,24 @@ class ControlPatch(Patch):
     """
 
     kind = "control"
+    reads_features = False
 
     def __init__(self, clone: Mapping[str, nn.Module], channels: tuple[int, ...], sees: str) -> None:
         super().__init__()
         if sees not in SEES:
             raise ConfigError(f"a control patch cannot see '{sees}'; choose one of: {', '.join(SEES)}")
         self.sees = sees
+        self.layout = {}
         self.gradient_checkpointing = False
         self.clone = nn.ModuleDict(dict(clone))
         self.zero_down = nn.ModuleList(_zero_conv(width) for width in channels[:-1])
         self.zero_mid = _zero_conv(channels[-1])
 
     @classmethod
-    def from_unet(cls, unet: Any, sees: str = "instruction+prompt") -> "ControlPatch":
+    def from_unet(cls, unet: Any, sees: str = "instruction+prompt", **layout: Any) -> "ControlPatch":
         """A fresh patch: the clone equals the host's encoder, the zero convolutions are zero."""
+        if layout:
+            raise ConfigError(f"a control patch has no '{min(layout)}'; its layout is the host's")
         parts = {name: getattr(unet, name) for name in CLONED if isinstance(getattr(unet, name, None), nn.Module)}
         clone = {name: _copy_without_hooks(part).float().requires_grad_(True) for name, part in parts.items()}
         clone["conv_in"] = _narrowed(clone["conv_in"], unet.config["out_channels"])
@@ -57,6 +61,8 @@ class ControlPatch(Patch):
         prompt_states: Tensor,
         instruction_states: Tensor,
         added_cond_kwargs: Mapping[str, Tensor] | None = None,
+        features: Features | None = None,
+        scales: Tensor | None = None,
     ) -> Residuals:
         """Residuals of shape (B, C_i, h_i, w_i) for every skip, and for the mid block."""
         clone: Any = self.clone
@@ -68,9 +74,9 @@ class ControlPatch(Patch):
             hidden, made = self._run(block, hidden, embedding, states)
             skips.extend(made)
         hidden = self._run(clone["mid_block"], hidden, embedding, states)
-        return Residuals(
-            tuple(zero(skip) for zero, skip in zip(self.zero_down, skips, strict=True)), self.zero_mid(hidden)
-        )
+        made = [zero(skip) for zero, skip in zip((*self.zero_down, self.zero_mid), (*skips, hidden), strict=True)]
+        made = made if scales is None else [residual * scales[0] for residual in made]
+        return Residuals(tuple(made[:-1]), made[-1])
 
     def joints(self) -> list[nn.Parameter]:
         """The zero convolutions' weights and biases."""

@@ -33,7 +33,7 @@ def to_artifact(
         instructions=dict(sorted(instructions.items())),
         fingerprint=fingerprint(unet.config),
         base={"family": family(unet.config), ENCODER: sketch(unet)},
-        config={**(config or {}), "sees": patch.sees},
+        config={**(config or {}), "sees": patch.sees, **({"layout": patch.layout} if patch.layout else {})},
         training=training or {},
         title=f"safepatch {' + '.join(sorted(instructions))}",
         license="apache-2.0",
@@ -50,7 +50,8 @@ def from_artifact(artifact: PatchArtifact, unet: Any) -> Patch:
     check_fits(artifact.info, unet.config)
     if artifact.info.is_bundle:
         raise BaseMismatch("a bundle is several patches, not one module; apply it, or take one of its parts()")
-    patch = lookup(PATCH_KINDS, artifact.info.kind, what="patch kind").from_unet(unet, artifact.info.config["sees"])
+    kind, config = lookup(PATCH_KINDS, artifact.info.kind, what="patch kind"), artifact.info.config
+    patch = kind.from_unet(unet, config["sees"], **config.get("layout", {}))
     prefix = f"{artifact.info.kind}."
     patch.load_deltas(unet, {name.removeprefix(prefix): delta for name, delta in artifact.deltas().items()})
     return patch.eval().requires_grad_(False)

@@ -1,7 +1,8 @@
 """Attach a patch to somebody's pipeline and take it off again, bit for bit.
 
-The patch enters through a forward pre-hook on the UNet that adds residuals to the ones already there, so it works in
-any pipeline that calls the same UNet, and stacks with ControlNets and with other patches. Nothing is replaced.
+The patch enters through a forward pre-hook on the UNet that adds residuals to the ones already there, or, where it
+reads the host's own features, through hooks on the UNet's blocks (`safepatch.patch.host`). So it works in any pipeline
+that calls the same UNet, and stacks with ControlNets and with other patches. Nothing is replaced.
 """
 
 import copy
@@ -18,11 +19,13 @@ from torch import Tensor, nn
 
 from safepatch.artifact import Part, PatchArtifact
 from safepatch.diffusion import Components, calling_pipeline, encode_prompts, uncompiled
-from safepatch.errors import ConfigError, PatchBypassed
-from safepatch.patch import Patch, Residuals
+from safepatch.errors import ConfigError, PatchBypassed, lookup
+from safepatch.patch import Features, Patch, Residuals
 from safepatch.patch.files import from_artifact
+from safepatch.patch.host import HostHooks
 
 DOWN, MID = "down_block_additional_residuals", "mid_block_additional_residual"
+Scale = float | Mapping[str, float]
 
 
 @dataclass
@@ -39,36 +42,67 @@ class Stats:
 
 
 class ActivePart(NamedTuple):
-    """A patch module, the states of the instruction it reads, (1, tokens, width), and its weight among others."""
+    """A patch module and what goes with it.
+
+    Attributes:
+        patch: the module, on the pipeline's UNet.
+        instruction_states: states of the instructions it reads, (1, tokens, width).
+        weight: its weight among the parts of a bundle.
+        categories: what it is for, in the order of its instructions; empty if unknown.
+    """
 
     patch: Patch
     instruction_states: Tensor
     weight: float = 1.0
+    categories: tuple[str, ...] = ()
+
+
+class Call(NamedTuple):
+    """One call of the UNet, as far as a patch is concerned with it."""
+
+    sample: Tensor
+    timesteps: Any
+    prompt_states: Tensor
+    added_cond_kwargs: Mapping[str, Tensor]
+    rows: slice
 
 
 class Handle:
     """One attachment of a patch, or of all parts of a bundle; leaving the `with` block, or `remove()`, takes it off.
 
     Attributes:
-        scale: run-time strength; 0 is off and bit-identical to the base. May be changed between calls.
         stats: counters since attachment.
         categories: what the patch is for, where it came from a file.
     """
 
-    def __init__(self, pipe: Any, parts: Sequence[ActivePart], scale: float, fail_closed: bool) -> None:
-        self.scale = scale
+    def __init__(
+        self,
+        pipe: Any,
+        parts: Sequence[ActivePart],
+        scale: Scale = 1.0,
+        fail_closed: bool = True,
+        window: tuple[float, float] = (0.0, 1.0),
+    ) -> None:
         self.stats = Stats()
         self._pipe = weakref.ref(pipe)
         self._unet: Any = Components.of(pipe).unet
+        self._train_timesteps: int = Components.of(pipe).scheduler.config.num_train_timesteps
         self._parts = tuple(parts)
-        self.categories: tuple[str, ...] = ()
+        self.categories = tuple(sorted({name for part in parts for name in part.categories}))
+        self.scale = scale
+        self.window = window
         self._fail_closed = fail_closed
         self._prepared = False  # whether the patch had its say in the UNet call that is under way
-        self._hooks = [
-            self._unet.register_forward_pre_hook(self._add_residuals, with_kwargs=True),
+        self._call: Call | None = None  # the UNet call under way, while there is something to correct
+        self._hooks: list[Any] = [
+            self._unet.register_forward_pre_hook(self._prepare, with_kwargs=True),
             self._unet.register_forward_hook(self._end_call, always_call=True),
             self._unet.conv_in.register_forward_pre_hook(self._count_call),
         ]
+        self._host = None
+        if any(part.patch.reads_features for part in parts):
+            self._host = HostHooks(self._unet, self._answer)
+            self._hooks.append(self._host)
         if fail_closed:
             self._hooks.append(Components.of(pipe).vae.decoder.register_forward_pre_hook(self._check))
 
@@ -98,41 +132,94 @@ class Handle:
         pipe = self._pipe()
         return pipe is not None and uncompiled(pipe.unet) is self._unet and self in attached(self._unet)
 
-    def _add_residuals(
-        self, unet: nn.Module, args: tuple, kwargs: dict[str, Any]
-    ) -> tuple[tuple, dict[str, Any]] | None:
-        changed = None if self.scale == 0 else (args, {**kwargs, **self._patched(args, kwargs)})
+    @property
+    def scale(self) -> Scale:
+        """Run-time strength, one for all or by category; 0 is off and bit-identical. May be changed between calls."""
+        return self._scale
+
+    @scale.setter
+    def scale(self, scale: Scale) -> None:
+        for value in scale.values() if isinstance(scale, Mapping) else [scale]:
+            if not 0 <= value < math.inf:  # NaN too
+                raise ConfigError(f"scale must be 0 (off) or more, not {value}")
+        for name in scale if isinstance(scale, Mapping) else ():
+            lookup(dict.fromkeys(self.categories), name, what="category of this patch")
+        self._scale = scale
+        for part in self._parts:
+            self._scales(part)  # refuses what the part cannot tell apart
+
+    @property
+    def window(self) -> tuple[float, float]:
+        """The part of the denoising in which the patch acts, from 0 (pure noise) to 1 (the image)."""
+        return self._window
+
+    @window.setter
+    def window(self, window: tuple[float, float]) -> None:
+        start, end = window
+        if not 0 <= start < end <= 1:
+            raise ConfigError(f"start and end must be 0 <= start < end <= 1, not {start} and {end}")
+        self._window = (start, end)
+
+    def _prepare(self, unet: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        """Before the UNet runs: correct what needs no features, and note down what the others will need."""
+        self._call = self._begun(args, kwargs)
+        early = [part for part in self._parts if not part.patch.reads_features]
+        changed = None
+        if self._call and early:
+            changed = args, {**kwargs, **_summed(self._corrections(early, self._call), kwargs)}
         self.stats.patched_calls += 1
         self._prepared = True  # only now: a call that failed above must not stand in for a bypassed one
         return changed
 
-    def _patched(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _begun(self, args: tuple, kwargs: dict[str, Any]) -> Call | None:
+        """The call, or None when the patch is off or outside its window."""
         sample, timesteps, states = bind(args, kwargs)
-        rows, added = self._rows_to_correct(sample), kwargs.get("added_cond_kwargs")
-        made = [self._residuals(part, sample, timesteps, states, added, rows) for part in self._parts]
-        return _summed(reduce(_plus, made), kwargs)
+        if not any(self._scales(part).any() for part in self._parts) or not self._is_within(timesteps):
+            return None
+        added = kwargs.get("added_cond_kwargs") or {}
+        return Call(sample, timesteps, states, added, self._rows_to_correct(sample))
+
+    def _is_within(self, timesteps: Any) -> bool:
+        if self.window == (0.0, 1.0):
+            return True
+        done = 1 - float(torch.as_tensor(timesteps).flatten()[0]) / self._train_timesteps
+        return self.window[0] <= done <= self.window[1]
+
+    def _answer(self, features: Features) -> Residuals | None:
+        """Once the encoder has run: the corrections of the parts that read its features."""
+        if self._call is None:
+            return None
+        late = [part for part in self._parts if part.patch.reads_features]
+        return self._corrections(late, self._call, features)
+
+    def _corrections(self, parts: Sequence[ActivePart], call: Call, features: Features | None = None) -> Residuals:
+        return reduce(_plus, [self._residuals(part, call, features) for part in parts])
 
     @torch.no_grad()
-    def _residuals(
-        self,
-        part: ActivePart,
-        sample: Tensor,
-        timesteps: Any,
-        states: Tensor,
-        added: Mapping[str, Tensor] | None,
-        rows: slice,
-    ) -> Residuals:
+    def _residuals(self, part: ActivePart, call: Call, features: Features | None) -> Residuals:
+        sample, rows = call.sample, call.rows
         patch = part.patch.to(sample.device)
         dtype = next(patch.parameters()).dtype
-        times = torch.as_tensor(timesteps, device=sample.device).reshape(-1).expand(len(sample))[rows]
-        conditions = {key: value[rows] for key, value in (added or {}).items() if isinstance(value, Tensor)}
+        times = torch.as_tensor(call.timesteps, device=sample.device).reshape(-1).expand(len(sample))[rows]
+        added = {key: value[rows] for key, value in call.added_cond_kwargs.items() if isinstance(value, Tensor)}
         instruction = part.instruction_states.to(sample.device, dtype)
-        made = patch(sample[rows].to(dtype), times, states[rows].to(dtype), instruction, conditions)
-        scale = self.scale * part.weight
-        return Residuals(
-            tuple(_padded(r * scale, rows, sample) for r in made.down),
-            _padded(made.mid * scale, rows, sample),
-        )
+        shown = features and features.of_rows(rows).to(dtype)
+        scales = self._scales(part).to(sample.device, dtype)
+        states = call.prompt_states[rows].to(dtype)
+        made = patch(sample[rows].to(dtype), times, states, instruction, added, shown, scales)
+        return Residuals(tuple(_padded(r, rows, sample) for r in made.down), _padded(made.mid, rows, sample))
+
+    def _scales(self, part: ActivePart) -> Tensor:
+        """Scale times weight for each group of the part's patch, (groups,)."""
+        if not isinstance(self.scale, Mapping):
+            return torch.full((part.patch.groups,), self.scale * part.weight)
+        scales = [self.scale.get(name, 1.0) for name in part.categories]
+        if part.patch.groups == 1 and len(set(scales)) > 1:
+            raise ConfigError(
+                f"{', '.join(part.categories)} were merged into one and share one scale; merge by bundle, or lite "
+                "patches by cat, to keep them apart"
+            )
+        return torch.tensor(scales[: part.patch.groups]) * part.weight
 
     def _rows_to_correct(self, sample: Tensor) -> slice:
         """Which rows carry the prompt: under guidance the first equal part is the negative prompt's.
@@ -155,8 +242,10 @@ class Handle:
                 "the UNet ran without its patch: its hook is lost, or unet.forward() was called; call unet()"
             )
 
-    def _end_call(self, *_: object) -> None:
-        self._prepared = False
+    def _end_call(self, unet: nn.Module, args: tuple, output: object) -> None:
+        ended, self._call, self._prepared = self._call, None, False
+        if ended and self._host and self._fail_closed and output is not None and not self._host.is_done:
+            raise PatchBypassed("the UNet ran without its patch: hooks on its blocks are lost; apply the patch again")
 
     def _check(self, *_: object) -> None:
         """Before latents become an image: the UNet that drew them must be a patched one."""
@@ -175,14 +264,23 @@ def attached(module: Any) -> list[Handle]:
     return [owner for owner in owners if isinstance(owner, Handle)]
 
 
-def apply(pipe: Any, patch: str | Path | PatchArtifact, scale: float = 1.0, fail_closed: bool = True) -> Handle:
+def apply(
+    pipe: Any,
+    patch: str | Path | PatchArtifact,
+    scale: Scale = 1.0,
+    fail_closed: bool = True,
+    start: float = 0.0,
+    end: float = 1.0,
+) -> Handle:
     """Attach a patch to a diffusers pipeline.
 
     Args:
         pipe: any pipeline with a UNet, a VAE and a text encoder; it is not changed but for hooks.
         patch: path of an artifact, or an opened one.
-        scale: run-time strength; 0 is off.
+        scale: run-time strength, one for all or by category (1 for those not named); 0 is off.
         fail_closed: raise `PatchBypassed` instead of returning an image that was made without the patch.
+        start: share of the denoising after which the patch begins to act, 0 for pure noise.
+        end: share of the denoising after which it stops.
 
     Returns:
         The handle; use it in `with`, or call its `remove()`.
@@ -190,32 +288,27 @@ def apply(pipe: Any, patch: str | Path | PatchArtifact, scale: float = 1.0, fail
     Raises:
         BaseMismatch: when the patch was made for another architecture.
         ArtifactError: when the file is missing, damaged or altered.
+        ConfigError: when scale, start or end is out of range, or a scale is for a category the patch cannot tell apart.
     """
     artifact = patch if isinstance(patch, PatchArtifact) else PatchArtifact.open(patch)
-    _check_scale(scale)
     components = Components.of(pipe)
-    handle = Handle(pipe, [_activate(part, components) for part in artifact.parts()], scale, fail_closed)
-    handle.categories = artifact.info.categories
-    return handle
+    parts = [_activate(part, components) for part in artifact.parts()]
+    return Handle(pipe, parts, scale, fail_closed, window=(start, end))
 
 
 def attach(pipe: Any, patch: Patch, instructions: list[str], scale: float = 1.0, fail_closed: bool = True) -> Handle:
     """Attach a patch module that is already in memory, reading `instructions`; see `apply`."""
-    _check_scale(scale)
     part = ActivePart(patch, instruction_states(Components.of(pipe), instructions))
     return Handle(pipe, [part], scale, fail_closed)
-
-
-def _check_scale(scale: float) -> None:
-    if not 0 <= scale < math.inf:  # NaN too
-        raise ConfigError(f"scale must be 0 (off) or more, not {scale}")
 
 
 def _activate(part: Part, components: Components) -> ActivePart:
     """A part on the pipeline's UNet, reading its own instructions only."""
     module = from_artifact(part.artifact, components.unet).to(components.unet.device)
     instructions = list(part.artifact.info.instructions.values())
-    return ActivePart(module, instruction_states(components, instructions), part.weight)
+    return ActivePart(
+        module, instruction_states(components, instructions), part.weight, tuple(part.artifact.info.instructions)
+    )
 
 
 def instruction_states(components: Components, instructions: list[str]) -> Tensor:

@@ -17,14 +17,23 @@ class PatchConfig:
     """Which patch to train.
 
     Attributes:
-        kind: `control`.
+        kind: `control`, a trainable clone of the host's encoder, or `lite`, narrow branches on the host's features.
         sees: what its cross-attention reads: `instruction`, or `instruction+prompt`.
-        rank: store the deltas of layers wider than this as low-rank factors; 0 stores them dense.
+        rank: of a control patch, store the deltas of layers wider than this as low-rank factors (0, the default,
+            stores them dense); of a lite patch, channels per branch (default 64).
+        depth: of a lite patch, 3 x 3 convolutions per branch (default 1).
     """
 
     kind: str = "control"
     sees: str = "instruction+prompt"
-    rank: int = 0
+    rank: int | None = None
+    depth: int | None = None
+
+    @property
+    def layout(self) -> dict[str, int]:
+        """What `from_unet` is told; a kind's own defaults for what is not set."""
+        values = {"rank": None if self.kind == "control" else self.rank, "depth": self.depth}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -49,8 +58,8 @@ class TrainingConfig:
         tensorboard: also log to tensorboard (needs the extra of that name).
     """
 
-    steps: int = 240
-    batch_size: int = 16
+    steps: int = 700
+    batch_size: int = 8
     learning_rate: float = 1e-3
     joint_rate: float = 10.0
     warmup: int = 20

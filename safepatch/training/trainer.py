@@ -172,7 +172,8 @@ def learning_rate(options: TrainingConfig, step: int) -> float:
 
 
 def _fresh_state(components: Components, config: TrainConfig) -> State:
-    patch = lookup(PATCH_KINDS, config.patch.kind, what="patch kind").from_unet(components.unet, config.patch.sees)
+    kind = lookup(PATCH_KINDS, config.patch.kind, what="patch kind")
+    patch = kind.from_unet(components.unet, config.patch.sees, **config.patch.layout)
     patch.gradient_checkpointing = config.training.gradient_checkpointing
     patch.to(components.unet.device).train()
     average = AveragedModel(patch, multi_avg_fn=get_ema_multi_avg_fn(config.training.ema_decay)).requires_grad_(False)
@@ -272,6 +273,6 @@ def pack(patch: Patch, components: Components, config: TrainConfig, training: di
     instructions = {config.category: CATEGORIES[config.category].instruction}
     recorded = {name: value for name, value in to_dict(config).items() if name != "output"}
     artifact = to_artifact(patch, components.unet, instructions, recorded, training)
-    if config.patch.rank:
+    if config.patch.kind == "control" and config.patch.rank:
         artifact = artifact.compress(config.patch.rank)
     return artifact.astype(torch.float16)

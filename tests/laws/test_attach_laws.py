@@ -24,14 +24,17 @@ from torch import Tensor
 
 from safepatch.artifact import BUNDLE, PatchArtifact
 from safepatch.diffusion import quiet
-from safepatch.errors import ConfigError, PatchBypassed
+from safepatch.errors import ConfigError, PatchBypassed, UnknownName
 from safepatch.merging import MergeRecipe, combine
 from safepatch.patch import PATCH_KINDS
-from safepatch.runtime.apply import DOWN, MID, Handle, Stats, apply, attach
+from safepatch.runtime.apply import Handle, Stats, apply, attach
 from tests.small import (
+    DOWN,
     INSTRUCTION,
+    MID,
     PROMPTS,
     SEEDS,
+    features_of,
     images,
     new_artifact,
     new_patch,
@@ -151,9 +154,61 @@ def test_scale_multiplies_the_residuals(small_pipe, kind):
     assert same_residuals(plus(half, half), whole)
 
 
-def test_a_negative_scale_is_refused(small_pipe):
+@pytest.mark.parametrize("scale", [-1, float("nan"), float("inf"), {"weapons": -1}])
+def test_a_scale_out_of_range_is_refused(small_pipe, scale):
     with pytest.raises(ConfigError, match="scale must be 0"):
-        apply(small_pipe, small_artifact(), scale=-1)
+        apply(small_pipe, small_artifact(), scale=scale)
+    assert hook_count(small_pipe) == 0
+
+
+def bundle_of_two(kind: str) -> tuple[PatchArtifact, PatchArtifact, PatchArtifact]:
+    """A patch for weapons, one for gore, and the bundle of both."""
+    weapons, gore = small_artifact(kind, 1), small_artifact(kind, 2)
+    gore = replace(gore, info=replace(gore.info, instructions={"gore": "no gore, show flowers instead"}))
+    return weapons, gore, combine([weapons, gore], MergeRecipe(["weapons", "gore"], method=BUNDLE))
+
+
+@every_kind
+def test_each_category_of_a_bundle_has_a_scale_of_its_own(small_pipe, kind):
+    weapons, _, both = bundle_of_two(kind)
+    with apply(small_pipe, weapons, scale=0.5):
+        alone = given(call(small_pipe))
+    with apply(small_pipe, both, scale={"weapons": 0.5, "gore": 0}) as handle:
+        assert same_residuals(given(call(small_pipe)), alone)
+        handle.scale = {"weapons": 0.5}  # what is not named stays at 1
+        assert not same_residuals(given(call(small_pipe)), alone)  # control
+        handle.scale = {"weapons": 0, "gore": 0}
+        assert DOWN not in call(small_pipe)
+
+
+def test_a_category_the_patch_is_not_for_is_refused_as_a_scale(small_pipe):
+    with pytest.raises(UnknownName, match=r"category of this patch.*did you mean 'weapons'"):
+        apply(small_pipe, small_artifact(), scale={"weapon": 0.5})
+    assert hook_count(small_pipe) == 0
+
+
+def test_categories_merged_into_one_share_a_scale(small_pipe):
+    merged = small_artifact()
+    merged = replace(merged, info=replace(merged.info, instructions={"gore": INSTRUCTION, "weapons": INSTRUCTION}))
+    with pytest.raises(ConfigError, match="gore, weapons were merged into one"):
+        apply(small_pipe, merged, scale={"weapons": 0.5})
+    assert hook_count(small_pipe) == 0
+    apply(small_pipe, merged, scale={"weapons": 0.5, "gore": 0.5}).remove()  # control
+
+
+@every_kind
+def test_a_patch_acts_within_its_window_only(small_pipe, kind):
+    sample, _, states = rows()
+    with torch.no_grad(), apply(small_pipe, small_artifact(kind), start=0.2, end=0.6), spied(small_pipe.unet) as calls:
+        for timestep in (999, 790, 600, 410, 390, 0):
+            small_pipe.unet(sample, timestep, encoder_hidden_states=states)
+    assert [DOWN in seen for seen in calls] == [False, True, True, True, False, False]
+
+
+@pytest.mark.parametrize("window", [(0.5, 0.5), (-0.1, 1.0), (0.0, 1.1), (0.8, 0.2)])
+def test_a_window_that_is_none_is_refused(small_pipe, window):
+    with pytest.raises(ConfigError, match="0 <= start < end <= 1"):
+        apply(small_pipe, small_artifact(), start=window[0], end=window[1])
     assert hook_count(small_pipe) == 0
 
 
@@ -292,7 +347,7 @@ def test_a_patch_attached_over_another_copies_none_of_its_hooks(small_pipe, kind
         second = PATCH_KINDS[kind].from_unet(small_pipe.unet, "instruction")
         assert not [m for m in second.modules() for table in HOOK_TABLES if getattr(m, table)]
         calls = first.stats.unet_calls
-        second(*rows(), torch.randn(1, 5, 192))
+        second(*rows(), torch.randn(1, 5, 192), features=features_of(new_small_unet(), *rows()))
         assert first.stats.unet_calls == calls
     assert hook_count(small_pipe) == 0
 
@@ -549,6 +604,15 @@ def test_a_call_that_failed_in_the_patch_hides_no_later_bypass(small_pipe, monke
                 images(small_pipe)
         with pytest.raises(PatchBypassed):
             bypass_by_forward(small_pipe)
+
+
+def test_a_lost_hook_on_a_block_is_noticed(small_pipe):
+    with apply(small_pipe, small_artifact("lite")):
+        images(small_pipe)  # control
+        small_pipe.unet.up_blocks[0]._forward_pre_hooks.clear()  # where the skips are corrected
+        with pytest.raises(PatchBypassed, match="hooks on its blocks are lost"):
+            images(small_pipe)
+    images(small_pipe)
 
 
 def test_every_patch_of_several_is_watched(small_pipe):

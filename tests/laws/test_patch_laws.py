@@ -13,7 +13,17 @@ from safepatch.errors import BaseMismatch, ConfigError, UnknownName
 from safepatch.patch import PATCH_KINDS, Patch, Residuals
 from safepatch.patch.drift import ENCODER, sketch
 from safepatch.patch.files import from_artifact, to_artifact
-from tests.small import INSTRUCTION, new_artifact, new_patch, new_small_unet, rows, same_residuals, spied
+from tests.small import (
+    INSTRUCTION,
+    corrections,
+    features_of,
+    new_artifact,
+    new_patch,
+    new_small_unet,
+    rows,
+    same_residuals,
+    spied,
+)
 
 every_kind = pytest.mark.parametrize("kind", sorted(PATCH_KINDS))
 every_sight = pytest.mark.parametrize("sees", ["instruction", "instruction+prompt"])
@@ -39,8 +49,9 @@ def instruction(tokens: int = 6, seed: int = 5) -> Tensor:
 
 
 @torch.no_grad()
-def residuals(patch: Patch, *inputs: Tensor) -> Residuals:
-    return patch(*(inputs or rows()), instruction())
+def residuals(patch: Patch, *inputs: Tensor, unet: torch.nn.Module | None = None) -> Residuals:
+    """What the patch makes on `unet`, by default the small one it was made for."""
+    return corrections(patch, unet or new_small_unet(), inputs or rows(), instruction())
 
 
 def each(made: Residuals) -> tuple[Tensor, ...]:
@@ -66,7 +77,8 @@ def test_a_fresh_patch_makes_zeros_that_fit_every_slot_of_the_host(kind, sees, h
     unet = new_small_unet(**HOSTS[host])
     patch = new_patch(unet, kind, sees, seed=None)
     channels = unet.config["in_channels"]
-    made, awake = residuals(patch, *rows(channels=channels)), residuals(new_patch(unet, kind, sees), *rows())
+    made = residuals(patch, *rows(channels=channels), unet=unet)
+    awake = residuals(new_patch(unet, kind, sees), *rows(channels=channels), unet=unet)
     assert [r.shape for r in each(made)] == slot_shapes(unet, channels)
     assert not any(r.any() for r in each(made))
     assert all(r.any() for r in each(awake))  # control
@@ -77,9 +89,11 @@ def test_the_shapes_of_the_embedded_layout_are_these():
 
 
 @every_kind
-def test_the_deltas_of_a_fresh_patch_are_zero(kind):
+def test_the_joints_of_a_fresh_patch_are_zero_and_so_are_the_deltas_of_one_that_copies_the_host(kind):
     unet = new_small_unet()
-    assert not any(delta.any() for delta in new_patch(unet, kind, seed=None).deltas(unet).values())
+    fresh = new_patch(unet, kind, seed=None)
+    assert not any(joint.any() for joint in fresh.joints())
+    assert kind == "lite" or not any(delta.any() for delta in fresh.deltas(unet).values())
     assert all(delta.any() for delta in new_patch(unet, kind).deltas(unet).values())  # control
 
 
@@ -155,10 +169,11 @@ def test_deltas_follow_the_host_they_are_loaded_on(kind):
     with torch.no_grad():
         tuned.conv_in.weight += 0.1
     patch = from_artifact(new_artifact(base, kind), tuned)
+    made = residuals(patch, unet=tuned)
     there, here = (p.deltas(u) for p, u in ((patch, tuned), (new_patch(base, kind), base)))
     for name, delta in here.items():
         torch.testing.assert_close(there[name], delta, rtol=1e-3, atol=1e-6)
-    assert not same_residuals(residuals(patch), residuals(from_artifact(new_artifact(base, kind), base)))  # control
+    assert not same_residuals(made, residuals(from_artifact(new_artifact(base, kind), base)))  # control
 
 
 @every_kind
@@ -220,21 +235,24 @@ def test_each_row_is_its_own(kind, sees):
 @every_kind
 @every_sight
 def test_a_patch_reads_time_latents_and_instruction_and_the_prompt_only_if_it_sees_it(kind, sees):
-    patch = new_patch(new_small_unet(), kind, sees)
+    unet = new_small_unet()
+    patch = new_patch(unet, kind, sees)
     sample, timesteps, states = rows()
     other_sample, other_times, other_states = rows(seed=9)
     base = residuals(patch, sample, timesteps, states)
     assert not same_residuals(residuals(patch, other_sample, timesteps, states), base)
     assert not same_residuals(residuals(patch, sample, other_times, states), base)
+    features = features_of(unet, sample, timesteps, states)
     with torch.no_grad():
-        assert not same_residuals(patch(sample, timesteps, states, instruction(seed=6)), base)
-    ignored = same_residuals(residuals(patch, sample, timesteps, other_states), base)
-    assert ignored == (sees == "instruction")
+        same = patch(sample, timesteps, states, instruction(), features=features)
+        assert not same_residuals(patch(sample, timesteps, states, instruction(seed=6), features=features), base)
+        unprompted = patch(sample, timesteps, other_states, instruction(), features=features)
+    assert same_residuals(same, base)
+    assert same_residuals(unprompted, base) == (sees == "instruction")
 
 
-@every_kind
-def test_channels_past_the_latents_are_ignored(kind):
-    patch = new_patch(new_small_unet(), kind)
+def test_channels_past_the_latents_are_ignored():
+    patch = new_patch(new_small_unet())
     sample, timesteps, states = rows(channels=9)
     assert same_residuals(
         residuals(patch, sample, timesteps, states), residuals(patch, sample[:, :4], timesteps, states)
@@ -250,16 +268,18 @@ def test_one_file_fits_hosts_with_and_without_inpainting_channels(kind):
         inpainting.conv_in.weight[:, :4] = plain.conv_in.weight
     for source, target in ((plain, inpainting), (inpainting, plain)):
         artifact = new_artifact(source, kind)
-        assert same_residuals(residuals(from_artifact(artifact, target)), residuals(from_artifact(artifact, source)))
+        there, here = (from_artifact(artifact, host) for host in (target, source))
+        assert same_residuals(residuals(there, unet=plain), residuals(here, unet=plain))
 
 
 @every_kind
 def test_gradient_checkpointing_changes_no_value(kind):
-    patch = new_patch(new_small_unet(), kind).requires_grad_(True)
+    unet = new_small_unet()
+    patch = new_patch(unet, kind).requires_grad_(True)
     gradients = []
     for patch.gradient_checkpointing in (False, True):
         patch.zero_grad()
-        patch(*rows(), instruction()).mid.square().sum().backward()
+        corrections(patch, unet, rows(), instruction()).mid.square().sum().backward()
         gradients.append({name: p.grad.clone() for name, p in patch.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
