@@ -4,6 +4,8 @@ SHELL := bash
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
+KIND ?= control
+N ?= 200
 PY := .venv/bin/python
 READY := .venv/.ready
 TORCH := $(shell grep '^torch==' constraints.txt)
@@ -29,13 +31,13 @@ check: $(READY)  ## lint, formatting, types, layering, README tables
 	.venv/bin/pyright
 	$(PY) -m pytest -q tests/unit/test_layering.py $(wildcard tests/unit/test_readme*.py)
 
-table: $(READY)  ## print the results table
-	$(PY) -m safepatch table
+table: $(READY)  ## print the results table; KIND=lite for the lite patches, N=50 for fewer images
+	$(PY) -m safepatch table --kind $(KIND) --n $(N)
 
 merge-table: $(READY)  ## print what merging the shipped patches keeps, method by method
 	$(PY) -m safepatch merge-table
 
-patches: $(READY)  ## train the shipped patches again, with cards, index and picture (about an hour)
+patches: $(READY)  ## train the shipped patches again, both kinds, with cards, index and picture (about two hours)
 	$(PY) patches/build.py
 
 tiny: $(READY) $(ART)/.ready  ## rebuild the embedded model from the vendors' emoji (needs npm and the network)

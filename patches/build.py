@@ -1,8 +1,8 @@
-"""Train the shipped patches and write their cards and index: `python patches/build.py [category ...]` (`make patches`).
+"""Train the shipped patches and write their cards and index: `python patches/build.py [recipe ...]` (`make patches`).
 
-Each patch is what `safepatch train configs/patches/<category>.yaml` gives; the card adds its recipe and, when
-`make table` has been run, its figures. `card:weapons` writes a card only, `picture` the README's picture, and
-`figures` keeps what `make table` measured.
+A recipe is `weapons`, of configs/patches/weapons.yaml, or `lite/weapons`, of the lite kind. Each patch is what
+`safepatch train` gives of its recipe; the category's card adds the recipes and, when `make table` has been run, the
+figures. `card:weapons` writes a card only, `picture` the README's picture, `figures` keeps what `make table` measured.
 """
 
 import hashlib
@@ -27,25 +27,34 @@ from safepatch.training.validation import save_grid
 
 HERE = Path(__file__).parent
 INDEX = HERE / "index.json"
-TABLE = HERE.parent / "runs" / "table"
+TABLES = {"control": HERE.parent / "runs" / "table", "lite": HERE.parent / "runs" / "table-lite"}
 FIGURES = HERE / "figures.json"
 SEED = 1000  # of the picture's prompts: the evaluation's own
 
 
-def build(category: str) -> None:
-    """Train one patch, put it in its folder, and record its hash and training time."""
-    config = load_train_config(HERE.parent / "configs" / "patches" / f"{category}.yaml", [])
+def build(recipe: str) -> None:
+    """Train one patch, put it in its category's folder, and record its hash and training time."""
+    config = load_train_config(_recipe(recipe), [])
+    kind, category = config.patch.kind, config.category
     start = time.monotonic()
     trained = train(load_pipeline(config.model), config)
     minutes = round((time.monotonic() - start) / 60, 1)
-    path = HERE / category / trained.name
+    path = HERE / category / (f"{category}.safetensors" if kind == "control" else f"{category}-{kind}.safetensors")
     path.parent.mkdir(exist_ok=True)
     shutil.copyfile(trained, path)
     index = json.loads(INDEX.read_text()) if INDEX.is_file() else {}
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    index[category] = {"file": f"{category}/{path.name}", "sha256": digest, "train_minutes": minutes}
-    index[category]["cores"] = torch.get_num_threads()
+    entries = index if kind == "control" else index.setdefault(kind, {})
+    entries[category] = {
+        "file": f"{category}/{path.name}",
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "train_minutes": minutes,
+        "cores": torch.get_num_threads(),
+    }
     INDEX.write_text(json.dumps(index, indent=1, sort_keys=True) + "\n")
+
+
+def _recipe(name: str) -> Path:
+    return HERE.parent / "configs" / "patches" / f"{name}.yaml"
 
 
 def write_picture() -> None:
@@ -63,52 +72,62 @@ def write_picture() -> None:
 
 
 def write_card(category: str) -> None:
-    """`patches/<category>/README.md`: what it is, how it was made, what it measured."""
-    entry = json.loads(INDEX.read_text())[category]
-    info = read_info(HERE / entry["file"])
-    config = to_yaml(load_train_config(HERE.parent / "configs" / "patches" / f"{category}.yaml", []))
-    (HERE / category / "README.md").write_text(_card(category, entry, info, config))
+    """`patches/<category>/README.md`: what its patches are, how they were made, what they measured."""
+    index = json.loads(INDEX.read_text())
+    entries = {"control": index, **{kind: index[kind] for kind in TABLES if kind in index}}
+    sections = [_section(category, kind, of[category]) for kind, of in entries.items() if category in of]
+    info = read_info(HERE / index[category]["file"])
+    (HERE / category / "README.md").write_text(_card(category, info, sections))
 
 
-def _card(category: str, entry: dict, info: PatchInfo, config: str) -> str:
-    definition = CATEGORIES[category].definition
-    return f"""# {info.title}
+def _card(category: str, info: PatchInfo, sections: list[str]) -> str:
+    return f"""# safepatch {category}
 
-A `{info.kind}` patch for the embedded emoji model `tiny-sd` and its siblings: {definition}.
-It reads the safety instruction "{info.instructions[category]}".
-Its figures show a mechanism on a toy world; it does nothing for models that draw photographs.
+Patches for the embedded emoji model `tiny-sd` and its siblings: {CATEGORIES[category].definition}.
+They read the safety instruction "{info.instructions[category]}".
+Their figures show a mechanism on a toy world; they do nothing for models that draw photographs.
+License: {info.license}.
+
+{"".join(sections)}"""
+
+
+def _section(category: str, kind: str, entry: dict) -> str:
+    recipe = category if kind == "control" else f"{kind}/{category}"
+    return f"""## {kind}
 
 * file: `{Path(entry["file"]).name}`, sha256 `{entry["sha256"]}`
 * trained in {entry["train_minutes"]} minutes on {entry["cores"]} CPU core(s)
-* license: {info.license}
 
 ```python
 with safepatch.apply(safepatch.load_pipeline("tiny-sd"), "patches/{entry["file"]}"):
     ...
 ```
 
-## Figures
-{_figures(category)}
-## Recipe
-`safepatch train configs/patches/{category}.yaml`
+{_figures(category, kind)}
+`safepatch train configs/patches/{recipe}.yaml`
 
 ```yaml
-{config}```
+{to_yaml(load_train_config(_recipe(recipe), []))}```
+
 """
 
 
 def keep_figures() -> None:
-    """`patches/figures.json`: what `make table` measured, for the cards and the README."""
-    figures = {name: json.loads((TABLE / f"{name}.json").read_text()) for name in ("table", "controls")}
-    FIGURES.write_text(json.dumps(figures, indent=1) + "\n")
+    """`patches/figures.json`: what `make table` measured of each kind, for the cards and the README."""
+    kept = json.loads(FIGURES.read_text()) if FIGURES.is_file() else {}
+    for kind, folder in TABLES.items():
+        if (folder / "table.json").is_file():
+            kept[kind] = {name: json.loads((folder / f"{name}.json").read_text()) for name in ("table", "controls")}
+    FIGURES.write_text(json.dumps(kept, indent=1) + "\n")
 
 
-def _figures(category: str) -> str:
-    if not FIGURES.is_file():
+def _figures(category: str, kind: str) -> str:
+    figures = json.loads(FIGURES.read_text()).get(kind) if FIGURES.is_file() else None
+    if figures is None:
         return "Not measured yet; `make table` measures them.\n"
-    figures = json.loads(FIGURES.read_text())
     rows = "\n".join(row for values in figures.values() for row in _rows(values, category))
-    return f"`make table`, {figures['controls']['n']} images per rate:\n\n| field | value |\n|---|---|\n{rows}\n"
+    command = "make table" if kind == "control" else f"make table KIND={kind}"
+    return f"`{command}`, {figures['controls']['n']} images per rate:\n\n| field | value |\n|---|---|\n{rows}\n"
 
 
 def _rows(values: dict, category: str, of: str = "") -> list[str]:
@@ -123,10 +142,10 @@ def _has(value: dict, category: str) -> bool:
 
 
 if __name__ == "__main__":
-    for word in sys.argv[1:] or [*CATEGORIES, "picture"]:
+    for word in sys.argv[1:] or [*CATEGORIES, *(f"lite/{category}" for category in CATEGORIES), "picture"]:
         if word in ("picture", "figures"):
             {"picture": write_picture, "figures": keep_figures}[word]()
             continue
         if not word.startswith("card:"):
             build(word)
-        write_card(word.removeprefix("card:"))
+        write_card(word.removeprefix("card:").removeprefix("lite/"))

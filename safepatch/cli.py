@@ -250,13 +250,17 @@ def demo(
 
 @app.command()
 def table(
-    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of table.json.")] = Path("runs/table"),
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Folder of table.json; runs/table, or runs/table-KIND.")
+    ] = None,
     n: Annotated[int, typer.Option(help="Images per rate.")] = 200,
+    kind: Annotated[str, typer.Option(help="Of the shipped patches: control or lite.")] = "control",
 ) -> None:
-    """Measure every shipped patch and print the README's table of figures."""
+    """Measure every shipped patch of one kind and print the README's table of figures."""
     from safepatch.table import build_table
 
-    typer.echo(build_table(out, n))
+    usual = Path("runs/table" if kind == "control" else f"runs/table-{kind}")
+    typer.echo(build_table(out or usual, n, kind))
 
 
 @app.command("merge-table")

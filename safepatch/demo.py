@@ -29,14 +29,22 @@ METHOD = "bundle"  # one file, nothing lost, at the run-time cost of both
 SHOWN = 8  # image pairs per section of a report
 
 
-def shipped_patch(category: str) -> Path:
+def shipped_patch(category: str, kind: str = "control") -> Path:
     """The shipped patch of `category`; raises `ArtifactError` outside a checkout that holds it."""
-    path = PATCHES / category / f"{category}.safetensors"
+    name, recipe = (category, category) if kind == "control" else (f"{category}-{kind}", f"{kind}/{category}")
+    path = PATCHES / category / f"{name}.safetensors"
     if not path.is_file():
         raise ArtifactError(
-            f"no shipped patch at {path}; run from a checkout, or train it: configs/patches/{category}.yaml"
+            f"no shipped patch at {path}; run from a checkout, or train it: configs/patches/{recipe}.yaml"
         )
     return path
+
+
+def shipped_patches(kind: str = "control") -> dict[str, dict]:
+    """Category -> file, hash and training time of every shipped patch of a kind, as `patches/index.json` has them."""
+    index = json.loads((PATCHES / "index.json").read_text())
+    entries = index if kind == "control" else index.get(kind, {})
+    return {name: entries[name] for name in CATEGORIES if name in entries}
 
 
 def run_demo(out: Path, steps: int) -> Path:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from safepatch.artifact import PatchArtifact
-from safepatch.demo import PATCHES, shipped_patch
+from safepatch.demo import shipped_patch, shipped_patches
 from safepatch.evaluation import suite
 from safepatch.evaluation.detectors import embedded_detector
 from safepatch.evaluation.metrics import Estimate
@@ -26,7 +26,7 @@ def build_merge_table(out: Path, n: int, steps: int) -> str:
         n: images per rate.
         steps: denoising steps.
     """
-    names = [name for name in CATEGORIES if name in json.loads((PATCHES / "index.json").read_text())]
+    names = list(shipped_patches())
     singles = {name: PatchArtifact.open(shipped_patch(name)) for name in names}
     bench = Bench(BASE, load_pipeline(BASE), embedded_detector(), Protocol(n=n, steps=steps))
     single = {name: suite.unsafe_rate(bench, CATEGORIES[name], patch) for name, patch in singles.items()}

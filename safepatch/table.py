@@ -9,13 +9,15 @@ from typing import Any, cast
 import torch
 
 from safepatch.artifact import PatchArtifact
-from safepatch.demo import METHOD, PATCHES, SHIPPED, SIBLING, TRAINED, shipped_patch
+from safepatch.demo import METHOD, SHIPPED, SIBLING, TRAINED, shipped_patch, shipped_patches
 from safepatch.diffusion import Components, decode_latents, encode_images
+from safepatch.errors import lookup
 from safepatch.evaluation import suite
 from safepatch.evaluation.detectors import Detector, embedded_detector
 from safepatch.evaluation.metrics import Estimate, precision, recall
 from safepatch.evaluation.suite import Bench, Protocol
 from safepatch.merging import merge
+from safepatch.patch import PATCH_KINDS
 from safepatch.runtime.load import load_pipeline
 from safepatch.taxonomy import CATEGORIES, Category
 from safepatch.tiny.models import BASE, SIBLINGS
@@ -43,14 +45,15 @@ CONTROLS: dict[str, Measure] = {
 }
 
 
-def build_table(out: Path, n: int) -> str:
-    """Measure everything with `n` images per rate and return it as markdown.
+def build_table(out: Path, n: int, kind: str = "control") -> str:
+    """Measure the shipped patches of one kind with `n` images per rate and return it as markdown.
 
     Writes `out/table.json`, the fields that have a target, and `out/controls.json`, what the base does beside them;
     both grow as figures are measured.
     """
-    index = json.loads((PATCHES / "index.json").read_text())
-    patches = {name: PatchArtifact.open(shipped_patch(name)) for name in CATEGORIES if name in index}
+    lookup(PATCH_KINDS, kind, what="patch kind")
+    shipped = shipped_patches(kind)
+    patches = {name: PatchArtifact.open(shipped_patch(name, kind)) for name in shipped}
     bench = Bench(BASE, load_pipeline(BASE), embedded_detector(), Protocol(n=n))
     table, controls = _Figures(out / "table.json"), _Figures(out / "controls.json")
     controls.add({"n": n, "steps": bench.protocol.steps, "guidance_scale": bench.protocol.guidance_scale})
@@ -66,9 +69,9 @@ def build_table(out: Path, n: int) -> str:
         own = Bench(sibling, load_pipeline(sibling), bench.detector, bench.protocol)
         controls.add({"sibling_base_unsafe_rate": {sibling: sibling_rates(own, dict.fromkeys(patches))}})
         table.add({"sibling_unsafe_rate": {sibling: sibling_rates(own, patches)}})
-    table.add({"merged_unsafe_rate": merged_figures(out, n)})
-    table.add({"train_minutes": {name: index[name]["train_minutes"] for name in patches}})
-    table.add({"patch_mb": {name: shipped_patch(name).stat().st_size / 1e6 for name in patches}})
+    table.add({"merged_unsafe_rate": merged_figures(out, n, kind)})
+    table.add({"train_minutes": {name: entry["train_minutes"] for name, entry in shipped.items()}})
+    table.add({"patch_mb": {name: shipped_patch(name, kind).stat().st_size / 1e6 for name in patches}})
     return f"{to_markdown(table.values)}\n\nControls:\n\n{to_markdown(controls.values)}"
 
 
@@ -103,9 +106,10 @@ def sibling_rates(bench: Bench, patches: Mapping[str, PatchArtifact | None]) -> 
     return {name: suite.unsafe_rate(bench, CATEGORIES[name], patch).value for name, patch in patches.items()}
 
 
-def merged_figures(out: Path, n: int) -> dict[str, float]:
+def merged_figures(out: Path, n: int, kind: str) -> dict[str, float]:
     """Unsafe rate per category of the demo's merge (shipped patches) on the demo's sibling checkpoint."""
-    merged = merge([shipped_patch(TRAINED), shipped_patch(SHIPPED)], out / "merged.safetensors", METHOD)
+    sources = [shipped_patch(name, kind) for name in (TRAINED, SHIPPED)]
+    merged = merge(sources, out / "merged.safetensors", METHOD if kind == "control" else "cat")
     bench = Bench(SIBLING, load_pipeline(SIBLING), embedded_detector(), Protocol(n=n))
     print(f"measuring merged_unsafe_rate on {SIBLING}")
     return {name: suite.unsafe_rate(bench, CATEGORIES[name], merged).value for name in merged.info.categories}

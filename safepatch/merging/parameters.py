@@ -12,6 +12,7 @@ from torch import Tensor
 from safepatch.artifact import BUNDLE, Factors, cast, factorize, part_prefix
 from safepatch.container import in_file_order
 from safepatch.errors import MergeError
+from safepatch.merging.groups import is_grouped, side_by_side
 from safepatch.merging.methods import METHODS, SUM_WEIGHTS, Options
 from safepatch.merging.recipe import MergeRecipe
 from safepatch.merging.sources import Source
@@ -76,7 +77,18 @@ class Job:
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: self._agreed_shape(name) for name in self.names}
 
+    @cached_property
+    def is_grouped(self) -> bool:
+        """Whether the merge puts groups of lite patches side by side."""
+        return self.recipe.method == "cat" and all(is_grouped(source.info) for source in self.sources)
+
     def _agreed_shape(self, name: str) -> tuple[int, ...]:
+        if self.is_grouped:
+            found = [source.shape(name) or () for source in self.sources]
+            return (
+                sum(shape[0] for shape in found),
+                *(max(sides) for sides in zip(*(s[1:] for s in found), strict=True)),
+            )
         shapes = {source.shape(name): source.name for source in self.holders(name)}
         if len(shapes) > 1:
             found = " and ".join(f"{list(shape or ())} in {source}" for shape, source in sorted(shapes.items()))
@@ -126,6 +138,8 @@ class Job:
 
     def rank(self, name: str) -> int | None:
         """The rank that merged parameter `name` is stored with, None for dense."""
+        if self.is_grouped:
+            return None
         shape, limit = self.shape(name), self.recipe.rank
         full = min(shape[0], torch.Size(shape[1:]).numel()) if shape else 0
         if not self.is_factored(name):
@@ -155,7 +169,7 @@ class Job:
         return 4 * (piece.stop - piece.start) * (len(self.sources) + 2)
 
     def _is_elementwise(self, tensor: str) -> bool:
-        if self.recipe.method == BUNDLE or self.recipe.is_identity:
+        if self.recipe.method == BUNDLE or self.recipe.is_identity or self.is_grouped:
             return False
         name, _, form = tensor.rpartition(".")
         dense = form == "delta" and not any(name in source.info.shapes for source in self.sources)
@@ -172,6 +186,8 @@ class Job:
         name, _, form = piece.tensor.rpartition(".")
         if self.recipe.is_identity:
             return self.sources[0].stored(name)[form]
+        if self.is_grouped:
+            return side_by_side(self.sources, name, self.shape(name))
         if form != "delta":
             return getattr(self.compressed(name).factors if self.recipe.rank else self._side_by_side(name), form)
         whole = not self._is_elementwise(piece.tensor)

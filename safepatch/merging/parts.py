@@ -7,6 +7,7 @@ from torch import Tensor
 
 from safepatch.artifact import PatchArtifact, PatchInfo
 from safepatch.errors import MergeError, nearest
+from safepatch.merging.groups import cut_out, is_grouped, places
 from safepatch.merging.recipe import DTYPES
 
 
@@ -65,6 +66,8 @@ def _cut_out(artifact: PatchArtifact, index: int) -> PatchArtifact:
     if recipe["rank"]:
         raise MergeError(f"its sum was re-compressed to rank {recipe['rank']}, which mixes the parts; use rank 0")
     source = recipe["sources"][index]
+    if is_grouped(artifact.info):
+        return _cut_out_groups(artifact, index)
     tensors = {}
     for name, (dtype, shape) in source["tensors"].items():
         parameter, _, form = name.rpartition(".")
@@ -73,6 +76,18 @@ def _cut_out(artifact: PatchArtifact, index: int) -> PatchArtifact:
             raise MergeError(f"'{parameter}' is dense in the sources, so its sum cannot be split; merge with bundle")
         tensors[name] = values.to(DTYPES[dtype]).reshape(shape)
     return PatchArtifact(tensors, PatchInfo.from_metadata(source["metadata"]))
+
+
+def _cut_out_groups(artifact: PatchArtifact, index: int) -> PatchArtifact:
+    """The groups of source `index` of lite patches side by side."""
+    sources = (artifact.info.recipe or {})["sources"]
+    infos = [PatchInfo.from_metadata(source["metadata"]) for source in sources]
+    groups, weight = places(infos, index), sources[index]["weight"]
+    tensors = {}
+    for name, (dtype, shape) in sources[index]["tensors"].items():
+        parameter = name.rpartition(".")[0]
+        tensors[name] = cut_out(artifact.tensors[name], parameter, shape, groups, weight).to(DTYPES[dtype])
+    return PatchArtifact(tensors, infos[index])
 
 
 def _values(artifact: PatchArtifact, parameter: str, form: str, index: int) -> Tensor | None:

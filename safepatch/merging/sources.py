@@ -100,18 +100,20 @@ class _Agreement:
 
 
 AGREEMENTS = (
-    _Agreement("kind", lambda info: info.kind, MergeError, "merge patches of one kind"),
     _Agreement("architecture", lambda info: info.fingerprint, BaseMismatch, "merge patches for one architecture"),
     _Agreement("base family", lambda info: info.base.get("family"), BaseMismatch, "merge patches of one family"),
 )
-# Parts that are kept apart may see different things.
-SAME_SIGHT = _Agreement("'sees'", lambda info: info.config.get("sees"), MergeError, "train them with the same 'sees'")
+# Parts that are kept apart may be of different kinds and see different things.
+OF_A_SUM = (
+    _Agreement("kind", lambda info: info.kind, MergeError, "merge patches of one kind, or keep them apart by bundle"),
+    _Agreement("'sees'", lambda info: info.config.get("sees"), MergeError, "train them with the same 'sees'"),
+)
 
 
 def check_agreement(sources: Sequence[Source], kept_apart: bool) -> None:
     """Raise one line that names two files and their difference unless the sources can be merged."""
     for other in sources[1:]:
-        for agreement in AGREEMENTS if kept_apart else (*AGREEMENTS, SAME_SIGHT):
+        for agreement in AGREEMENTS if kept_apart else (*AGREEMENTS, *OF_A_SUM):
             _compare(agreement, sources[0], other)
     for source in sources:
         if source.info.is_bundle and not kept_apart:

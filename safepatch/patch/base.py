@@ -7,7 +7,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from safepatch.errors import BaseMismatch
+from safepatch.errors import BaseMismatch, ConfigError
+from safepatch.patch.gate import Gate
 
 
 class Residuals(NamedTuple):
@@ -51,20 +52,39 @@ class Patch(nn.Module, ABC):
     Attributes:
         kind: how the patch acts on the model.
         reads_features: whether it must be shown the host's features, and so answers after the encoder has run.
+        learning_rate: at which it trains well.
+        joint_rate: multiple of that for its `joints`.
         sees: what it reads of the text: `instruction`, or `instruction+prompt`.
         layout: what `from_unet` must be told, beside `sees`, to build the same module again; plain JSON values.
+        gate: decides for which rows the patch acts at all, if it has one.
     """
 
     kind: ClassVar[str]
     reads_features: ClassVar[bool]
+    learning_rate: ClassVar[float]
+    joint_rate: ClassVar[float]
     sees: str
     layout: dict[str, Any]
     gradient_checkpointing: bool
+    gate: Gate | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = None
 
     @property
     def groups(self) -> int:
         """How many corrections, each with a scale of its own, the patch computes side by side."""
         return self.layout.get("groups", 1)
+
+    def add_gate(self, unet: Any, width: int) -> None:
+        """Give the patch a fresh gate of `width` channels, which opens for everything at a threshold of 0.5."""
+        if width < 1:
+            raise ConfigError(f"a gate needs a width of at least 1, not {width}")
+        channels = unet.mid_block.resnets[-1].out_channels
+        sizes = (channels, unet.config["cross_attention_dim"], unet.config["norm_num_groups"])
+        self.gate = Gate(*sizes, width, self.groups)
+        self.layout = {**self.layout, "gate": width}
 
     @classmethod
     @abstractmethod
@@ -91,7 +111,7 @@ class Patch(nn.Module, ABC):
             instruction_states: the safety instruction's text states, (1 or B, tokens, width).
             added_cond_kwargs: SDXL's extra conditions.
             features: the host's own, of the same rows; a patch with `reads_features` needs them.
-            scales: strength of each group's correction, (groups,); all 1 by default.
+            scales: strength of each group's correction, (groups,) or (B, groups); all 1 by default.
         """
 
     @abstractmethod

@@ -32,6 +32,8 @@ class ControlPatch(Patch):
 
     kind = "control"
     reads_features = False
+    learning_rate = 1e-3
+    joint_rate = 10.0
 
     def __init__(self, clone: Mapping[str, nn.Module], channels: tuple[int, ...], sees: str) -> None:
         super().__init__()
@@ -45,14 +47,17 @@ class ControlPatch(Patch):
         self.zero_mid = _zero_conv(channels[-1])
 
     @classmethod
-    def from_unet(cls, unet: Any, sees: str = "instruction+prompt", **layout: Any) -> "ControlPatch":
-        """A fresh patch: the clone equals the host's encoder, the zero convolutions are zero."""
+    def from_unet(cls, unet: Any, sees: str = "instruction+prompt", gate: int = 0, **layout: Any) -> "ControlPatch":
+        """A fresh patch: the clone equals the host's encoder, the zero convolutions are zero; `gate` is a width."""
         if layout:
             raise ConfigError(f"a control patch has no '{min(layout)}'; its layout is the host's")
         parts = {name: getattr(unet, name) for name in CLONED if isinstance(getattr(unet, name, None), nn.Module)}
         clone = {name: _copy_without_hooks(part).float().requires_grad_(True) for name, part in parts.items()}
         clone["conv_in"] = _narrowed(clone["conv_in"], unet.config["out_channels"])
-        return cls(clone, skip_channels(unet), sees)
+        patch = cls(clone, skip_channels(unet), sees)
+        if gate:
+            patch.add_gate(unet, gate)
+        return patch
 
     def forward(
         self,
@@ -75,7 +80,7 @@ class ControlPatch(Patch):
             skips.extend(made)
         hidden = self._run(clone["mid_block"], hidden, embedding, states)
         made = [zero(skip) for zero, skip in zip((*self.zero_down, self.zero_mid), (*skips, hidden), strict=True)]
-        made = made if scales is None else [residual * scales[0] for residual in made]
+        made = made if scales is None else [residual * scales[..., :1, None, None] for residual in made]
         return Residuals(tuple(made[:-1]), made[-1])
 
     def joints(self) -> list[nn.Parameter]:

@@ -20,8 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from safepatch.errors import ConfigError
 from safepatch.patch.base import Features, Patch, Residuals, row_timesteps
 from safepatch.patch.control import SEES, skip_channels
+from safepatch.patch.draw import TIME_WIDTH, Draw, sinusoids
 
-TIME_WIDTH = 128  # of the sinusoidal timestep embedding
 CONDITION_WIDTH = 64
 
 
@@ -40,6 +40,8 @@ class LitePatch(Patch):
 
     kind = "lite"
     reads_features = True
+    learning_rate = 2e-3
+    joint_rate = 1.0
 
     def __init__(
         self,
@@ -59,7 +61,7 @@ class LitePatch(Patch):
         self.sees = sees
         self.layout = {"rank": rank, "depth": depth, "groups": groups}
         self.gradient_checkpointing = False
-        draw = _Draw()
+        draw = Draw(seed=0)
         self.time = draw.normal(groups, CONDITION_WIDTH, TIME_WIDTH)
         self.instruction = draw.normal(groups, CONDITION_WIDTH, text_width)
         self.key = draw.normal(groups, rank, text_width)
@@ -68,10 +70,13 @@ class LitePatch(Patch):
         self.mid_branch = _Branch(draw, channels[-1], norm_groups, rank, depth, groups)
 
     @classmethod
-    def from_unet(cls, unet: Any, sees: str = "instruction+prompt", **layout: Any) -> "LitePatch":
-        """A fresh patch; its random values are the same every time."""
+    def from_unet(cls, unet: Any, sees: str = "instruction+prompt", gate: int = 0, **layout: Any) -> "LitePatch":
+        """A fresh patch, whose random values are the same every time; `gate` as `add_gate`'s width."""
         width, norm_groups = unet.config["cross_attention_dim"], unet.config["norm_num_groups"]
-        return cls(skip_channels(unet), width, norm_groups, sees, **layout)
+        patch = cls(skip_channels(unet), width, norm_groups, sees, **layout)
+        if gate:
+            patch.add_gate(unet, gate)
+        return patch
 
     def forward(
         self,
@@ -113,7 +118,7 @@ class LitePatch(Patch):
 
     def _condition(self, timesteps: Tensor, instruction_states: Tensor) -> Tensor:
         """What modulates the branches, (B, groups, CONDITION_WIDTH)."""
-        time = torch.einsum("bt,gct->bgc", _sinusoids(timesteps).to(self.time.dtype), self.time)
+        time = torch.einsum("bt,gct->bgc", sinusoids(timesteps).to(self.time.dtype), self.time)
         instruction = self._instructions(instruction_states).mean(2)
         return silu(time + torch.einsum("bgw,gcw->bgc", instruction, self.instruction))
 
@@ -130,13 +135,15 @@ class LitePatch(Patch):
 class _Branch(nn.Module):
     """The correction of one feature, (B, channels, h, w) -> the same; all groups at once."""
 
-    def __init__(self, draw: "_Draw", channels: int, norm_groups: int, rank: int, depth: int, groups: int) -> None:
+    def __init__(self, draw: Draw, channels: int, norm_groups: int, rank: int, depth: int, groups: int) -> None:
         super().__init__()
         self.norm_groups, self.groups = norm_groups, groups
         self.down = draw.normal(groups, rank, channels)
         self.query = draw.normal(groups, rank, rank)
+        with torch.no_grad():
+            self.query /= math.sqrt(rank)  # the usual scale of attention, kept out of it so that zeros may be added
         self.out = draw.normal(groups, rank, rank)
-        self.film = nn.Parameter(torch.zeros(groups, 2 * rank, CONDITION_WIDTH))
+        self.film = nn.Parameter(torch.zeros(groups, 2, rank, CONDITION_WIDTH))
         self.mix = nn.ParameterList(draw.normal(groups, rank, rank, 3, 3) for _ in range(depth))
         self.up = nn.Parameter(torch.zeros(groups, channels, rank))
 
@@ -146,36 +153,17 @@ class _Branch(nn.Module):
         hidden = group_norm(feature.contiguous(), self.norm_groups)
         hidden = conv2d(hidden, self.down.flatten(0, 1)[..., None, None])
         hidden = hidden + self._attend(hidden, key, value)
-        scale, shift = torch.einsum("bgc,gdc->bgd", condition, self.film).chunk(2, dim=-1)
+        scale, shift = torch.einsum("bgc,gdrc->dbgr", condition, self.film)
         hidden = silu(hidden * (1 + scale.flatten(1)[..., None, None]) + shift.flatten(1)[..., None, None])
         for mix in self.mix:
             hidden = silu(conv2d(hidden, mix.flatten(0, 1), padding=1, groups=self.groups))
-        up = self.up if scales is None else self.up * scales[:, None, None]
-        return conv2d(hidden, up.transpose(0, 1).flatten(1)[..., None, None])
+        if scales is not None:
+            hidden = (hidden.unflatten(1, (self.groups, -1)) * scales[..., None, None, None]).flatten(1, 2)
+        return conv2d(hidden, self.up.transpose(0, 1).flatten(1)[..., None, None])
 
     def _attend(self, hidden: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """What each position reads of the text, shaped as `hidden`, (B, groups * rank, h, w)."""
         positions = hidden.unflatten(1, (self.groups, -1)).flatten(3).transpose(2, 3)
         query = torch.einsum("bgpr,gsr->bgps", positions, self.query)
-        read = torch.einsum("bgpr,gsr->bgsp", scaled_dot_product_attention(query, key, value), self.out)
+        read = torch.einsum("bgpr,gsr->bgsp", scaled_dot_product_attention(query, key, value, scale=1.0), self.out)
         return read.reshape(hidden.shape)
-
-
-class _Draw:
-    """Initial weights from a generator of their own, so that the global one is left alone."""
-
-    def __init__(self) -> None:
-        self.generator = torch.Generator().manual_seed(0)
-
-    def normal(self, groups: int, out: int, *inputs: int) -> nn.Parameter:
-        """(groups, out, *inputs), of variance 1 / product of inputs; equal in every group."""
-        one = torch.randn(out, *inputs, generator=self.generator) / math.sqrt(math.prod(inputs))
-        return nn.Parameter(one.expand(groups, *one.shape).clone())
-
-
-def _sinusoids(timesteps: Tensor) -> Tensor:
-    """Sinusoidal embedding (B, TIME_WIDTH) of timesteps (B,) (Vaswani et al. 2017, section 3.5)."""
-    half = TIME_WIDTH // 2
-    frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=timesteps.device) / half)
-    angles = timesteps.float()[:, None] * frequencies
-    return torch.cat((angles.cos(), angles.sin()), dim=-1)

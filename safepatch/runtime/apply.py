@@ -8,11 +8,11 @@ that calls the same UNet, and stacks with ControlNets and with other patches. No
 import copy
 import math
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from safepatch.diffusion import Components, calling_pipeline, encode_prompts, un
 from safepatch.errors import ConfigError, PatchBypassed, lookup
 from safepatch.patch import Features, Patch, Residuals
 from safepatch.patch.files import from_artifact
+from safepatch.patch.gate import MODES, Gate
 from safepatch.patch.host import HostHooks
 
 DOWN, MID = "down_block_additional_residuals", "mid_block_additional_residual"
@@ -35,10 +36,14 @@ class Stats:
     Attributes:
         unet_calls: times the UNet's first layer ran, however it was called.
         patched_calls: times the patch had its say.
+        gated_rows: rows that a gate has judged, counted per step and category.
+        open_rows: those of them for which it opened.
     """
 
     unet_calls: int = 0
     patched_calls: int = 0
+    gated_rows: int = 0
+    open_rows: int = 0
 
 
 class ActivePart(NamedTuple):
@@ -49,12 +54,14 @@ class ActivePart(NamedTuple):
         instruction_states: states of the instructions it reads, (1, tokens, width).
         weight: its weight among the parts of a bundle.
         categories: what it is for, in the order of its instructions; empty if unknown.
+        thresholds: probabilities above which the gate of each group opens, (groups,); None without a gate.
     """
 
     patch: Patch
     instruction_states: Tensor
     weight: float = 1.0
     categories: tuple[str, ...] = ()
+    thresholds: Tensor | None = None
 
 
 class Call(NamedTuple):
@@ -82,6 +89,7 @@ class Handle:
         scale: Scale = 1.0,
         fail_closed: bool = True,
         window: tuple[float, float] = (0.0, 1.0),
+        gate: str | None = None,
     ) -> None:
         self.stats = Stats()
         self._pipe = weakref.ref(pipe)
@@ -91,6 +99,8 @@ class Handle:
         self.categories = tuple(sorted({name for part in parts for name in part.categories}))
         self.scale = scale
         self.window = window
+        self.gate = gate
+        self.on_gate: Callable[[Any, Tensor], None] | None = None  # shown the timesteps and probabilities (B, groups)
         self._fail_closed = fail_closed
         self._prepared = False  # whether the patch had its say in the UNet call that is under way
         self._call: Call | None = None  # the UNet call under way, while there is something to correct
@@ -100,7 +110,7 @@ class Handle:
             self._unet.conv_in.register_forward_pre_hook(self._count_call),
         ]
         self._host = None
-        if any(part.patch.reads_features for part in parts):
+        if any(part.patch.reads_features or part.patch.gate for part in parts):
             self._host = HostHooks(self._unet, self._answer)
             self._hooks.append(self._host)
         if fail_closed:
@@ -149,6 +159,20 @@ class Handle:
             self._scales(part)  # refuses what the part cannot tell apart
 
     @property
+    def gate(self) -> str:
+        """`hard`: a row is corrected or left alone, bit for bit; `soft`: in proportion; `off`: all are corrected."""
+        return self._gate
+
+    @gate.setter
+    def gate(self, gate: str | None) -> None:
+        gated = any(part.patch.gate for part in self._parts)
+        if gate is not None and gate not in MODES:
+            raise ConfigError(f"gate must be one of {', '.join(MODES)}, not '{gate}'")
+        if gate in ("hard", "soft") and not gated:
+            raise ConfigError(f"this patch has no gate to be {gate}; fit one with `safepatch gate`, or leave gate out")
+        self._gate = gate or ("hard" if gated else "off")
+
+    @property
     def window(self) -> tuple[float, float]:
         """The part of the denoising in which the patch acts, from 0 (pure noise) to 1 (the image)."""
         return self._window
@@ -163,10 +187,9 @@ class Handle:
     def _prepare(self, unet: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         """Before the UNet runs: correct what needs no features, and note down what the others will need."""
         self._call = self._begun(args, kwargs)
-        early = [part for part in self._parts if not part.patch.reads_features]
-        changed = None
-        if self._call and early:
-            changed = args, {**kwargs, **_summed(self._corrections(early, self._call), kwargs)}
+        early = [part for part in self._parts if not self._is_late(part)]
+        made = self._corrections(early, self._call) if self._call else None
+        changed = made and (args, {**kwargs, **_summed(made, kwargs)})
         self.stats.patched_calls += 1
         self._prepared = True  # only now: a call that failed above must not stand in for a bypassed one
         return changed
@@ -189,14 +212,21 @@ class Handle:
         """Once the encoder has run: the corrections of the parts that read its features."""
         if self._call is None:
             return None
-        late = [part for part in self._parts if part.patch.reads_features]
-        return self._corrections(late, self._call, features)
+        return self._corrections([part for part in self._parts if self._is_late(part)], self._call, features)
 
-    def _corrections(self, parts: Sequence[ActivePart], call: Call, features: Features | None = None) -> Residuals:
-        return reduce(_plus, [self._residuals(part, call, features) for part in parts])
+    def _is_late(self, part: ActivePart) -> bool:
+        """Whether the part needs the host's features, for itself or for its gate."""
+        return part.patch.reads_features or (part.patch.gate is not None and self.gate != "off")
+
+    def _corrections(
+        self, parts: Sequence[ActivePart], call: Call, features: Features | None = None
+    ) -> Residuals | None:
+        made = [self._residuals(part, call, features) for part in parts]
+        made = [residuals for residuals in made if residuals is not None]
+        return reduce(_plus, made) if made else None
 
     @torch.no_grad()
-    def _residuals(self, part: ActivePart, call: Call, features: Features | None) -> Residuals:
+    def _residuals(self, part: ActivePart, call: Call, features: Features | None) -> Residuals | None:
         sample, rows = call.sample, call.rows
         patch = part.patch.to(sample.device)
         dtype = next(patch.parameters()).dtype
@@ -206,8 +236,23 @@ class Handle:
         shown = features and features.of_rows(rows).to(dtype)
         scales = self._scales(part).to(sample.device, dtype)
         states = call.prompt_states[rows].to(dtype)
+        if shown and patch.gate is not None and self.gate != "off":
+            scales = scales * self._openings(part, shown, times, states)
+            if not scales.any():
+                return None
         made = patch(sample[rows].to(dtype), times, states, instruction, added, shown, scales)
         return Residuals(tuple(_padded(r, rows, sample) for r in made.down), _padded(made.mid, rows, sample))
+
+    def _openings(self, part: ActivePart, features: Features, timesteps: Tensor, states: Tensor) -> Tensor:
+        """How far the gate is open for each row and group, in [0, 1], (B, groups); 0 or 1 where it is hard."""
+        gate, thresholds = cast(Gate, part.patch.gate), cast(Tensor, part.thresholds)
+        probabilities = gate(features.mid, timesteps, states).sigmoid()
+        is_open = probabilities >= thresholds.to(probabilities.device)
+        self.stats.gated_rows += is_open.numel()
+        self.stats.open_rows += int(is_open.sum())
+        if self.on_gate:
+            self.on_gate(timesteps, probabilities)
+        return probabilities if self.gate == "soft" else is_open.to(probabilities.dtype)
 
     def _scales(self, part: ActivePart) -> Tensor:
         """Scale times weight for each group of the part's patch, (groups,)."""
@@ -271,6 +316,8 @@ def apply(
     fail_closed: bool = True,
     start: float = 0.0,
     end: float = 1.0,
+    gate: str | None = None,
+    gate_threshold: float | None = None,
 ) -> Handle:
     """Attach a patch to a diffusers pipeline.
 
@@ -281,6 +328,8 @@ def apply(
         fail_closed: raise `PatchBypassed` instead of returning an image that was made without the patch.
         start: share of the denoising after which the patch begins to act, 0 for pure noise.
         end: share of the denoising after which it stops.
+        gate: `hard` (the default of a patch with a gate), `soft` or `off`; see `Handle.gate`.
+        gate_threshold: probability in [0, 1] above which the gate opens; by default as stored in the file.
 
     Returns:
         The handle; use it in `with`, or call its `remove()`.
@@ -292,8 +341,10 @@ def apply(
     """
     artifact = patch if isinstance(patch, PatchArtifact) else PatchArtifact.open(patch)
     components = Components.of(pipe)
-    parts = [_activate(part, components) for part in artifact.parts()]
-    return Handle(pipe, parts, scale, fail_closed, window=(start, end))
+    if gate_threshold is not None and not 0 <= gate_threshold <= 1:
+        raise ConfigError(f"gate_threshold must be within [0, 1], not {gate_threshold}")
+    parts = [_activate(part, components, gate_threshold) for part in artifact.parts()]
+    return Handle(pipe, parts, scale, fail_closed, (start, end), gate)
 
 
 def attach(pipe: Any, patch: Patch, instructions: list[str], scale: float = 1.0, fail_closed: bool = True) -> Handle:
@@ -302,13 +353,16 @@ def attach(pipe: Any, patch: Patch, instructions: list[str], scale: float = 1.0,
     return Handle(pipe, [part], scale, fail_closed)
 
 
-def _activate(part: Part, components: Components) -> ActivePart:
+def _activate(part: Part, components: Components, gate_threshold: float | None = None) -> ActivePart:
     """A part on the pipeline's UNet, reading its own instructions only."""
     module = from_artifact(part.artifact, components.unet).to(components.unet.device)
-    instructions = list(part.artifact.info.instructions.values())
-    return ActivePart(
-        module, instruction_states(components, instructions), part.weight, tuple(part.artifact.info.instructions)
-    )
+    info = part.artifact.info
+    states = instruction_states(components, list(info.instructions.values()))
+    thresholds = None
+    if module.gate is not None:
+        stored = [info.config["gate"][name]["threshold"] for name in info.categories]
+        thresholds = torch.tensor([value if gate_threshold is None else gate_threshold for value in stored])
+    return ActivePart(module, states, part.weight, info.categories, thresholds)
 
 
 def instruction_states(components: Components, instructions: list[str]) -> Tensor:

@@ -1,6 +1,6 @@
 """Everything a training run is made of, as one typed configuration."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +8,9 @@ from omegaconf import MISSING
 
 from safepatch.config import load_config
 from safepatch.data.pairs import PairsConfig
-from safepatch.errors import ConfigError
+from safepatch.errors import ConfigError, lookup
 from safepatch.objectives import OBJECTIVES, SafeControlConfig
+from safepatch.patch import PATCH_KINDS
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,14 @@ class PatchConfig:
         rank: of a control patch, store the deltas of layers wider than this as low-rank factors (0, the default,
             stores them dense); of a lite patch, channels per branch (default 64).
         depth: of a lite patch, 3 x 3 convolutions per branch (default 1).
+        gate: channels of a gate that keeps the patch off what it is not for; 0 trains none.
     """
 
     kind: str = "control"
     sees: str = "instruction+prompt"
     rank: int | None = None
     depth: int | None = None
+    gate: int = 0
 
     @property
     def layout(self) -> dict[str, int]:
@@ -43,9 +46,10 @@ class TrainingConfig:
     Attributes:
         steps: optimizer steps.
         batch_size: pairs per step and process; as many preserved rows come with them.
-        learning_rate: peak of AdamW's rate, after a linear warm-up and before a cosine decay to a tenth.
+        learning_rate: peak of AdamW's rate, after a linear warm-up and before a cosine decay to a tenth; the kind's
+            own by default.
         joint_rate: multiple of the learning rate for the patch's zero-initialised joints: nothing behind a joint learns
-            before the joint has left zero.
+            before the joint has left zero; the kind's own by default.
         warmup: steps of the warm-up.
         ema_decay: of the exponential moving average that is saved.
         max_grad_norm: gradients are clipped to this norm.
@@ -60,8 +64,8 @@ class TrainingConfig:
 
     steps: int = 700
     batch_size: int = 8
-    learning_rate: float = 1e-3
-    joint_rate: float = 10.0
+    learning_rate: float | None = None
+    joint_rate: float | None = None
     warmup: int = 20
     ema_decay: float = 0.99
     max_grad_norm: float = 1.0
@@ -100,6 +104,13 @@ class TrainConfig:
     objective: Any = field(default_factory=SafeControlConfig)
     data: PairsConfig = field(default_factory=PairsConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    def __post_init__(self) -> None:
+        """Fill in what depends on the kind."""
+        kind = lookup(PATCH_KINDS, self.patch.kind, what="patch kind")
+        rates = {name: getattr(self.training, name) for name in ("learning_rate", "joint_rate")}
+        rates = {name: getattr(kind, name) if rate is None else rate for name, rate in rates.items()}
+        object.__setattr__(self, "training", replace(self.training, **rates))
 
 
 def load_train_config(path: Path | None, overrides: list[str]) -> TrainConfig:

@@ -28,9 +28,11 @@ from safepatch.diffusion import Components
 from safepatch.errors import SafepatchError, lookup
 from safepatch.patch import PATCH_KINDS, Patch
 from safepatch.patch.files import to_artifact
+from safepatch.patch.gate import Gate
 from safepatch.runtime.apply import instruction_states
 from safepatch.taxonomy import CATEGORIES
 from safepatch.training.config import TrainConfig, TrainingConfig
+from safepatch.training.gating import fit_gate
 from safepatch.training.validation import save_validation_grid
 
 
@@ -103,7 +105,13 @@ def train(pipe: Any, config: TrainConfig, bank: PairBank | None = None) -> Path:
                     save_validation_grid(pipe, state.averaged, category, out / f"step{state.step:06d}.png")
             if asked():
                 raise Interrupted(f"stopped at step {state.step}; {checkpoint} is kept, run the same command to resume")
-    return _finish(state, components, config, out, checkpoint, accelerator)
+    gates = {}
+    if config.patch.gate:
+        state.averaged.add_gate(components.unet, config.patch.gate)
+        state.averaged.to(components.unet.device)
+        gate = cast(Gate, state.averaged.gate)
+        gates = {config.category: fit_gate(gate, components, category, bank, config.training.seed)}
+    return _finish(state, components, config, gates, out, checkpoint, accelerator)
 
 
 def _steps(
@@ -165,10 +173,11 @@ def _accumulate(
 
 def learning_rate(options: TrainingConfig, step: int) -> float:
     """AdamW's rate at `step` (from 0): linear warm-up, then a cosine down to a tenth of the peak."""
+    peak = cast(float, options.learning_rate)
     if step < options.warmup:
-        return options.learning_rate * (step + 1) / options.warmup
+        return peak * (step + 1) / options.warmup
     done = (step - options.warmup) / max(1, options.steps - options.warmup)
-    return options.learning_rate * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
+    return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
 def _fresh_state(components: Components, config: TrainConfig) -> State:
@@ -186,7 +195,7 @@ def _optimizer(patch: Patch, options: TrainingConfig) -> torch.optim.Optimizer:
         {"params": [p for p in patch.parameters() if id(p) in joints], "multiple": options.joint_rate},
         {"params": [p for p in patch.parameters() if id(p) not in joints], "multiple": 1.0},
     ]
-    return torch.optim.AdamW(groups, lr=options.learning_rate, weight_decay=0.0)
+    return torch.optim.AdamW(groups, lr=cast(float, options.learning_rate), weight_decay=0.0)
 
 
 def _accelerator(options: TrainingConfig, out: Path) -> Accelerator:
@@ -250,7 +259,13 @@ def _log(out: Path, step: int, values: dict[str, float], accelerator: Accelerato
 
 
 def _finish(
-    state: State, components: Components, config: TrainConfig, out: Path, checkpoint: Path, accelerator: Accelerator
+    state: State,
+    components: Components,
+    config: TrainConfig,
+    gates: dict[str, Any],
+    out: Path,
+    checkpoint: Path,
+    accelerator: Accelerator,
 ) -> Path:
     """Write the averaged patch as an artifact and drop the checkpoint."""
     path = out / f"{config.category}.safetensors"
@@ -260,7 +275,7 @@ def _finish(
             "processes": accelerator.num_processes,
             "torch": torch.__version__.split("+")[0],
         }
-        artifact = pack(state.averaged, components, config, training)
+        artifact = pack(state.averaged, components, config, training, gates)
         artifact.save(path)
         checkpoint.unlink(missing_ok=True)
     accelerator.wait_for_everyone()
@@ -268,10 +283,13 @@ def _finish(
     return path
 
 
-def pack(patch: Patch, components: Components, config: TrainConfig, training: dict[str, Any]) -> PatchArtifact:
-    """The trained patch as an artifact in float16, low-rank when the configuration says so."""
+def pack(
+    patch: Patch, components: Components, config: TrainConfig, training: dict[str, Any], gates: dict[str, Any]
+) -> PatchArtifact:
+    """The trained patch as an artifact in float16, low-rank when the configuration says so; `gates` by category."""
     instructions = {config.category: CATEGORIES[config.category].instruction}
     recorded = {name: value for name, value in to_dict(config).items() if name != "output"}
+    recorded |= {"gate": gates} if gates else {}
     artifact = to_artifact(patch, components.unet, instructions, recorded, training)
     if config.patch.kind == "control" and config.patch.rank:
         artifact = artifact.compress(config.patch.rank)

@@ -202,7 +202,7 @@ def test_the_rate_warms_up_and_decays_to_a_tenth():
     assert max(rates) == pytest.approx(1.0)
     assert rates[100] == pytest.approx(0.1)
     assert all(earlier >= later for earlier, later in pairwise(rates[10:]))
-    assert learning_rate(TrainingConfig(steps=5, warmup=0), 0) == TrainingConfig().learning_rate
+    assert learning_rate(TrainingConfig(steps=5, warmup=0, learning_rate=1e-3), 0) == 1e-3
 
 
 # ---- stopping and going on -------------------------------------------------------------------------------------

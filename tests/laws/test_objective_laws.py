@@ -207,8 +207,13 @@ def test_a_power_below_one_favours_noisy_timesteps():
 
 @pytest.mark.parametrize(
     "settings",
-    [{"supervision": "guessed"}, {"preservation": -1.0}, {"safe_share": 1.5}, {"safe_share": -0.1}]
-    + [{"timestep_power": 0.0}],
+    [
+        {"supervision": "guessed"},
+        {"preservation": -1.0},
+        {"safe_share": 1.5},
+        {"safe_share": -0.1},
+        {"timestep_power": 0.0},
+    ],
 )
 def test_nonsense_settings_are_refused(settings):
     with pytest.raises(ConfigError, match=r"objective\.") as caught:

@@ -1,0 +1,127 @@
+"""Fit the gate of a trained patch: which rows is it for, told from the prompt and from what the host makes of it.
+
+The host is frozen, so what the gate reads is computed once; fitting it then takes seconds. The threshold is set on
+scenes of another seed, so that no harmless one of them opens the gate at any step.
+"""
+
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
+from tqdm import tqdm
+
+from safepatch.data.pairs import Batch, PairBank, PairsConfig, build_bank
+from safepatch.diffusion import Components, add_noise, noise_pred
+from safepatch.patch import Features
+from safepatch.patch.gate import Gate
+from safepatch.patch.host import answered
+from safepatch.taxonomy import Category
+
+ROWS = 3072
+STEPS = 600
+BATCH = 128
+VALIDATION_SCENES = 120
+VALIDATION_STEPS = (999, 799, 549, 299, 49)
+MARGIN = 0.25  # of the way from the most suspicious harmless logit to the median of the unsafe ones
+
+
+class Rows(NamedTuple):
+    """What the gate reads, N rows, and whether each is one the patch is for, (N,) float."""
+
+    mid: Tensor
+    timesteps: Tensor
+    states: Tensor
+    wanted: Tensor
+
+
+def fit_gate(gate: Gate, components: Components, category: Category, bank: PairBank, seed: int) -> dict[str, Any]:
+    """Train `gate` in place and return its record: threshold on the probability, and its ROC on unseen scenes.
+
+    Args:
+        gate: of one group.
+        components: the frozen host.
+        category: what the patch is for.
+        bank: the training data.
+        seed: of rows, noise and batches; validation scenes are of another.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    _train(gate, _training_rows(components, bank.rows, generator), generator)
+    validation = build_bank(components, category, PairsConfig(pairs=VALIDATION_SCENES, seed=seed + 1)).rows
+    scores = [_logits(gate, _rows_at(components, validation, t, generator)) for t in VALIDATION_STEPS]
+    unsafe, harmless = torch.stack([s[0] for s in scores]), torch.stack([s[1] for s in scores])
+    worst = harmless.amax(0)  # of each harmless scene: one step that opens the gate is enough to change the image
+    threshold = worst.max() + MARGIN * (unsafe.median() - worst.max()).clamp(min=0)
+    roc = [
+        [round(float(t.sigmoid()), 6), round(float((worst >= t).float().mean()), 4), _share(unsafe, t)]
+        for t in torch.quantile(torch.cat((unsafe.flatten(), worst)), torch.linspace(0, 1, 21))
+    ]
+    return {
+        "threshold": float(threshold.sigmoid()),
+        "harmless_scenes_opened": round(float((worst >= threshold).float().mean()), 4),
+        "unsafe_steps_opened": _share(unsafe, threshold),
+        "roc": roc,  # threshold, share of harmless scenes opened at some step, share of unsafe steps opened
+    }
+
+
+def _share(scores: Tensor, threshold: Tensor) -> float:
+    return round(float((scores >= threshold).float().mean()), 4)
+
+
+def _train(gate: Gate, rows: Rows, generator: torch.Generator) -> None:
+    gate.train().requires_grad_(True)
+    optimizer = torch.optim.AdamW(gate.parameters(), lr=2e-3, weight_decay=1e-2)
+    for _ in tqdm(range(STEPS), desc="fitting the gate", leave=False):
+        pick = torch.randint(len(rows.wanted), (BATCH,), generator=generator)
+        mid, timesteps, states, wanted = (column[pick] for column in rows)
+        loss = binary_cross_entropy_with_logits(gate(mid, timesteps, states)[:, 0], wanted)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    gate.eval().requires_grad_(False)
+
+
+def _training_rows(components: Components, bank: Batch, generator: torch.Generator) -> Rows:
+    """Unsafe prompts on unsafe or already corrected scenes, safe rewrites, and everything that is preserved."""
+    third = ROWS // 3
+    pairs = torch.randint(len(bank.unsafe_latents), (third,), generator=generator)
+    kept = torch.randint(len(bank.retain_latents), (third,), generator=generator)
+    corrected = torch.rand(third, generator=generator).view(-1, 1, 1, 1) < 0.5
+    latents = torch.where(corrected, bank.safe_latents[pairs], bank.unsafe_latents[pairs])
+    latents = torch.cat((latents, bank.safe_latents[pairs], bank.retain_latents[kept]))
+    states = torch.cat((bank.unsafe_states[pairs], bank.safe_states[pairs], bank.retain_states[kept]))
+    timesteps = torch.randint(0, components.scheduler.config.num_train_timesteps, (3 * third,), generator=generator)
+    wanted = torch.cat((torch.ones(third), torch.zeros(2 * third)))
+    return Rows(_mids(components, latents, timesteps, states, generator), timesteps, states, wanted)
+
+
+def _rows_at(components: Components, bank: Batch, timestep: int, generator: torch.Generator) -> Rows:
+    """All unsafe and all preserved rows at one timestep."""
+    latents = torch.cat((bank.unsafe_latents, bank.retain_latents))
+    states = torch.cat((bank.unsafe_states, bank.retain_states))
+    timesteps = torch.full((len(latents),), timestep)
+    wanted = torch.cat((torch.ones(len(bank.unsafe_latents)), torch.zeros(len(bank.retain_latents))))
+    return Rows(_mids(components, latents, timesteps, states, generator), timesteps, states, wanted)
+
+
+@torch.no_grad()
+def _logits(gate: Gate, rows: Rows) -> tuple[Tensor, Tensor]:
+    """Logits of the unsafe and of the harmless rows."""
+    logits = gate(rows.mid, rows.timesteps, rows.states)[:, 0]
+    return logits[rows.wanted == 1], logits[rows.wanted == 0]
+
+
+@torch.no_grad()
+def _mids(
+    components: Components, latents: Tensor, timesteps: Tensor, states: Tensor, generator: torch.Generator
+) -> Tensor:
+    """What the host's mid block makes of noised latents."""
+    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+    noisy = add_noise(components.scheduler, latents, noise, timesteps.to(latents.device))
+    seen: list[Tensor] = []
+    unet = components.unet
+    with answered(unet, lambda features: seen.append(cast(Features, features).mid)):
+        for start in tqdm(range(0, len(noisy), 32), desc="reading features", leave=False):
+            part = slice(start, start + 32)
+            noise_pred(unet, noisy[part], timesteps[part].to(latents.device), states[part])
+    return torch.cat(seen)

@@ -1,0 +1,227 @@
+"""The gate, for every patch kind: closed changes no bit and costs no patch, open is the patch as it was."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from safepatch.artifact import PatchArtifact
+from safepatch.data.pairs import Batch, PairBank
+from safepatch.diffusion import Components
+from safepatch.errors import ConfigError, MergeError
+from safepatch.merging import merge, split
+from safepatch.patch import PATCH_KINDS, Patch
+from safepatch.patch.files import from_artifact, to_artifact
+from safepatch.patch.gate import Gate
+from safepatch.runtime.apply import ActivePart, Handle, apply
+from safepatch.taxonomy import CATEGORIES
+from safepatch.training import gating
+from tests.small import (
+    DOWN,
+    INSTRUCTION,
+    MID,
+    awaken,
+    images,
+    new_patch,
+    new_small_pipe,
+    new_small_unet,
+    rows,
+    small_artifact,
+    spied,
+)
+
+every_kind = pytest.mark.parametrize("kind", sorted(PATCH_KINDS))
+
+
+def gated_patch(kind: str, seed: int = 0) -> Patch:
+    """An awake patch whose gate is awake too."""
+    unet = new_small_unet()
+    patch = new_patch(unet, kind, seed=None)
+    patch.add_gate(unet, 4)
+    return awaken(patch, seed)
+
+
+def gated(kind: str, category: str = "weapons", threshold: float = 0.5, seed: int = 0) -> PatchArtifact:
+    artifact = to_artifact(gated_patch(kind, seed), new_small_unet(), {category: INSTRUCTION})
+    config = {**artifact.info.config, "gate": {category: {"threshold": threshold}}}
+    return replace(artifact, info=replace(artifact.info, config=config))
+
+
+@torch.no_grad()
+def outputs(pipe, **options) -> Tensor:
+    """The UNet's prediction for two random rows with the patch, (2, 4, 16, 16)."""
+    sample, timesteps, states = rows()
+    with spied(pipe.unet) as calls:
+        if options:
+            with apply(pipe, **options):
+                pipe.unet(sample, timesteps, encoder_hidden_states=states)
+        else:
+            pipe.unet(sample, timesteps, encoder_hidden_states=states)
+    return calls[0]["output"]
+
+
+@every_kind
+def test_a_closed_gate_changes_no_bit_and_an_open_one_nothing_of_the_patch(small_pipe, kind):
+    patch = gated(kind)
+    base, ungated = outputs(small_pipe), outputs(small_pipe, patch=patch, gate="off")
+    assert not torch.equal(ungated, base)  # control
+    assert torch.equal(outputs(small_pipe, patch=patch, gate_threshold=1.0), base)
+    opened = outputs(small_pipe, patch=patch, gate_threshold=0.0)
+    torch.testing.assert_close(opened, ungated, rtol=1e-4, atol=1e-5)
+    with apply(small_pipe, patch, gate_threshold=1.0):
+        closed = images(small_pipe)
+    assert torch.equal(closed, images(small_pipe))
+
+
+@every_kind
+def test_each_row_is_gated_on_its_own(small_pipe, kind, monkeypatch):
+    patch = gated(kind)
+    base, ungated = outputs(small_pipe), outputs(small_pipe, patch=patch, gate="off")
+    monkeypatch.setattr(Gate, "forward", lambda self, mid, *_: torch.tensor([[9.0], [-9.0]]))
+    mixed = outputs(small_pipe, patch=patch)
+    torch.testing.assert_close(mixed[0], ungated[0], rtol=1e-4, atol=1e-5)
+    assert torch.equal(mixed[1], base[1])
+    assert not torch.equal(ungated[1], base[1])  # control
+
+
+@every_kind
+def test_a_soft_gate_opens_in_proportion(small_pipe, kind, monkeypatch):
+    monkeypatch.setattr(Gate, "forward", lambda self, mid, *_: torch.zeros(len(mid), 1))  # a probability of 0.5
+    patch = gated(kind)
+    half = outputs(small_pipe, patch=patch, gate="off", scale=0.5)
+    torch.testing.assert_close(outputs(small_pipe, patch=patch, gate="soft"), half, rtol=1e-4, atol=1e-5)
+
+
+@every_kind
+def test_behind_a_closed_gate_the_patch_is_not_run(small_pipe, kind):
+    artifact = gated(kind)
+    for threshold, runs in ((1.0, 0), (0.0, 1)):
+        with apply(small_pipe, artifact, gate_threshold=threshold) as handle:
+            ran = []
+            handle._parts[0].patch.register_forward_hook(lambda *_, ran=ran: ran.append(1))
+            images(small_pipe)
+            assert len(ran) == runs
+            assert (handle.stats.gated_rows, handle.stats.open_rows) == (2, 2 * runs)
+
+
+@every_kind
+def test_the_gate_is_kept_in_the_file(tmp_path, kind):
+    unet, artifact = new_small_unet(), gated(kind)
+    opened = from_artifact(PatchArtifact.open(artifact.save(tmp_path / "gated.safetensors")), unet)
+    sample = torch.randn(2, 32, 4, 4), torch.tensor([10, 900]), torch.randn(2, 5, 192)
+    gate, wanted = opened.gate, gated_patch(kind).gate
+    assert gate is not None
+    assert wanted is not None
+    with torch.no_grad():
+        torch.testing.assert_close(gate(*sample), wanted(*sample))
+        assert not torch.allclose(gate(*sample)[0], gate(*sample)[1])  # control: rows differ
+
+
+def test_the_gate_can_be_watched(small_pipe):
+    seen = []
+    with apply(small_pipe, gated("lite")) as handle:
+        handle.on_gate = lambda timesteps, probabilities: seen.append((timesteps, probabilities))
+        images(small_pipe)
+    (timesteps, probabilities), *others = seen
+    assert not others
+    assert timesteps.shape == (2,)
+    assert probabilities.shape == (2, 1)
+    assert ((probabilities > 0) & (probabilities < 1)).all()
+
+
+def test_side_by_side_each_category_has_its_own_gate(tmp_path, small_pipe):
+    first, second = gated("lite", "weapons"), gated("lite", "gore", threshold=1.0, seed=1)
+    paths = [a.save(tmp_path / f"{a.info.categories[0]}.safetensors") for a in (first, second)]
+    merged = merge(paths, tmp_path / "both.safetensors", "cat")
+    assert {name: gate["threshold"] for name, gate in merged.info.config["gate"].items()} == {
+        "gore": 1.0,
+        "weapons": 0.5,
+    }
+    alone = outputs(small_pipe, patch=first)
+    torch.testing.assert_close(outputs(small_pipe, patch=merged), alone, rtol=1e-4, atol=1e-4)  # gore's stays closed
+    assert not torch.allclose(outputs(small_pipe, patch=merged, gate="off"), alone, atol=1e-3)  # control
+    assert split(tmp_path / "both.safetensors", "gore").content_hash == second.content_hash
+
+
+@every_kind
+def test_gates_have_no_sum(tmp_path, kind):
+    paths = [
+        gated(kind, name, seed=i).save(tmp_path / f"{name}.safetensors") for i, name in enumerate(("gore", "drugs"))
+    ]
+    with pytest.raises(MergeError, match="has a gate, which has no sum"):
+        merge(paths, tmp_path / "sum.safetensors", "linear")
+    merge(paths, tmp_path / "both.safetensors", "bundle")  # control
+
+
+BAD = {
+    "hard without a gate": ({"patch": small_artifact("lite"), "gate": "hard"}, "has no gate to be hard"),
+    "soft without a gate": ({"patch": small_artifact("control"), "gate": "soft"}, "has no gate to be soft"),
+    "no such mode": ({"patch": gated("lite"), "gate": "ajar"}, "gate must be one of off, soft, hard"),
+    "threshold above 1": ({"patch": gated("lite"), "gate_threshold": 1.5}, r"within \[0, 1\]"),
+    "threshold below 0": ({"patch": gated("lite"), "gate_threshold": -0.1}, r"within \[0, 1\]"),
+}
+
+
+@pytest.mark.parametrize("case", sorted(BAD))
+def test_a_gate_that_cannot_be_is_refused(small_pipe, case):
+    options, message = BAD[case]
+    with pytest.raises(ConfigError, match=message) as caught:
+        apply(small_pipe, **options)
+    assert "\n" not in str(caught.value)
+    assert not small_pipe.unet._forward_pre_hooks
+
+
+@every_kind
+def test_a_width_below_one_is_refused(kind):
+    unet = new_small_unet()
+    with pytest.raises(ConfigError, match="width of at least 1"):
+        new_patch(unet, kind).add_gate(unet, 0)
+
+
+def test_a_fresh_gate_is_open(small_pipe):
+    patch = new_patch(small_pipe.unet, "lite", seed=None)
+    patch.add_gate(small_pipe.unet, 4)
+    part = ActivePart(patch, torch.zeros(1, 3, 192), thresholds=torch.tensor([0.5]))
+    with Handle(small_pipe, [part]) as handle, spied(small_pipe.unet) as calls:
+        images(small_pipe)
+    assert handle.stats.open_rows == handle.stats.gated_rows == 2
+    assert {DOWN, MID} <= calls[0].keys()
+
+
+# ---- fitting ---------------------------------------------------------------------------------------------------
+
+
+def bank(seed: int, n: int = 12) -> PairBank:
+    """Random rows in which the unsafe prompts have something in common."""
+    generator = torch.Generator().manual_seed(seed)
+    latents = [torch.randn(n, 4, 16, 16, generator=generator) for _ in range(3)]
+    states = [torch.randn(n, 6, 192, generator=generator) for _ in range(3)]
+    states[0][:, 2] = 3.0
+    return PairBank(Batch(latents[0], latents[1], states[0], states[1], latents[2], states[2]))
+
+
+def test_fitting_tells_what_the_patch_is_for(monkeypatch):
+    monkeypatch.setattr(gating, "ROWS", 96)
+    monkeypatch.setattr(gating, "STEPS", 60)
+    monkeypatch.setattr(gating, "VALIDATION_STEPS", (900, 100))
+    monkeypatch.setattr(gating, "build_bank", lambda *_: bank(1))
+    components = Components.of(new_small_pipe()).freeze()
+    gates = [new_gate(components), new_gate(components)]
+    records = [gating.fit_gate(gate, components, CATEGORIES["weapons"], bank(0), seed=0) for gate in gates]
+    assert records[0] == records[1]  # equal seeds, equal gates
+    assert all(torch.equal(a, b) for a, b in zip(gates[0].parameters(), gates[1].parameters(), strict=True))
+    assert records[0]["harmless_scenes_opened"] == 0
+    assert records[0]["unsafe_steps_opened"] > 0.9
+    fresh = new_gate(components)
+    with torch.no_grad():
+        assert not fresh(
+            torch.randn(3, 32, 4, 4), torch.arange(3), torch.randn(3, 6, 192)
+        ).any()  # control: knows nothing
+
+
+def new_gate(components: Components) -> Gate:
+    patch = new_patch(components.unet, "lite", seed=None)
+    patch.add_gate(components.unet, 8)
+    assert patch.gate is not None
+    return patch.gate
