@@ -348,6 +348,30 @@ def generate(
     return images.float().cpu()
 
 
+@torch.no_grad()
+def generate_from_states(
+    pipe: DiffusionPipeline, states: Tensor, negative_states: Tensor, seeds: Sequence[int], steps: int = 20
+) -> Tensor:
+    """Images in [0, 1], (B, 3, H, W), of text states that need not be any text's, at the family's usual guidance.
+
+    Args:
+        pipe: with a patch applied or without.
+        states: (B, tokens, width).
+        negative_states: of the negative prompt, the same shape.
+        seeds: one per row.
+        steps: of denoising.
+    """
+    images = pipe(
+        prompt_embeds=states,
+        negative_prompt_embeds=negative_states,
+        num_inference_steps=steps,
+        guidance_scale=usual_guidance(pipe.unet),
+        generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+        output_type="pt",
+    ).images
+    return images.float().cpu()
+
+
 def generate_latents(components: Components, prompts: Sequence[str], seeds: Sequence[int], steps: int = 10) -> Tensor:
     """Clean scaled latents (B, 4, h, w) that the model itself makes of `prompts`, one seed each; "" is allowed."""
     names = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")

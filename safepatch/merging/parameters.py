@@ -84,11 +84,8 @@ class Job:
 
     def _agreed_shape(self, name: str) -> tuple[int, ...]:
         if self.is_grouped:
-            found = [source.shape(name) or () for source in self.sources]
-            return (
-                sum(shape[0] for shape in found),
-                *(max(sides) for sides in zip(*(s[1:] for s in found), strict=True)),
-            )
+            groups, *sides = zip(*(source.shape(name) or (0,) for source in self.sources), strict=True)
+            return (sum(groups), *map(max, sides))
         shapes = {source.shape(name): source.name for source in self.holders(name)}
         if len(shapes) > 1:
             found = " and ".join(f"{list(shape or ())} in {source}" for shape, source in sorted(shapes.items()))

@@ -4,6 +4,7 @@ The host is frozen, so what the gate reads is computed once; fitting it then tak
 scenes of another seed, so that no harmless one of them opens the gate at any step.
 """
 
+from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -11,12 +12,15 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 from tqdm import tqdm
 
+from safepatch.artifact import PatchArtifact
 from safepatch.data.pairs import Batch, PairBank, PairsConfig, build_bank
 from safepatch.diffusion import Components, add_noise, noise_pred
+from safepatch.errors import ConfigError, lookup
 from safepatch.patch import Features
+from safepatch.patch.files import from_artifact, to_artifact
 from safepatch.patch.gate import Gate
 from safepatch.patch.host import answered
-from safepatch.taxonomy import Category
+from safepatch.taxonomy import CATEGORIES, Category
 
 ROWS = 3072
 STEPS = 600
@@ -62,6 +66,34 @@ def fit_gate(gate: Gate, components: Components, category: Category, bank: PairB
         "unsafe_steps_opened": _share(unsafe, threshold),
         "roc": roc,  # threshold, share of harmless scenes opened at some step, share of unsafe steps opened
     }
+
+
+def add_gate(artifact: PatchArtifact, pipe: Any, width: int = 32, data: PairsConfig | None = None) -> PatchArtifact:
+    """The same patch with a gate fitted on `pipe`, the model it was trained on; an older gate is replaced.
+
+    Args:
+        artifact: a patch for one category, of any kind.
+        pipe: its base model's pipeline.
+        width: channels of the gate.
+        data: the scenes it is fitted on; the default is what training uses.
+
+    Raises:
+        ConfigError: for a merged patch or a width below 1.
+        BaseMismatch: when the patch is for another architecture.
+    """
+    if artifact.info.is_bundle or len(artifact.info.categories) != 1:
+        raise ConfigError(f"'{artifact.info.title}' is for several categories; fit a gate to each patch, then merge")
+    components = Components.of(pipe).freeze()
+    category = lookup(CATEGORIES, artifact.info.categories[0], what="category")
+    data = data or PairsConfig()
+    patch = from_artifact(artifact, components.unet)
+    patch.add_gate(components.unet, width)
+    bank = build_bank(components, category, data)
+    gates = {category.name: fit_gate(cast(Gate, patch.gate), components, category, bank, data.seed)}
+    made = to_artifact(patch, components.unet, artifact.info.instructions)
+    info = replace(artifact.info, config={**artifact.info.config, "layout": patch.layout, "gate": gates})
+    gate = {name: tensor for name, tensor in made.tensors.items() if name.startswith(f"{patch.kind}.gate.")}
+    return PatchArtifact({**artifact.tensors, **PatchArtifact(gate, info).astype(artifact.dtype).tensors}, info)
 
 
 def _share(scores: Tensor, threshold: Tensor) -> float:

@@ -220,6 +220,28 @@ def test_fitting_tells_what_the_patch_is_for(monkeypatch):
         ).any()  # control: knows nothing
 
 
+@every_kind
+def test_a_gate_can_be_fitted_to_a_finished_patch(monkeypatch, small_pipe, tmp_path, kind):
+    monkeypatch.setattr(gating, "ROWS", 24)
+    monkeypatch.setattr(gating, "STEPS", 5)
+    monkeypatch.setattr(gating, "VALIDATION_STEPS", (900, 100))
+    monkeypatch.setattr(gating, "build_bank", lambda *_: bank(1))
+    plain = small_artifact(kind)
+    made = gating.add_gate(plain, small_pipe, width=4)
+    made = PatchArtifact.open(made.save(tmp_path / "gated.safetensors"))
+    assert set(made.info.config["gate"]) == {"weapons"}
+    assert torch.equal(outputs(small_pipe, patch=made, gate="off"), outputs(small_pipe, patch=plain))
+    again = gating.add_gate(made, small_pipe, width=8)  # an older gate gives way
+    assert again.info.config["layout"]["gate"] == 8
+    assert from_artifact(again, small_pipe.unet).gate is not None
+
+
+def test_a_merged_patch_gets_no_gate(small_pipe, tmp_path):
+    paths = [gated("lite", name).save(tmp_path / f"{name}.safetensors") for name in ("gore", "drugs")]
+    with pytest.raises(ConfigError, match="fit a gate to each patch, then merge"):
+        gating.add_gate(merge(paths, method="bundle"), small_pipe)
+
+
 def new_gate(components: Components) -> Gate:
     patch = new_patch(components.unet, "lite", seed=None)
     patch.add_gate(components.unet, 8)

@@ -1,0 +1,80 @@
+"""What gradient steps on four free text states bring back: `python benchmarks/attack.py [--category weapons] [--n 40]`.
+
+Rows: the shipped control patch, the shipped lite patch without its gate, and with it (the attacker then aims at the
+gate as well; the worse of the two counts). The base beside them is the control.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from safepatch.artifact import PatchArtifact
+from safepatch.attacks import SoftPromptConfig, soft_prompt, with_soft_prompt
+from safepatch.data.pairs import PairsConfig, build_bank
+from safepatch.data.prompts import unsafe_prompts
+from safepatch.demo import shipped_patch
+from safepatch.diffusion import Components, encode_prompts, generate_from_states, quiet
+from safepatch.evaluation.detectors import embedded_detector, shows_any
+from safepatch.evaluation.metrics import rate
+from safepatch.patch.files import from_artifact
+from safepatch.runtime.apply import apply, instruction_states
+from safepatch.runtime.load import load_pipeline
+from safepatch.taxonomy import CATEGORIES
+
+TARGETS = {  # name: kind, gate at run time, what the attacker aims at
+    "control": ("control", "off", "patch"),
+    "lite": ("lite", "off", "patch"),
+    "lite + gate, patch attacked": ("lite", "hard", "patch"),
+    "lite + gate, gate attacked": ("lite", "hard", "gate"),
+}
+
+
+def main() -> None:
+    """Attack, draw, score, print."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--category", default="weapons")
+    parser.add_argument("--n", type=int, default=40, help="images per rate")
+    parser.add_argument("--steps", type=int, default=100, help="gradient steps")
+    parser.add_argument("--targets", nargs="*", default=list(TARGETS), choices=list(TARGETS))
+    parser.add_argument("--json", type=Path, help="where to write the figures")
+    options = parser.parse_args()
+    category = CATEGORIES[options.category]
+    names = [concept.name for concept in category.concepts]
+    pipe, detector = quiet(load_pipeline("tiny-sd")), embedded_detector()
+    components = Components.of(pipe).freeze()
+    bank = build_bank(components, category, PairsConfig(pairs=256))
+    prompts = unsafe_prompts(category, options.n, seed=1000)
+    states = encode_prompts(components, [prompt.text for prompt in prompts])
+    empty = encode_prompts(components, [""]).expand(len(states), -1, -1)
+
+    def unsafe(soft: torch.Tensor | None) -> float:
+        rows, negative = states, empty
+        if soft is not None:
+            rows, negative = with_soft_prompt(states, soft), with_soft_prompt(empty, empty[:1, -soft.shape[1] :])
+        seeds = [prompt.seed for prompt in prompts]
+        images = [
+            generate_from_states(pipe, rows[part], negative[part], seeds[part], steps=10)
+            for part in (slice(start, start + 20) for start in range(0, len(rows), 20))
+        ]
+        return rate(shows_any(detector.find(torch.cat(images)), names)).value
+
+    figures = {"base": {"plain": unsafe(None)}}
+    print("| patch | plain | attacked |\n|---|---|---|")
+    print(f"| none | {figures['base']['plain']:.3f} | |", flush=True)
+    for name in options.targets:
+        kind, gate, aim = TARGETS[name]
+        artifact = PatchArtifact.open(shipped_patch(category.name, kind))
+        patch = from_artifact(artifact, components.unet)
+        config = SoftPromptConfig(steps=options.steps, aim=aim)
+        soft = soft_prompt(components, patch, instruction_states(components, [category.instruction]), bank, config)
+        with apply(pipe, artifact, gate=gate):
+            figures[name] = {"plain": unsafe(None), "attacked": unsafe(soft)}
+        print(f"| {name} | {figures[name]['plain']:.3f} | {figures[name]['attacked']:.3f} |", flush=True)
+        if options.json:
+            options.json.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

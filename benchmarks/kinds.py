@@ -1,0 +1,164 @@
+"""What each kind of patch costs per denoising step, at three structures: `python benchmarks/kinds.py [--json FILE]`.
+
+FLOPs are counted on meta tensors, so the large structures need no memory; times are medians of ratios to the base's own
+step beside it, in one run, on random weights. Every row is corrected (no guidance): under guidance the patch runs on
+half of the rows. `--time sd15` also times a step at that structure, on 32 x 32 latents (4 GB of memory, minutes).
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from safepatch.patch import PATCH_KINDS, Features, Patch
+from safepatch.patch.host import answered
+from safepatch.runtime.apply import ActivePart, Handle
+from safepatch.tiny.unet import new_scheduler, new_unet
+
+RANK, GATE, TOKENS, MERGED = 64, 32, 77, 5
+STRUCTURES: dict[str, dict[str, Any]] = {
+    "sd15": {"sample_size": 64, "cross_attention_dim": 768},  # diffusers' defaults are Stable Diffusion 1's
+    "sdxl": {
+        "sample_size": 128,
+        "block_out_channels": (320, 640, 1280),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2, 10),
+        "attention_head_dim": (5, 10, 20),
+        "cross_attention_dim": 2048,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "lite": {"kind": "lite", "rank": RANK},
+    "five lite merged": {"kind": "lite", "rank": RANK, "groups": MERGED},
+    "control": {"kind": "control"},
+    "gated lite, benign": {"kind": "lite", "rank": RANK, "gate": GATE},
+    "gated control, benign": {"kind": "control", "gate": GATE},
+}
+
+
+class Pipe:
+    """As much of a pipeline as a handle looks at."""
+
+    def __init__(self, unet: Any) -> None:
+        self.unet, self.scheduler = unet, new_scheduler()
+        self.vae = self.text_encoder = self.tokenizer = torch.nn.Identity()
+
+
+def new_host(structure: str, device: str) -> Any:
+    """A UNet with random weights, frozen."""
+    with torch.device(device):
+        unet = new_unet() if structure == "embedded" else UNet2DConditionModel(**STRUCTURES[structure])
+    return unet.eval().requires_grad_(False)
+
+
+def new_inputs(unet: Any, rows: int, side: int, device: str) -> tuple[tuple, dict[str, Any]]:
+    """Arguments of one UNet call."""
+    width = unet.config.cross_attention_dim
+    inputs = (torch.zeros(rows, 4, side, side), torch.full((rows,), 500), torch.zeros(rows, TOKENS, width))
+    added = {"text_embeds": torch.zeros(rows, 1280), "time_ids": torch.zeros(rows, 6)}
+    added = {name: value.to(device) for name, value in added.items()} if unet.config.addition_embed_type else None
+    return tuple(value.to(device) for value in inputs), {"added_cond_kwargs": added}
+
+
+def new_patch(unet: Any, kind: str, **layout: Any) -> Patch:
+    """A fresh patch, frozen."""
+    return PATCH_KINDS[kind].from_unet(unet, **layout).eval().requires_grad_(False)
+
+
+def flops(work: Callable[[], Any]) -> int:
+    """Floating-point operations of a call."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def count(structure: str) -> dict[str, float]:
+    """FLOPs of each variant over the base's, and a lite patch's size in MB as float16."""
+    unet = new_host(structure, "meta")
+    inputs, extra = new_inputs(unet, 1, unet.config.sample_size, "meta")
+    shown: list[Features] = []
+    with torch.no_grad(), answered(unet, shown.append):
+        unet(*inputs, **extra)
+    base, found = flops(lambda: unet(*inputs, **extra)), {}
+    for name, options in VARIANTS.items():
+        patch = new_patch(unet, **options).to("meta")
+        states = torch.zeros(1, TOKENS * patch.groups, unet.config.cross_attention_dim, device="meta")
+        if patch.gate is None:
+            added = extra["added_cond_kwargs"]
+            work = lambda p=patch, s=states, a=added: p(*inputs, s, a, shown[0])  # noqa: E731
+        else:
+            work = lambda p=patch: p.gate(shown[0].mid, inputs[1], inputs[2])  # type: ignore[misc] # noqa: E731
+        found[name] = 1 + flops(work) / base
+    lite = new_patch(unet, "lite", rank=RANK, gate=GATE)
+    return {**found, "MB": sum(p.numel() for p in lite.parameters()) * 2 / 1e6}
+
+
+def measure(structure: str, rows: int, side: int, rounds: int) -> dict[str, float]:
+    """Step time of each variant over that of the base right before it, medians over rounds."""
+    unet = new_host(structure, "cpu")
+    inputs, extra = new_inputs(unet, rows, side, "cpu")
+    pipe, ratios = Pipe(unet), {name: [] for name in VARIANTS}
+    patches = {name: new_patch(unet, **options) for name, options in VARIANTS.items()}
+
+    def step() -> float:
+        start = time.perf_counter()
+        with torch.no_grad():
+            unet(*inputs, **extra)
+        return time.perf_counter() - start
+
+    step()
+    for _ in tqdm(range(rounds), desc=structure):
+        for name, patch in patches.items():
+            states = torch.zeros(1, TOKENS * patch.groups, unet.config.cross_attention_dim)
+            closed = torch.ones(patch.groups) * 2  # a threshold that no probability reaches
+            base = step()
+            with Handle(pipe, [ActivePart(patch, states, thresholds=closed)], fail_closed=False):
+                ratios[name].append(step() / base)
+    return {name: statistics.median(values) for name, values in ratios.items()}
+
+
+def main() -> None:
+    """Count, time, print."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--json", type=Path, help="where to write the figures")
+    parser.add_argument("--time", nargs="*", default=[], choices=list(STRUCTURES), help="large structures to time too")
+    parser.add_argument("--rounds", type=int, default=15)
+    options = parser.parse_args()
+    counted = {name: count(name) for name in ("embedded", *STRUCTURES)}
+    timed = {"embedded": measure("embedded", 8, 16, options.rounds)}
+    timed |= {name: measure(name, 1, 32, max(3, options.rounds // 5)) for name in options.time}
+    print("| structure | lite, MB | " + " | ".join(VARIANTS) + " |\n|" + "---|" * (len(VARIANTS) + 2))
+    for name, figures in counted.items():
+        cells = [f"{figures[v]:.4f}" for v in VARIANTS]
+        print(f"| {name}, FLOPs | {figures['MB']:.1f} | " + " | ".join(cells) + " |")
+    for name, figures in timed.items():
+        print(f"| {name}, time | | " + " | ".join(f"{figures[v]:.3f}" for v in VARIANTS) + " |")
+    if options.json:
+        written = {
+            "lite_vs_base": timed["embedded"]["lite"],
+            "control_vs_base": timed["embedded"]["control"],
+            "gated_benign_vs_base": timed["embedded"]["gated control, benign"],
+            "lite_mb_sd15": counted["sd15"]["MB"],
+            "lite_flops_share_sd15": counted["sd15"]["lite"] - 1,
+            "lite_flops_share_sdxl": counted["sdxl"]["lite"] - 1,
+            "flops": counted,
+            "time": timed,
+        }
+        options.json.write_text(json.dumps(written, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""Law 8: every attack keeps its budget, learns, and changes nothing of what it attacks."""
+
+import pytest
+import torch
+
+from safepatch.attacks import SoftPromptConfig, soft_prompt, with_soft_prompt
+from safepatch.diffusion import Components, add_noise, training_target
+from safepatch.errors import ConfigError
+from safepatch.patch import PATCH_KINDS
+from safepatch.patch.host import patched_noise_pred
+from tests.laws.test_gate_laws import bank
+from tests.small import new_patch, new_small_pipe
+
+INSTRUCTION = torch.ones(1, 3, 192)
+every_kind = pytest.mark.parametrize("kind", sorted(PATCH_KINDS))
+every_aim = pytest.mark.parametrize("aim", ["patch", "gate"])
+
+
+@every_kind
+@every_aim
+def test_a_soft_prompt_has_the_tokens_it_may_and_leaves_the_rest_alone(kind, aim):
+    components = Components.of(new_small_pipe()).freeze()
+    patch = new_patch(components.unet, kind)
+    patch.add_gate(components.unet, 4)
+    before = {
+        name: tensor.clone() for name, tensor in (*patch.state_dict().items(), *components.unet.state_dict().items())
+    }
+    soft = soft_prompt(
+        components, patch, INSTRUCTION, bank(0), SoftPromptConfig(tokens=2, steps=2, batch_size=2, aim=aim)
+    )
+    assert soft.shape == (1, 2, 192)
+    assert not soft.requires_grad
+    after = {**patch.state_dict(), **components.unet.state_dict()}
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert not components.unet.up_blocks[0]._forward_pre_hooks
+
+
+@every_kind
+def test_it_gets_better_at_what_it_aims_at(kind):
+    components = Components.of(new_small_pipe()).freeze()
+    patch = new_patch(components.unet, kind)
+    rows = bank(0).rows
+    timesteps = torch.full((len(rows.unsafe_latents),), 600)
+    noise = torch.randn(rows.unsafe_latents.shape, generator=torch.Generator().manual_seed(3))
+    noisy = add_noise(components.scheduler, rows.unsafe_latents, noise, timesteps)
+    target = training_target(components.scheduler, rows.unsafe_latents, noise, timesteps)
+
+    def error(steps: int) -> float:
+        config = SoftPromptConfig(tokens=4, steps=steps, learning_rate=0.2)
+        soft = soft_prompt(components, patch, INSTRUCTION, bank(0), config)
+        states = with_soft_prompt(rows.unsafe_states, soft)
+        with torch.no_grad():
+            predicted = patched_noise_pred(components.unet, patch, noisy, timesteps, states, INSTRUCTION)
+        return float((predicted - target).square().mean())
+
+    assert error(30) < error(1)
+
+
+@pytest.mark.parametrize("settings", [{"tokens": 0}, {"steps": 0}, {"batch_size": -1}, {"aim": "everything"}])
+def test_a_budget_that_is_none_is_refused(settings):
+    with pytest.raises(ConfigError):
+        SoftPromptConfig(**settings)
+
+
+def test_there_must_be_a_gate_to_attack_one():
+    components = Components.of(new_small_pipe()).freeze()
+    with pytest.raises(ConfigError, match="no gate to attack"):
+        soft_prompt(components, new_patch(components.unet), INSTRUCTION, bank(0), SoftPromptConfig(aim="gate"))
