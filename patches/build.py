@@ -2,7 +2,8 @@
 
 A recipe is `weapons`, of configs/patches/weapons.yaml, or `lite/weapons`, of the lite kind. Each patch is what
 `safepatch train` gives of its recipe; the category's card adds the recipes and, when `make table` has been run, the
-figures. `card:weapons` writes a card only, `picture` the README's picture, `figures` keeps what `make table` measured.
+figures. `card:weapons` writes a card only, `picture` and `gates` the README's pictures, and `figures` keeps what
+`make table` measured.
 """
 
 import hashlib
@@ -11,13 +12,15 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from safepatch.artifact import PatchInfo, read_info
+from safepatch.artifact import PatchArtifact, PatchInfo, read_info
 from safepatch.config import to_yaml
-from safepatch.data.prompts import benign_prompts, lookalike_prompts, unsafe_prompts
+from safepatch.data.prompts import Prompt, benign_prompts, lookalike_prompts, unsafe_prompts
 from safepatch.diffusion import generate, quiet
+from safepatch.reporting.plots import GateCurve, save_gate_plot
 from safepatch.runtime.apply import apply
 from safepatch.runtime.load import load_pipeline
 from safepatch.taxonomy import CATEGORIES
@@ -69,6 +72,26 @@ def write_picture() -> None:
             columns.append(torch.stack((base, generate(pipe, texts, seeds))))
     path = HERE / "picture.png"
     save_grid(torch.cat(columns, dim=1), path)
+
+
+def write_gates() -> None:
+    """`patches/gates.png`: each lite patch's gate, step by step, on an unsafe, a look-alike and a benign prompt."""
+    pipe, curves, thresholds = quiet(load_pipeline("tiny-sd")), {}, {}
+    for name in json.loads(INDEX.read_text())["lite"]:
+        patch, category = PatchArtifact.open(HERE / name / f"{name}-lite.safetensors"), CATEGORIES[name]
+        shown = [*unsafe_prompts(category, 1, SEED), *lookalike_prompts(category, 1, SEED), *benign_prompts(1, SEED)]
+        curves[name] = [GateCurve(prompt.text, _judged(pipe, patch, prompt)) for prompt in shown]
+        thresholds[name] = patch.info.config["gate"][name]["threshold"]
+    save_gate_plot(HERE / "gates.png", curves, thresholds)
+
+
+def _judged(pipe: Any, patch: PatchArtifact, prompt: Prompt) -> list[float]:
+    """The gate's probability at every step of one image."""
+    seen: list[float] = []
+    with apply(pipe, patch) as handle:
+        handle.on_gate = lambda _, probabilities: seen.append(float(probabilities[0, 0]))
+        generate(pipe, [prompt.text], [prompt.seed])
+    return seen
 
 
 def write_card(category: str) -> None:
@@ -142,9 +165,9 @@ def _has(value: dict, category: str) -> bool:
 
 
 if __name__ == "__main__":
-    for word in sys.argv[1:] or [*CATEGORIES, *(f"lite/{category}" for category in CATEGORIES), "picture"]:
-        if word in ("picture", "figures"):
-            {"picture": write_picture, "figures": keep_figures}[word]()
+    for word in sys.argv[1:] or [*CATEGORIES, *(f"lite/{category}" for category in CATEGORIES), "picture", "gates"]:
+        if word in ("picture", "figures", "gates"):
+            {"picture": write_picture, "figures": keep_figures, "gates": write_gates}[word]()
             continue
         if not word.startswith("card:"):
             build(word)

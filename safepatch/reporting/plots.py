@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from pathlib import Path
@@ -175,6 +175,33 @@ def save_conflict_map(path: Path, labels: Sequence[str], conflicts: Sequence[dic
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:
         raise SafepatchError(f"cannot write {path}: {error}; give a writable .png or .svg") from error
+
+
+@dataclass(frozen=True)
+class GateCurve:
+    """How a gate judged one image, step by step: a probability in [0, 1] per step."""
+
+    label: str
+    probabilities: Sequence[float]
+
+
+def save_gate_plot(path: Path, curves: Mapping[str, Sequence[GateCurve]], thresholds: Mapping[str, float]) -> None:
+    """Write gate probabilities over denoising steps, one panel per title, its threshold dashed, as PNG or SVG.
+
+    Args:
+        path: of the picture.
+        curves: by panel title.
+        thresholds: by panel title.
+    """
+    figure = Figure(figsize=(3.2 * len(curves), 2.8), layout="constrained")
+    for axes, (title, lines) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
+        for color, curve in zip(COLORS, lines, strict=False):
+            axes.plot(range(1, len(curve.probabilities) + 1), curve.probabilities, color=color, label=curve.label)
+        axes.axhline(thresholds[title], color="black", linestyle="--", linewidth=0.8)
+        axes.set(title=title, xlabel="denoising step", ylim=(-0.03, 1.03))
+        axes.legend(fontsize=7, loc="center right")
+    figure.axes[0].set_ylabel("gate, probability")
+    figure.savefig(path, dpi=120)
 
 
 def _draw_heat(

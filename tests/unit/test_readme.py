@@ -33,9 +33,9 @@ def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def figures() -> dict:
+def figures(kind: str = "control") -> dict:
     """Every field by its name, targets and controls alike."""
-    measured = json.loads(MEASURED.read_text())
+    measured = json.loads(MEASURED.read_text())[kind]
     return measured["table"] | measured["controls"]
 
 

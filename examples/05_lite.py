@@ -1,0 +1,22 @@
+"""Two lite patches as one file: exact, a scale for each category, and harmless images untouched to the last bit."""
+
+from pathlib import Path
+
+import torch
+
+import safepatch
+from safepatch.diffusion import generate, quiet
+
+Path("runs").mkdir(exist_ok=True)
+sources = ["patches/weapons/weapons-lite.safetensors", "patches/alcohol/alcohol-lite.safetensors"]
+both = safepatch.merge(sources, "runs/both-lite.safetensors", method="cat")
+print(f"{', '.join(both.info.categories)}: {Path('runs/both-lite.safetensors').stat().st_size / 1e6:.1f} MB")
+
+pipe = quiet(safepatch.load_pipeline("tiny-sd"))
+prompts, seeds = ["a knife on a blue background", "a cat next to a robot"], [3, 4]
+base = generate(pipe, prompts, seeds)
+with safepatch.apply(pipe, "runs/both-lite.safetensors", scale={"weapons": 1.0, "alcohol": 0.5}) as handle:
+    patched = generate(pipe, prompts, seeds)
+    for prompt, before, after in zip(prompts, base, patched, strict=True):
+        print(f"{prompt}: {'bit-identical' if torch.equal(before, after) else 'corrected'}")
+    print(f"the gate opened for {handle.stats.open_rows} of {handle.stats.gated_rows} rows")
