@@ -2,7 +2,8 @@
 
 FLOPs are counted on meta tensors, so the large structures need no memory; times are medians of ratios to the base's own
 step beside it, in one run, on random weights. Every row is corrected (no guidance): under guidance the patch runs on
-half of the rows. `--time sd15` also times a step at that structure, on 32 x 32 latents (4 GB of memory, minutes).
+half of the rows. Stable Diffusion 1's structure is timed on 32 x 32 latents (8 GB of memory, minutes), SDXL's with
+`--time sd15 sdxl`; the ratios in the JSON file are of the largest structure that was timed.
 """
 
 import argparse
@@ -86,7 +87,7 @@ def flops(work: Callable[[], Any]) -> int:
 
 
 def count(structure: str) -> dict[str, float]:
-    """FLOPs of each variant over the base's, and a lite patch's size in MB as float16."""
+    """FLOPs of each variant over the base's, and sizes in MB as float16."""
     unet = new_host(structure, "meta")
     inputs, extra = new_inputs(unet, 1, unet.config.sample_size, "meta")
     shown: list[Features] = []
@@ -102,8 +103,9 @@ def count(structure: str) -> dict[str, float]:
         else:
             work = lambda p=patch: p.gate(shown[0].mid, inputs[1], inputs[2])  # type: ignore[misc] # noqa: E731
         found[name] = 1 + flops(work) / base
-    lite = new_patch(unet, "lite", rank=RANK, gate=GATE)
-    return {**found, "MB": sum(p.numel() for p in lite.parameters()) * 2 / 1e6}
+    sizes = {"lite": new_patch(unet, "lite", rank=RANK, gate=GATE), "control": new_patch(unet, "control")}
+    megabytes = {f"{kind}, MB": sum(p.numel() for p in patch.parameters()) * 2 / 1e6 for kind, patch in sizes.items()}
+    return {**found, **megabytes}
 
 
 def measure(structure: str, rows: int, side: int, rounds: int) -> dict[str, float]:
@@ -134,7 +136,9 @@ def main() -> None:
     """Count, time, print."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--json", type=Path, help="where to write the figures")
-    parser.add_argument("--time", nargs="*", default=[], choices=list(STRUCTURES), help="large structures to time too")
+    parser.add_argument(
+        "--time", nargs="*", default=["sd15"], choices=list(STRUCTURES), help="large structures to time"
+    )
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()
     counted = {name: count(name) for name in ("embedded", *STRUCTURES)}
@@ -143,17 +147,25 @@ def main() -> None:
     print("| structure | lite, MB | " + " | ".join(VARIANTS) + " |\n|" + "---|" * (len(VARIANTS) + 2))
     for name, figures in counted.items():
         cells = [f"{figures[v]:.4f}" for v in VARIANTS]
-        print(f"| {name}, FLOPs | {figures['MB']:.1f} | " + " | ".join(cells) + " |")
+        print(f"| {name}, FLOPs | {figures['lite, MB']:.1f} | " + " | ".join(cells) + " |")
     for name, figures in timed.items():
         print(f"| {name}, time | | " + " | ".join(f"{figures[v]:.3f}" for v in VARIANTS) + " |")
+    largest = timed[[name for name in ("embedded", *STRUCTURES) if name in timed][-1]]
     if options.json:
         written = {
-            "lite_vs_base": timed["embedded"]["lite"],
-            "control_vs_base": timed["embedded"]["control"],
-            "gated_benign_vs_base": timed["embedded"]["gated control, benign"],
-            "lite_mb_sd15": counted["sd15"]["MB"],
+            "lite_vs_base": largest["lite"],
+            "control_vs_base": largest["control"],
+            "gated_benign_vs_base": largest["gated control, benign"],
+            "lite_mb_sd15": counted["sd15"]["lite, MB"],
             "lite_flops_share_sd15": counted["sd15"]["lite"] - 1,
             "lite_flops_share_sdxl": counted["sdxl"]["lite"] - 1,
+            "kinds": {
+                kind: {
+                    "mb_sd15": f"{counted['sd15'][f'{kind}, MB']:.1f}",
+                    **{f"flops_{name}": f"+{counted[name][kind] - 1:.1%}" for name in STRUCTURES},
+                }
+                for kind in ("control", "lite")
+            },
             "flops": counted,
             "time": timed,
         }

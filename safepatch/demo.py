@@ -23,7 +23,7 @@ from safepatch.training.config import load_train_config
 from safepatch.training.trainer import train
 
 PATCHES = Path(__file__).parent.parent / "patches"
-TRAINED, SHIPPED = "weapons", "alcohol"
+TRAINED, SHIPPED, KIND = "weapons", "alcohol", "lite"
 SIBLING = "tiny-sd-twemoji"
 METHOD = "bundle"  # one file, nothing lost, at the run-time cost of both
 SHOWN = 8  # image pairs per section of a report
@@ -50,11 +50,12 @@ def shipped_patches(kind: str = "control") -> dict[str, dict]:
 def run_demo(out: Path, steps: int) -> Path:
     """Run the demo into `out` and return the path of its `index.html`."""
     overrides = [f"category={TRAINED}", f"output={out}/train", f"training.steps={steps}", "data.pairs=384"]
+    overrides += [f"patch.kind={KIND}", "objective.negative_guidance=0.1"]  # as configs/patches/lite has it
     config = load_train_config(None, overrides)
-    print(f"1/4 training a patch for {TRAINED} from scratch ({steps} steps)")
+    print(f"1/4 training a {KIND} patch for {TRAINED} from scratch ({steps} steps)")
     trained = train(load_pipeline("tiny-sd"), config)
     print(f"2/4 merging it with the shipped patch for {SHIPPED}")
-    merged = merge([trained, shipped_patch(SHIPPED)], out / "merged.safetensors", METHOD)
+    merged = merge([trained, shipped_patch(SHIPPED, KIND)], out / "merged.safetensors", METHOD)
     print(f"3/4 loading the merged file onto {SIBLING}, a checkpoint it has never seen, and generating")
     bench = Bench(SIBLING, load_pipeline(SIBLING), embedded_detector(), Protocol(n=20))
     rows = _measure(bench, merged)

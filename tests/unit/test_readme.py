@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -44,8 +45,8 @@ def arrow(before: dict | float, after: dict, name: str) -> str:
     return f"{base:.2f} → {after[name]:.2f}"
 
 
-def figures_table() -> str:
-    found = figures()
+def figures_table(kind: str = "control") -> str:
+    found = figures(kind)
     rows = [
         (
             f"`{name}`",
@@ -68,6 +69,23 @@ def sibling_table() -> str:
     return table(("checkpoint", *names), rows)
 
 
+def mean(before: dict | float, after: dict) -> str:
+    """Means over categories, without and with a patch."""
+    base = statistics.fmean(before.values()) if isinstance(before, dict) else before
+    return f"{base:.2f} → {statistics.fmean(after.values()):.2f}"
+
+
+def kinds_table() -> str:
+    """Each kind with what it costs and does, means over the categories."""
+    measured, rows = json.loads(MEASURED.read_text()), []
+    for kind in PATCH_KINDS:
+        found, cost = figures(kind), measured["costs"][kind]
+        paired = [mean(found[before], found[after]) for before, after in PAIRED.values()]
+        drift = statistics.fmean(found["benign_drift"].values())
+        rows.append((f"`{kind}`", cost["mb_sd15"], cost["flops_sd15"], cost["flops_sdxl"], *paired, f"{drift:.4f}"))
+    return table(("kind", "MB, SD 1.5", "FLOPs, SD 1.5", "FLOPs, SDXL", *PAIRED, "drift"), rows)
+
+
 def rendered() -> dict[str, str]:
     """Every table by its marker's name."""
     categories = [(f"`{c.name}`", c.definition, ", ".join(x.name for x in c.concepts)) for c in CATEGORIES.values()]
@@ -75,6 +93,8 @@ def rendered() -> dict[str, str]:
     return {
         "categories": table(("category", "stand-in for", "drawn as"), categories),
         "figures": figures_table(),
+        "lite": figures_table("lite"),
+        "costs": kinds_table(),
         "siblings": sibling_table(),
         "models": table(("model", "art"), [(f"`{name}`", vendor) for name, vendor in MODELS.items()]),
         **{
@@ -89,7 +109,7 @@ def blocks(text: str) -> dict[str, str]:
     return dict(found)
 
 
-@pytest.mark.parametrize("name", ["categories", "figures", "siblings", "models", "methods", "objectives", "kinds"])
+@pytest.mark.parametrize("name", sorted(rendered()))
 def test_readme_table_equals_the_codes_table(name: str) -> None:
     assert blocks(README.read_text())[name] == rendered()[name]
 
