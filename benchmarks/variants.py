@@ -30,6 +30,11 @@ VARIANTS: dict[str, list[str]] = {
     "no-negative-guidance": ["objective.negative_guidance=0"],
     "trajectories": ["data.latents=trajectories"],
     "equal-rates": ["training.joint_rate=1"],
+    "lite": ["patch.kind=lite", "objective.negative_guidance=0.1"],
+    "lite-rank-16": ["patch.kind=lite", "objective.negative_guidance=0.1", "patch.rank=16"],
+    "lite-depth-2": ["patch.kind=lite", "objective.negative_guidance=0.1", "patch.depth=2"],
+    "lite-instruction-only": ["patch.kind=lite", "objective.negative_guidance=0.1", "patch.sees=instruction"],
+    "lite-pushed": ["patch.kind=lite"],
 }
 RANKS = (4, 16, 64)  # the shipped patch's deltas as low-rank factors
 FIGURES = {

@@ -33,7 +33,7 @@ class SoftPromptConfig:
 
     tokens: int = 4
     steps: int = 100
-    batch_size: int = 8
+    batch_size: int = 4
     learning_rate: float = 0.05
     aim: str = "patch"
     seed: int = 0

