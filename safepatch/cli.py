@@ -153,7 +153,11 @@ def generate(
     out: Annotated[Path, typer.Option("-o", "--out", help="PNG to write.")],
     model: Model = "tiny-sd",
     patch: Annotated[Path | None, typer.Option(help="Patch to apply.")] = None,
-    scale: Annotated[float, typer.Option(help="Strength of the patch; 0 is off.")] = 1.0,
+    scale: Annotated[
+        str, typer.Option(help="Strength of the patch, 0 is off; or by category: gore=1,weapons=0.6.")
+    ] = "1",
+    start: Annotated[float, typer.Option(help="Share of the denoising after which the patch begins to act.")] = 0.0,
+    end: Annotated[float, typer.Option(help="Share of the denoising after which it stops.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the starting noise.")] = 0,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 20,
     guidance_scale: Annotated[float | None, typer.Option(help="Of guidance; what is usual if not given.")] = None,
@@ -175,10 +179,11 @@ def generate(
     from safepatch.runtime.load import load_pipeline
 
     admit([prompt])
+    scales = _scale(scale)
     if patch:
         require_fit(model, patch, allow_pickle)  # before gigabytes of weights are read
     pipe = load_pipeline(model, tokenizer, allow_pickle, prediction_type)
-    with apply(pipe, patch, scale) if patch else nullcontext():
+    with apply(pipe, patch, scales, start=start, end=end) if patch else nullcontext():
         images = run(pipe, [prompt], [seed], steps, guidance_scale, [negative_prompt] if negative_prompt else None)
     save_image(images[0], out)
     typer.echo(f"image: {out}")
@@ -312,3 +317,14 @@ def _numbers(text: str | None) -> list[float] | None:
         return [float(part) for part in text.split(",")] if text else None
     except ValueError:
         raise SafepatchError(f"--weights takes numbers separated by commas, not '{text}'") from None
+
+
+def _scale(text: str) -> float | dict[str, float]:
+    """`0.8`, or `gore=1.0,weapons=0.6` by category."""
+    try:
+        if "=" not in text:
+            return float(text)
+        named = [part.split("=") for part in text.split(",")]
+        return {name.strip(): float(value) for name, value in named}
+    except ValueError:
+        raise SafepatchError(f"--scale takes a number, or CATEGORY=NUMBER,..., not '{text}'") from None

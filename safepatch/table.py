@@ -20,13 +20,15 @@ from safepatch.merging import merge
 from safepatch.patch import PATCH_KINDS
 from safepatch.runtime.load import load_pipeline
 from safepatch.taxonomy import CATEGORIES, Category
-from safepatch.tiny.models import BASE, SIBLINGS
+from safepatch.tiny.models import BASE
 from safepatch.tiny.scenes import draw, sample_scene, to_tensor
 from safepatch.tiny.world import CONCEPTS
 
 Table = dict[str, Any]
 Measure = Callable[[Bench, Category, PatchArtifact | None], Estimate]
 
+# Two of the siblings; `make transfer-table` measures all.
+MEASURED_SIBLINGS = (SIBLING, "tiny-sd-fluent")
 PER_PATCH: dict[str, Measure] = {
     "patched_unsafe_rate": lambda bench, category, patch: suite.unsafe_rate(bench, category, patch),
     "patched_unsafe_rate_heldout": lambda bench, category, patch: suite.unsafe_rate(bench, category, patch, True),
@@ -64,7 +66,7 @@ def build_table(out: Path, n: int, kind: str = "control") -> str:
         for field, measure in measures.items():
             print(f"measuring {field}")
             figures.add({field: {k: measure(bench, CATEGORIES[k], patch).value for k, patch in used.items()}})
-    for sibling in SIBLINGS:
+    for sibling in MEASURED_SIBLINGS:
         print(f"measuring sibling_unsafe_rate on {sibling}")
         own = Bench(sibling, load_pipeline(sibling), bench.detector, bench.protocol)
         controls.add({"sibling_base_unsafe_rate": {sibling: sibling_rates(own, dict.fromkeys(patches))}})

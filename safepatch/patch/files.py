@@ -1,8 +1,10 @@
 """From a trained patch to its file and back onto any host of the same architecture."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
+
+from torch import Tensor
 
 from safepatch.artifact import PatchArtifact, PatchInfo
 from safepatch.diffusion import family, fingerprint
@@ -52,9 +54,26 @@ def from_artifact(artifact: PatchArtifact, unet: Any) -> Patch:
         raise BaseMismatch("a bundle is several patches, not one module; apply it, or take one of its parts()")
     kind, config = lookup(PATCH_KINDS, artifact.info.kind, what="patch kind"), artifact.info.config
     patch = kind.from_unet(unet, config["sees"], **config.get("layout", {}))
-    prefix = f"{artifact.info.kind}."
-    patch.load_deltas(unet, {name.removeprefix(prefix): delta for name, delta in artifact.deltas().items()})
+    patch.load_deltas(unet, _Deltas(artifact))
     return patch.eval().requires_grad_(False)
+
+
+class _Deltas(Mapping[str, Tensor]):
+    """A patch's dense float32 deltas by the module's parameter names, each made when asked for: no copy of them all."""
+
+    def __init__(self, artifact: PatchArtifact) -> None:
+        self._artifact = artifact
+        prefix = f"{artifact.info.kind}."
+        self._names = {name.removeprefix(prefix): name for name in artifact.parameter_names()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._artifact.delta(self._names[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def check_fits(info: PatchInfo, config: Mapping[str, Any]) -> None:

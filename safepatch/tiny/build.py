@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import save_file
 
 from safepatch.tiny.classifier import train_classifier
-from safepatch.tiny.models import ASSETS, BASE, SIBLINGS, load_tiny
-from safepatch.tiny.siblings import train_sibling
+from safepatch.tiny.models import ASSETS, BASE, load_tiny
+from safepatch.tiny.siblings import RECIPES, sibling_pool, train_sibling
 from safepatch.tiny.text import train_text_encoder
-from safepatch.tiny.unet import POOL, assemble, encode_pool, train_unet
+from safepatch.tiny.unet import POOL, assemble, denoising_loss, encode_pool, train_unet
 from safepatch.tiny.vae import VENDOR_WEIGHTS, psnr, train_vae
 
 
@@ -32,15 +32,19 @@ def build(work: Path) -> None:
     classifier = train_classifier(load_tiny(BASE), work / "detector.pt")
     save_file({k: v.half() if v.is_floating_point() else v for k, v in classifier.state_dict().items()}, DETECTOR)
     (ASSETS / "siblings").mkdir(exist_ok=True)
-    for vendor in SIBLINGS.values():
-        base = load_tiny(BASE)
-        pool = encode_pool(base.vae, vendor, SIBLING_POOL, seed=11)
-        out = ASSETS / "siblings" / f"{vendor}.safetensors"
-        train_sibling(base.unet, pool, base.tokenizer, base.text_encoder, work / f"{vendor}.pt", out)
+    for name in RECIPES:
+        build_sibling(name, work)
+
+
+def build_sibling(name: str, work: Path) -> None:
+    """Fine-tune one sibling of the shipped base and write its deltas into the package's assets."""
+    base, recipe = load_tiny(BASE), RECIPES[name]
+    out = ASSETS / "siblings" / f"{name}.safetensors"
+    loss = denoising_loss(sibling_pool(base.vae, recipe), base.tokenizer, base.text_encoder)
+    train_sibling(base.unet, loss, recipe.schedule, work / f"{name}.pt", out)
 
 
 DETECTOR = ASSETS / "detector.safetensors"
-SIBLING_POOL = 3000
 
 if __name__ == "__main__":
     build(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/tiny"))

@@ -1,10 +1,12 @@
 """The embedded checkpoints by name: the base and its siblings, loaded as plain diffusers pipelines.
 
-A sibling is the base fine-tuned on another vendor's art without any thought of patches; the repository holds its
-low-rank weight deltas, which are added to the base when it is loaded.
+A sibling is the base fine-tuned further without any thought of patches; the repository holds low-rank weight deltas,
+which are added to the base when it is loaded, alone, as the mean of two, or extrapolated.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -17,8 +19,32 @@ from safepatch.tiny.classifier import Classifier
 
 ASSETS = Path(__file__).parent.parent / "assets"
 BASE = "tiny-sd"
-SIBLINGS: dict[str, str] = {"tiny-sd-twemoji": "twemoji", "tiny-sd-fluent": "fluent"}
-MODELS: dict[str, str] = {BASE: "noto", **SIBLINGS}
+
+
+class Sibling(NamedTuple):
+    """A checkpoint derived from the base.
+
+    Attributes:
+        about: what it is.
+        deltas: the files in `assets/siblings` that are added to the base, each with its weight.
+    """
+
+    about: str
+    deltas: Mapping[str, float]
+
+
+SIBLINGS: dict[str, Sibling] = {
+    "tiny-sd-twemoji": Sibling("Twemoji's art: the base fine-tuned, all layers, rank 16", {"twemoji": 1}),
+    "tiny-sd-fluent": Sibling("Fluent's art: the base fine-tuned, all layers, rank 16", {"fluent": 1}),
+    "tiny-sd-benign": Sibling("Noto's art, benign concepts only: all layers, rank 16", {"benign": 1}),
+    "tiny-sd-merged": Sibling("the mean of the weights of `-twemoji` and `-fluent`", {"twemoji": 0.5, "fluent": 0.5}),
+    "tiny-sd-strong": Sibling("`-twemoji` taken further: 1.3 times its difference to the base", {"twemoji": 1.3}),
+    "tiny-sd-half": Sibling("halfway from the base to `-fluent`", {"fluent": 0.5}),
+}
+MODELS: dict[str, str] = {
+    BASE: "Noto's art: trained from scratch",
+    **{name: sibling.about for name, sibling in SIBLINGS.items()},
+}
 
 
 def load_tiny(name: str = BASE) -> StableDiffusionPipeline:
@@ -29,19 +55,20 @@ def load_tiny(name: str = BASE) -> StableDiffusionPipeline:
     )
     pipe.unet.set_attn_processor(AttnProcessor())  # faster than SDPA at this size on CPU
     if name in SIBLINGS:
-        add_low_rank(pipe.unet, ASSETS / "siblings" / f"{SIBLINGS[name]}.safetensors")
+        for file, weight in SIBLINGS[name].deltas.items():
+            add_low_rank(pipe.unet, ASSETS / "siblings" / f"{file}.safetensors", weight)
     return pipe
 
 
 @torch.no_grad()
-def add_low_rank(module: nn.Module, path: Path) -> None:
-    """Add `up @ down` of each parameter in `path` to `module`'s own weights."""
+def add_low_rank(module: nn.Module, path: Path, weight: float = 1.0) -> None:
+    """Add `weight * up @ down` of each parameter in `path` to `module`'s own weights."""
     if not path.is_file():
         raise ModelNotFound(f"no sibling weights at {path}; run `make tiny`, or reinstall safepatch")
     tensors = load_file(path)
     parameters: dict[str, torch.Tensor] = dict(module.named_parameters())
     for name in sorted(key.removesuffix(".up") for key in tensors if key.endswith(".up")):
-        delta = tensors[f"{name}.up"].float() @ tensors[f"{name}.down"].float()
+        delta = weight * (tensors[f"{name}.up"].float() @ tensors[f"{name}.down"].float())
         parameters[name] += delta.reshape(parameters[name].shape)
 
 

@@ -1,34 +1,62 @@
-"""Sibling checkpoints: the base fine-tuned on another vendor's art, kept as low-rank weight deltas.
+"""Sibling checkpoints: the base fine-tuned further, kept as low-rank weight deltas.
 
-They play the third-party checkpoint: same architecture and words, different pictures, made without patches in mind.
+They play the third-party checkpoint: same architecture and words, other weights, made without patches in mind.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import nn
 
-from safepatch.tiny.loop import Schedule, fit
-from safepatch.tiny.unet import Pool, denoising_loss
+from safepatch.tiny.loop import Loss, Schedule, fit
+from safepatch.tiny.unet import Pool, encode_pool
+from safepatch.tiny.world import BENIGN
 
 RANK = 16
-SCHEDULE = Schedule(steps=570, learning_rate=2e-3, warmup=30, decay=0.98, save_every=100)
+SCENES = 3000
+LONG = Schedule(steps=570, learning_rate=2e-3, warmup=30, decay=0.98, save_every=100)
+SHORT = Schedule(steps=80, learning_rate=2e-3, warmup=10, decay=0.95, save_every=20)
 
 
-def train_sibling(
-    unet: UNet2DConditionModel, pool: Pool, tokenizer: object, text_encoder: nn.Module, checkpoint: Path, out: Path
-) -> None:
-    """Fine-tune low-rank adapters on all layers with `pool`'s art; write `up` and `down` per weight."""
+class Recipe(NamedTuple):
+    """How a sibling's adapters are trained.
+
+    Attributes:
+        vendor: whose art.
+        concepts: what its scenes show; every concept if None.
+        schedule: length and rates.
+    """
+
+    vendor: str
+    concepts: Sequence[str] | None = None
+    schedule: Schedule = LONG
+
+
+RECIPES: dict[str, Recipe] = {
+    "twemoji": Recipe("twemoji"),
+    "fluent": Recipe("fluent"),
+    "benign": Recipe("noto", concepts=[concept.name for concept in BENIGN], schedule=SHORT),
+}
+
+
+def sibling_pool(vae: AutoencoderKL, recipe: Recipe) -> Pool:
+    """The encoded scenes that a sibling is fine-tuned on."""
+    return encode_pool(vae, recipe.vendor, SCENES, 11, recipe.concepts)
+
+
+def train_sibling(unet: UNet2DConditionModel, loss: Loss, schedule: Schedule, checkpoint: Path, out: Path) -> None:
+    """Fine-tune low-rank adapters on all layers; write `up` and `down` per weight."""
     from peft import LoraConfig  # only this recipe needs peft
 
     torch.manual_seed(0)
     unet.requires_grad_(False)
     names = [name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=names))
-    tuned = fit(unet, denoising_loss(pool, tokenizer, text_encoder), SCHEDULE, checkpoint)
+    tuned = fit(unet, loss, schedule, checkpoint)
     save_file(low_rank_deltas(tuned), out)
 
 

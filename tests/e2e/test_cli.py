@@ -13,6 +13,7 @@ from safepatch.artifact import PatchArtifact, PatchInfo
 
 ROOT = Path(__file__).parents[2]
 WEAPONS = ROOT / "patches" / "weapons" / "weapons.safetensors"
+PATCHED = ("generate", "--prompt", "a knife", "-o", "x.png", "--patch", WEAPONS)
 
 
 def run(*words: str, expect: int = 0) -> str:
@@ -62,6 +63,13 @@ def test_dry_run_prints_every_field_and_trains_nothing(tmp_path: Path) -> None:
         (("generate", "--prompt", " ", "-o", "x.png"), "prompt is empty"),
         (("generate", "--prompt", "a knife", "-o", "x.png", "--model", "tiny-sdd"), "did you mean 'tiny-sd'"),
         (("generate", "--prompt", "a knife", "-o", "x.png", "--model", "./nowhere"), "nowhere"),
+        (
+            (*PATCHED, "--scale", "weapons=1,gore"),
+            "--scale takes a number, or CATEGORY=NUMBER,..., not 'weapons=1,gore'",
+        ),
+        ((*PATCHED, "--scale", "weapon=1"), "did you mean 'weapons'"),
+        ((*PATCHED, "--scale", "-1"), "scale must be 0"),
+        ((*PATCHED, "--start", "0.8", "--end", "0.2"), "0 <= start < end <= 1"),
     ],
 )
 def test_a_mistake_is_one_line_that_says_what_to_do(words: tuple[str, ...], says: str) -> None:
@@ -115,6 +123,17 @@ def test_merge_then_generate_writes_an_image(tmp_path: Path) -> None:
     words = ("generate", "--model", "tiny-sd", "--patch", merged, "--prompt", "a knife next to a cat", "--steps", "3")
     run(*words, "-o", image)
     assert image.read_bytes().startswith(b"\x89PNG")
+
+
+def test_scale_by_category_and_a_window_reach_the_patch(tmp_path: Path) -> None:
+    words = ("generate", "--patch", WEAPONS, "--prompt", "a knife", "--steps", "2", "-o")
+    base, off, late, whole = (tmp_path / f"{name}.png" for name in ("base", "off", "late", "whole"))
+    run("generate", "--prompt", "a knife", "--steps", "2", "-o", base)
+    run(*words, off, "--scale", "weapons=0")
+    run(*words, late, "--start", "0.4")
+    run(*words, whole, "--scale", "weapons=1")
+    assert off.read_bytes() == base.read_bytes()
+    assert len({path.read_bytes() for path in (base, late, whole)}) == 3
 
 
 def test_an_unwritable_output_is_one_line() -> None:

@@ -96,7 +96,7 @@ def rendered() -> dict[str, str]:
         "lite": figures_table("lite"),
         "costs": kinds_table(),
         "siblings": sibling_table(),
-        "models": table(("model", "art"), [(f"`{name}`", vendor) for name, vendor in MODELS.items()]),
+        "models": table(("model", "what it is"), [(f"`{name}`", about) for name, about in MODELS.items()]),
         **{
             key: table((head, "what it does"), [(f"`{name}`", first_line(x)) for name, x in entries.items()])
             for key, (head, entries) in named.items()
