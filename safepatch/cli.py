@@ -61,7 +61,7 @@ def merge(
     sources: Annotated[list[Path], typer.Argument(help="Patch files of one architecture, or one recipe (.yaml).")],
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Where to write the merged patch.")] = None,
     method: Annotated[
-        str | None, typer.Option(help="How to merge, see the README; task-arithmetic if not given.")
+        str | None, typer.Option(help="How to merge, see the README; bundle if not given.")
     ] = None,
     weights: Annotated[str | None, typer.Option(help="Comma-separated weights, one per source.")] = None,
     density: Annotated[float | None, typer.Option(help="Share of entries that a sparsifying method keeps.")] = None,

@@ -32,7 +32,7 @@ EXACT = ("cat", BUNDLE)  # methods whose sources can be split off again
 def merge(
     sources: MergeRecipe | str | Path | Sequence[str | Path],
     out: str | Path | None = None,
-    method: str = "task-arithmetic",
+    method: str = BUNDLE,
     weights: Sequence[float] | None = None,
     **options: Any,
 ) -> PatchArtifact:
@@ -42,7 +42,7 @@ def merge(
         sources: a recipe, the path of a YAML file that holds one, or paths of patches in any order.
         out: path of the merged patch, whose folder is made; by default the recipe's. It is streamed there and never
             wholly in memory.
-        method: a key of `METHODS`, or `bundle`. With a recipe, the recipe's counts.
+        method: a key of `METHODS`, or `bundle`, the default. With a recipe, the recipe's counts.
         weights: one per source; all 1 by default. With a recipe, the recipe's count.
         **options: other fields of `MergeRecipe`, e.g. density or seed.
 

@@ -36,7 +36,7 @@ class MergeRecipe:
 
     sources: tuple[str, ...]
     weights: tuple[float, ...] = ()
-    method: str = "task-arithmetic"
+    method: str = BUNDLE
     dtype: str | None = None
     density: float = 0.5
     epsilon: float = 0.1
