@@ -178,10 +178,12 @@ def test_a_recipe_records_what_its_method_reads_and_nothing_else(trio: list[Path
     assert "density" not in recorded["linear"]
 
 
-def test_the_shipped_recipe_names_shipped_patches() -> None:
-    recipe = load_recipe(ROOT / "configs/merges/all.yaml")
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/merges").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_shipped_recipe_names_shipped_patches(path: Path) -> None:
+    recipe = load_recipe(path)
     assert all((ROOT / source).is_file() for source in recipe.sources)
     assert recipe.out
+    assert bool(recipe.heal) == (path.stem == "healed")
 
 
 def test_mixed_dtypes_and_ranks_and_nested_merges(tmp_path: Path) -> None:
