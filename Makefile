@@ -32,8 +32,8 @@ check: $(READY)  ## lint, formatting, types, layering, README tables
 table: $(READY)  ## print the results table
 	$(PY) -m safepatch table
 
-merge-table: $(READY)  ## print what merging the shipped patches keeps, method by method
-	$(PY) -m safepatch merge-table
+merge-table: $(READY)  ## print what merging the shipped patches keeps, method by method; HEAL=300 adds a healed merge
+	$(PY) -m safepatch merge-table $(if $(HEAL),--heal $(HEAL))
 
 patches: $(READY)  ## train the shipped patches again, with cards, index and picture (about an hour)
 	$(PY) patches/build.py
