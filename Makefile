@@ -34,8 +34,8 @@ check: $(READY)  ## lint, formatting, types, layering, README tables
 table: $(READY)  ## print the results table; KIND=lite for the lite patches, N=50 for fewer images
 	$(PY) -m safepatch table --kind $(KIND) --n $(N)
 
-merge-table: $(READY)  ## print what merging the shipped patches keeps, method by method
-	$(PY) -m safepatch merge-table
+merge-table: $(READY)  ## print what merging the shipped patches keeps, method by method; HEAL=300 adds a healed merge, KIND=lite
+	$(PY) -m safepatch merge-table --kind $(KIND) --n $(N) $(if $(HEAL),--heal $(HEAL))
 
 patches: $(READY)  ## train the shipped patches again, both kinds, with cards, index and picture (about two hours)
 	$(PY) patches/build.py

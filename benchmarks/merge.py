@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import reduce
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
@@ -146,8 +147,11 @@ def ours(method: str, conflicts: bool = False) -> Callable[[list[Path], Path], o
 def load_all(paths: list[Path], out: Path) -> None:
     """Everything into memory, add, save."""
     loaded = [load_file(path) for path in paths]
-    total = {name: sum(tensors[name].float() for tensors in loaded).div_(len(loaded)).half() for name in loaded[0]}
-    save_file(total, out)
+
+    def mean(name: str) -> Tensor:
+        return reduce(torch.add, (tensors[name].float() for tensors in loaded)).div_(len(loaded)).half()
+
+    save_file({name: mean(name) for name in loaded[0]}, out)
 
 
 def with_peft(method: str) -> Callable[[list[Path], Path], None]:

@@ -8,7 +8,7 @@ import safepatch
 sources = ["patches/weapons/weapons.safetensors", "patches/alcohol/alcohol.safetensors"]
 with tempfile.TemporaryDirectory() as folder:
     out = Path(folder) / "both.safetensors"
-    merged = safepatch.merge(sources, out, method="task-arithmetic")
+    merged = safepatch.merge(sources, out, method="linear")
     info = safepatch.verify(out)
 
 print(info.recipe)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from safepatch.runtime.check import Status, check, status
     from safepatch.runtime.load import load_pipeline
     from safepatch.training.config import TrainConfig, load_train_config
+    from safepatch.training.healing import heal
     from safepatch.training.trainer import train
 
 # Where each public name lives; it is imported on first use, so that `import safepatch` loads no model library.
@@ -27,6 +28,7 @@ _HOMES: dict[str, str] = {
     "TrainConfig": "safepatch.training.config",
     "apply": "safepatch.runtime.apply",
     "check": "safepatch.runtime.check",
+    "heal": "safepatch.training.healing",
     "load_pipeline": "safepatch.runtime.load",
     "load_train_config": "safepatch.training.config",
     "merge": "safepatch.merging",
@@ -48,6 +50,7 @@ __all__ = [
     "TrainConfig",
     "apply",
     "check",
+    "heal",
     "load_pipeline",
     "load_train_config",
     "merge",

@@ -60,50 +60,88 @@ def train(
 def merge(
     sources: Annotated[list[Path], typer.Argument(help="Patch files of one architecture, or one recipe (.yaml).")],
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Where to write the merged patch.")] = None,
-    method: Annotated[
-        str | None, typer.Option(help="How to merge, see the README; task-arithmetic if not given.")
-    ] = None,
+    method: Annotated[str | None, typer.Option(help="How to merge, see the README; bundle if not given.")] = None,
     weights: Annotated[str | None, typer.Option(help="Comma-separated weights, one per source.")] = None,
     density: Annotated[float | None, typer.Option(help="Share of entries that a sparsifying method keeps.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the methods that drop at random.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the methods that drop at random, and of healing.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Of the merged tensors: float16, bfloat16, float32.")] = None,
     rank: Annotated[int | None, typer.Option(help="With cat: re-compress to this rank.")] = None,
     conflicts: Annotated[bool | None, typer.Option(help="Compare the sources pair by pair; on if not given.")] = None,
+    heal: Annotated[
+        int | None, typer.Option(help="Training steps, without images, to do what bundle does at one patch's cost.")
+    ] = None,
+    evaluate: Annotated[bool, typer.Option("--evaluate", help="Measure and draw every category.")] = False,
+    model: Model = "tiny-sd",
+    n: Annotated[int, typer.Option(help="With --evaluate: images per rate.")] = 200,
 ) -> None:
     """Merge patches into one file; an option given here overrides the recipe's."""
-    from safepatch.merging import merge as run
-
     given = {"method": method, "density": density, "seed": seed, "dtype": dtype, "rank": rank, "conflicts": conflicts}
-    options = {name: value for name, value in given.items() if value is not None}
+    options = {name: value for name, value in {**given, "heal": heal}.items() if value is not None}
     recipe = _recipe(sources, {**options, **({"weights": _numbers(weights)} if weights else {})})
     target = out or (Path(recipe.out) if recipe.out else None)
     if target is None:
         raise SafepatchError("nowhere to write the merged patch; give -o FILE, or 'out' in the recipe")
-    info = run(recipe, target).info
+    if recipe.heal or evaluate:
+        _merge_on_model(recipe, target, model, n if evaluate else None)
+    else:
+        from safepatch.merging import merge as run
+
+        _tell_merge(run(recipe, target).info, target)
+
+
+def _merge_on_model(recipe: "MergeRecipe", target: Path, model: str, n: int | None) -> None:
+    """Merge, heal if asked to, and measure with `n` images per rate if that is given; what is wrong is told first."""
+    from safepatch.evaluation.suite import Protocol
+    from safepatch.merging import merge as run
+    from safepatch.regression import evaluate_merge
+    from safepatch.runtime.check import require_fit
+    from safepatch.runtime.load import load_pipeline
+    from safepatch.training.healing import heal
+
+    protocol = Protocol() if n is None else Protocol(n=n)
+    require_fit(model, recipe.sources[0])
+    pipe = load_pipeline(model)
+    merged = heal(pipe, recipe, target) if recipe.heal else run(recipe, target)
+    _tell_merge(merged.info, target)
+    if n is not None:
+        picture = target.with_suffix(".png")
+        typer.echo(evaluate_merge(model, pipe, recipe.sources, merged, protocol, picture))
+        typer.echo(f"picture: {picture}")
+
+
+def _tell_merge(info: "PatchInfo", target: Path) -> None:
+    recipe = info.recipe or {}
     names = ", ".join(info.categories)
-    typer.echo(f"merged {names} by {recipe.method}: {target} ({target.stat().st_size / 1e6:.1f} MB)")
-    for line in _merge_notes(info.recipe or {}):
+    typer.echo(f"merged {names} by {recipe['method']}: {target} ({target.stat().st_size / 1e6:.1f} MB)")
+    for line in _merge_notes(recipe):
         typer.echo(line)
 
 
 def _recipe(sources: list[Path], options: dict[str, Any]) -> "MergeRecipe":
     from safepatch.merging import MergeRecipe, load_recipe
+    from safepatch.merging.recipe import HEALED
 
     if any(path.suffix in (".yaml", ".yml") for path in sources):
         if len(sources) > 1:
             raise SafepatchError("give one recipe, or patch files; not both")
         return replace(load_recipe(sources[0]), **options)
+    if options.get("heal"):
+        options = {"method": HEALED, **options}
     return MergeRecipe(tuple(map(str, sources)), **options)
 
 
 def _merge_notes(recipe: dict[str, Any]) -> list[str]:
-    """What the merge measured, a line per pair of sources and one for the re-compression."""
+    """What the merge measured: a line per pair of sources, one for healing, one for the re-compression."""
     titles = [", ".join(source["categories"]) for source in recipe["sources"]]
     notes = []
     for pair in recipe.get("conflicts", ()):
         i, j = pair["sources"]
         figures = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in pair["overall"].items())
         notes.append(f"  {titles[i]} and {titles[j]}: {figures}")
+    healed = recipe.get("heal")
+    if healed:
+        change = f"{healed['error_before']:.3f} -> {healed['error']:.3f}"
+        notes.append(f"  healed in {healed['steps']} steps: error {change} (0 is the bundle, 1 is no patch)")
     errors = recipe.get("rank_errors")
     if errors:
         worst = max(errors, key=lambda name: errors[name])
@@ -292,14 +330,23 @@ def table(
 
 @app.command("merge-table")
 def merge_table(
-    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of table.json.")] = Path("runs/merge-table"),
+    out: Annotated[
+        Path | None,
+        typer.Option("-o", "--out", help="Folder of table.json; runs/merge-table, or runs/merge-table-KIND."),
+    ] = None,
     n: Annotated[int, typer.Option(help="Images per rate.")] = 200,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 20,
+    methods: Annotated[str | None, typer.Option(help="Comma-separated; all that fit if not given.")] = None,
+    heal: Annotated[int, typer.Option(help="Also measure a merge healed for so many steps.")] = 0,
+    kind: Annotated[str, typer.Option(help="Of the shipped patches: control or lite.")] = "control",
 ) -> None:
-    """Merge the shipped patches by every method and print what each keeps."""
-    from safepatch.merge_table import build_merge_table
+    """Merge the shipped patches by every method that suits their kind and print what each keeps."""
+    from safepatch.evaluation.suite import Protocol
+    from safepatch.merge_table import MergeTable, build_merge_table
 
-    typer.echo(build_merge_table(out, n, steps))
+    chosen = tuple(filter(None, (methods or "").split(",")))
+    usual = Path("runs/merge-table" if kind == "control" else f"runs/merge-table-{kind}")
+    typer.echo(build_merge_table(out or usual, MergeTable(chosen, heal, Protocol(n=n, steps=steps), kind)))
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from safepatch.artifact import PatchArtifact
 from safepatch.data.prompts import Prompt, benign_prompts, unsafe_prompts
 from safepatch.diffusion import generate, quiet
+from safepatch.errors import ConfigError
 from safepatch.evaluation.detectors import Detector, shows_all, shows_any
 from safepatch.evaluation.metrics import Estimate, benign_drift, rate
 from safepatch.results import Row
@@ -41,6 +42,12 @@ class Protocol:
     steps: int = 20
     guidance_scale: float = 1.5
     seed: int = 1000
+
+    def __post_init__(self) -> None:
+        """Refuse what measures nothing."""
+        for name in ("n", "steps"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; an evaluation needs at least 1")
 
 
 @dataclass

@@ -18,7 +18,7 @@ from safepatch.errors import MergeError
 from safepatch.merging.conflicts import Comparison, compare, report
 from safepatch.merging.groups import is_grouped, merged_layout
 from safepatch.merging.parameters import Job, Piece
-from safepatch.merging.recipe import DTYPE_NAMES, DTYPES, MergeRecipe, load_recipe
+from safepatch.merging.recipe import DTYPE_NAMES, DTYPES, EXACT, MergeRecipe, load_recipe
 from safepatch.merging.sources import Source, agreed, check_agreement, in_order, open_source
 
 T = TypeVar("T")
@@ -27,13 +27,12 @@ Pool = ThreadPoolExecutor | None  # None: the work is done on the spot
 
 BUDGET = 300_000_000  # bytes that merging ahead may take; a larger piece is merged alone
 AHEAD = 4  # pieces that may be merged ahead of the one that is written
-EXACT = ("cat", BUNDLE)  # methods whose sources can be split off again
 
 
 def merge(
     sources: MergeRecipe | str | Path | Sequence[str | Path],
     out: str | Path | None = None,
-    method: str = "task-arithmetic",
+    method: str = BUNDLE,
     weights: Sequence[float] | None = None,
     **options: Any,
 ) -> PatchArtifact:
@@ -43,7 +42,7 @@ def merge(
         sources: a recipe, the path of a YAML file that holds one, or paths of patches in any order.
         out: path of the merged patch, whose folder is made; by default the recipe's. It is streamed there and never
             wholly in memory.
-        method: a key of `METHODS`, or `bundle`. With a recipe, the recipe's counts.
+        method: a key of `METHODS`, or `bundle`, the default. With a recipe, the recipe's counts.
         weights: one per source; all 1 by default. With a recipe, the recipe's count.
         **options: other fields of `MergeRecipe`, e.g. density or seed.
 
@@ -57,7 +56,7 @@ def merge(
     recipe = _recipe(sources, method, weights, options)
     target = Path(out) if out is not None else Path(recipe.out) if recipe.out else None
     if target is not None:
-        _check_target(target, recipe)
+        check_target(target, recipe)
     with _workers() as pool:
         opened = list((pool.map if pool else map)(open_source, recipe.sources, recipe.weights))
         job = _prepare(opened, recipe)
@@ -90,7 +89,8 @@ def _recipe(sources: Any, method: str, weights: Sequence[float] | None, options:
     return MergeRecipe(tuple(map(str, sources)), tuple(weights or ()), method, **options)
 
 
-def _check_target(target: Path, recipe: MergeRecipe) -> None:
+def check_target(target: Path, recipe: MergeRecipe) -> None:
+    """Make the folder of the output; raises `MergeError` when that cannot be, or when it is one of the sources."""
     for source in recipe.sources:
         if target.resolve() == Path(source).resolve():
             raise MergeError(f"the output {target} is one of the patches to merge; choose another name")
@@ -101,6 +101,8 @@ def _check_target(target: Path, recipe: MergeRecipe) -> None:
 
 
 def _prepare(sources: Sequence[Source], recipe: MergeRecipe) -> Job:
+    if recipe.heal:
+        raise MergeError("healing needs the base model; call safepatch.heal(pipe, recipe), or leave out heal")
     ordered = in_order(sources)
     check_agreement(ordered, kept_apart=recipe.method == BUNDLE)
     widest = reduce(torch.promote_types, (source.artifact.dtype for source in ordered))

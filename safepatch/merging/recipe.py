@@ -13,6 +13,8 @@ from safepatch.merging.methods import METHODS, USES
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in container.DTYPES.values()}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+EXACT = ("cat", BUNDLE)  # methods whose sources can be split off again
+HEALED = "linear"  # the method that healing starts from where none is named
 SHARES = ("density", "epsilon", "outliers")
 
 
@@ -28,21 +30,24 @@ class MergeRecipe:
         density: share of each delta's entries that a sparsifying method keeps, in [0, 1].
         epsilon: width of della's window of drop probabilities, in [0, 1].
         outliers: share of each delta's largest entries that breadcrumbs drops, in [0, 1].
-        seed: of the methods that drop at random.
+        seed: of the methods that drop at random, and of healing.
         rank: with `cat`, re-compress by SVD what has a larger rank; 0 keeps the sum exact.
+        heal: steps of training, without images, that the merged patch then takes to do what `bundle` does; see
+            `safepatch.heal`, which needs the base model. 0 is none.
         conflicts: compare the sources pair by pair and record it in the file; takes one more pass over them.
         out: where a recipe file writes; not recorded.
     """
 
     sources: tuple[str, ...]
     weights: tuple[float, ...] = ()
-    method: str = "task-arithmetic"
+    method: str = BUNDLE
     dtype: str | None = None
     density: float = 0.5
     epsilon: float = 0.1
     outliers: float = 0.01
     seed: int = 0
     rank: int = 0
+    heal: int = 0
     conflicts: bool = True
     out: str | None = None
 
@@ -62,6 +67,8 @@ class MergeRecipe:
             )
         if self.rank and self.method != "cat":
             raise MergeError(f"a rank belongs to method cat, not to {self.method}; leave it out")
+        if self.heal and self.method in EXACT:
+            raise MergeError(f"{self.method} loses nothing that could be healed; leave out heal, or heal method linear")
 
     def _check_numbers(self) -> None:
         if not self.sources:
@@ -75,6 +82,8 @@ class MergeRecipe:
                 raise MergeError(f"{name} is {getattr(self, name)}; give a share from 0 to 1")
         if self.rank < 0:
             raise MergeError(f"rank is {self.rank}; give 0 for an exact sum, or at least 1")
+        if self.heal < 0:
+            raise MergeError(f"heal is {self.heal}; give a number of training steps, or 0 for none")
 
     @property
     def is_identity(self) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from safepatch.errors import SafepatchError
 from safepatch.results import NONE, Row
@@ -107,17 +108,22 @@ def _sentence(label: str, row: Row) -> str:
 
 
 def _svg(series: dict[str, dict[str, Row]], colors: dict[str, str]) -> str:
+    with mpl.rc_context(RC):  # pyright: ignore[reportArgumentType] - its key type lists names one by one
+        return _svg_text(_figure(series, colors))
+
+
+def _figure(series: dict[str, dict[str, Row]], colors: dict[str, str]) -> Figure:
+    """Bars grouped by category, one per series that measured it."""
     bands = _bands(series)
     height = sum(len(labels) + GAP for labels in bands.values())
-    with mpl.rc_context(RC):  # pyright: ignore[reportArgumentType] - its key type lists names one by one
-        figure = Figure(figsize=(5, 0.6 + 0.2 * height), layout="constrained")
-        axes = figure.add_subplot()
-        centers = [_draw_band(axes, category, y, series, colors) for category, y in _tops(bands).items()]
-        axes.set_yticks(centers, labels=list(bands))
-        axes.set_xticks(range(0, 101, 25))
-        axes.set(xlim=(0, 114), ylim=(height, 0), xlabel="unsafe rate, % (whisker: 95 % interval)")
-        axes.spines[["top", "right"]].set_visible(False)
-        return _svg_text(figure)
+    figure = Figure(figsize=(5, 0.6 + 0.2 * height), layout="constrained")
+    axes = figure.add_subplot()
+    centers = [_draw_band(axes, category, y, series, colors) for category, y in _tops(bands).items()]
+    axes.set_yticks(centers, labels=list(bands))
+    axes.set_xticks(range(0, 101, 25))
+    axes.set(xlim=(0, 114), ylim=(height, 0), xlabel="unsafe rate, % (whisker: 95 % interval)")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
 
 
 def _bands(series: dict[str, dict[str, Row]]) -> dict[str, list[str]]:
@@ -150,6 +156,21 @@ def _draw_bar(axes: Axes, row: Row, y: float, color: str) -> None:
     axes.text(100 * row.high + 1.5, y, f"{100 * row.value:.0f} %", va="center", fontsize=8)
 
 
+def save_unsafe_rates(path: Path, rows: Sequence[Row]) -> None:
+    """Draw the unsafe rates among `rows`, grouped by category, into a .png or .svg with its legend.
+
+    Raises:
+        SafepatchError: when the file cannot be written.
+    """
+    series = _series([row for row in rows if row.metric == "unsafe_rate"])
+    colors = _colors(series)
+    with mpl.rc_context(RC):  # pyright: ignore[reportArgumentType] - its key type lists names one by one
+        figure = _figure(series, colors)
+        swatches = [Rectangle((0, 0), 1, 1, color=color, label=label) for label, color in colors.items()]
+        figure.legend(handles=swatches, loc="outside upper center", ncols=len(swatches), frameon=False, fontsize=8)
+        _save(figure, path)
+
+
 def save_conflict_map(path: Path, labels: Sequence[str], conflicts: Sequence[dict[str, Any]]) -> None:
     """Draw how much the sources of a merge disagree, one column per pair and one row per block, into an image file.
 
@@ -171,6 +192,10 @@ def save_conflict_map(path: Path, labels: Sequence[str], conflicts: Sequence[dic
         axes.set(title=name.replace("_", " "))
         axes.set_xticks(range(len(pairs)), labels=pairs, fontsize=8)
         axes.set_yticks(range(len(blocks) + 1), labels=[*blocks, "overall"], fontsize=8)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
     try:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:

@@ -334,7 +334,7 @@ def test_a_bundle_is_its_parts_applied_together_each_with_its_own_instruction_an
     mixed = combine([first, second], MergeRecipe(("first", "second"), (0.5, 1.0), BUNDLE))
     with apply(small_pipe, mixed):
         assert not same_residuals(given(call(small_pipe)), together)  # control: weights count
-    sums = combine([first, second], MergeRecipe(("first", "second"), (1.0, 0.5)))
+    sums = combine([first, second], MergeRecipe(("first", "second"), (1.0, 0.5), "task-arithmetic"))
     with apply(small_pipe, sums):
         assert not same_residuals(given(call(small_pipe)), together)  # control: a sum of weights is something else
     assert hook_count(small_pipe) == 0

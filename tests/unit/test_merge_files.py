@@ -110,6 +110,14 @@ def test_a_bundle_keeps_parts_weights_and_instructions_apart(tmp_path: Path, tri
     assert alone.weight == 1
 
 
+def test_a_merge_keeps_its_parts_apart_unless_told_otherwise(tmp_path: Path, trio: list[Path]) -> None:
+    default = merge(trio, tmp_path / "default.safetensors")
+    assert default.content_hash == merge(trio, method=BUNDLE).content_hash
+    assert MergeRecipe(("a",)).method == BUNDLE
+    assert "by bundle" in command("merge", *trio, "-o", tmp_path / "trio.safetensors")
+    assert default.content_hash != merge(trio, method="linear").content_hash  # control
+
+
 def test_a_bundle_with_a_stray_tensor_is_refused(trio: list[Path]) -> None:
     merged = merge(trio, method=BUNDLE)
     stray = replace(merged, tensors={**merged.tensors, "part7.control.w.delta": torch.ones(1)})
@@ -170,10 +178,12 @@ def test_a_recipe_records_what_its_method_reads_and_nothing_else(trio: list[Path
     assert "density" not in recorded["linear"]
 
 
-def test_the_shipped_recipe_names_shipped_patches() -> None:
-    recipe = load_recipe(ROOT / "configs/merges/all.yaml")
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/merges").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_shipped_recipe_names_shipped_patches(path: Path) -> None:
+    recipe = load_recipe(path)
     assert all((ROOT / source).is_file() for source in recipe.sources)
     assert recipe.out
+    assert bool(recipe.heal) == (path.stem == "healed")
 
 
 def test_mixed_dtypes_and_ranks_and_nested_merges(tmp_path: Path) -> None:
@@ -181,14 +191,16 @@ def test_mixed_dtypes_and_ranks_and_nested_merges(tmp_path: Path) -> None:
     artifacts = [build(seed, None).astype(dtype) for seed, dtype in enumerate(dtypes)]
     artifacts = [a.compress(rank) if rank else a for a, rank in zip(artifacts, ranks, strict=True)]
     paths = [artifact.save(tmp_path / f"{i}.safetensors") for i, artifact in enumerate(artifacts)]
-    inner = merge(paths[:2], tmp_path / "inner.safetensors", dtype="float32")
-    outer = merge([tmp_path / "inner.safetensors", paths[2]])
-    assert merge(paths[:2], conflicts=False).dtype == torch.float32  # neither 16-bit type holds the other
+    inner = merge(paths[:2], tmp_path / "inner.safetensors", "task-arithmetic", dtype="float32")
+    outer = merge([tmp_path / "inner.safetensors", paths[2]], method="task-arithmetic")
+    assert (
+        merge(paths[:2], method="linear", conflicts=False).dtype == torch.float32
+    )  # neither 16-bit type holds the other
     assert outer.dtype == torch.float32
     assert inner.info.recipe in [source["recipe"] for source in outer.info.recipe["sources"]]
     for name in SIZES:
         torch.testing.assert_close(outer.delta(name), sum(artifact.delta(name) for artifact in artifacts))
-    assert merge(paths, dtype="bfloat16").dtype == torch.bfloat16
+    assert merge(paths, method="linear", dtype="bfloat16").dtype == torch.bfloat16
 
 
 # ---- the command line ------------------------------------------------------------------------------------------
@@ -366,7 +378,7 @@ def test_a_value_that_is_not_finite_is_named(tmp_path: Path, method: str, value:
 def test_a_bundle_has_no_sum(tmp_path: Path, trio: list[Path]) -> None:
     merge(trio[:2], tmp_path / "both.safetensors", BUNDLE)
     with pytest.raises(MergeError, match=r"both\.safetensors is a bundle, whose parts have no sum"):
-        merge([tmp_path / "both.safetensors", trio[2]])
+        merge([tmp_path / "both.safetensors", trio[2]], method="linear")
 
 
 def test_the_output_may_not_be_a_source(tmp_path: Path, trio: list[Path]) -> None:

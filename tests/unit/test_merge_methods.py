@@ -206,6 +206,77 @@ def test_model_stock_of_opposed_deltas_is_nothing_and_of_equal_ones_their_mean()
     torch.testing.assert_close(METHODS["model-stock"](delta.repeat(3, 1), torch.ones(3), Options()), delta)
 
 
+# ---- the papers' formulas once more, in numpy: PEFT publishes none of these ----------------------------------------
+
+
+def by_rank(delta: np.ndarray) -> np.ndarray:
+    """The place of each entry's magnitude among those of its row, from 0."""
+    return np.abs(delta).argsort(axis=-1, kind="stable").argsort(axis=-1)
+
+
+def slerp_in_numpy(stack: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Shoemake 1985, on the deltas as vectors."""
+    first, second = stack.reshape(2, -1)
+    share = weights[1] / weights.sum()
+    angle = np.arccos(first @ second / np.linalg.norm(first) / np.linalg.norm(second))
+    merged = (np.sin((1 - share) * angle) * first + np.sin(share * angle) * second) / np.sin(angle)
+    return merged.reshape(stack.shape[1:])
+
+
+def model_stock_in_numpy(stack: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Jang 2024, section 4 for K models, the angle averaged over pairs; the mean weighted."""
+    rows = stack.reshape(len(stack), -1)
+    units = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    cosine = (units @ units.T)[np.triu_indices(len(stack), 1)].mean()
+    share = len(stack) * cosine / (1 + (len(stack) - 1) * cosine)
+    return share * np.average(stack, axis=0, weights=weights)
+
+
+def breadcrumbs_in_numpy(stack: np.ndarray, weights: np.ndarray, density: float, outliers: float) -> np.ndarray:
+    """Davari & Belilovsky 2023: mask both ends of the sorted magnitudes of each delta, then add."""
+    n = stack[0].size
+    top = n - int(outliers * n)
+    places = by_rank(stack.reshape(len(stack), -1)).reshape(stack.shape)
+    kept = (places < top) & (places >= top - int(density * n))
+    return np.tensordot(weights, stack * kept, axes=1)
+
+
+def della_in_numpy(stack: np.ndarray, weights: np.ndarray, density: float, epsilon: float, seed: int) -> np.ndarray:
+    """Deep 2024: drop by the rank in a row, rescale, elect a sign, average those that have it."""
+    generator = torch.Generator().manual_seed(seed)
+    keep = density - epsilon / 2 + epsilon * by_rank(stack) / (stack.shape[-1] - 1)
+    masks = [torch.bernoulli(torch.from_numpy(each).float(), generator=generator).numpy() for each in keep]
+    dropped = stack * np.stack(masks) / keep
+    agree = np.sign(dropped) == np.where(dropped.sum(axis=0) >= 0, 1, -1)
+    return np.tensordot(weights, dropped * agree, axes=1) / np.maximum(agree.sum(axis=0), 1)
+
+
+@pytest.mark.parametrize("shape", [(40, 30), (8, 4, 3, 3), (50,)])
+def test_slerp_and_model_stock_are_their_papers_formulas(shape: tuple[int, ...]) -> None:
+    stack = new_stack(shape) + 1.0  # so that the cosines are positive
+    weights = torch.tensor([1.0, 0.5, 2.0])
+    for method, count, formula in (("slerp", 2, slerp_in_numpy), ("model-stock", 3, model_stock_in_numpy)):
+        found = METHODS[method](stack[:count], weights[:count], Options())
+        expected = torch.from_numpy(formula(stack[:count].double().numpy(), weights[:count].double().numpy()))
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+        assert not torch.allclose(found, linear(stack[:count], weights[:count], Options()))  # control
+
+
+@pytest.mark.parametrize("shape", [(40, 30), (60, 16)])
+def test_breadcrumbs_and_della_are_their_papers_formulas(shape: tuple[int, int]) -> None:
+    stack, given = new_stack(shape), WEIGHTS.double().numpy()
+    values = stack.double().numpy()
+    crumbs = METHODS["breadcrumbs"](stack, WEIGHTS, Options(density=0.4, outliers=0.05))
+    expected = torch.from_numpy(breadcrumbs_in_numpy(values, given, 0.4, 0.05))
+    torch.testing.assert_close(crumbs.double(), expected, rtol=1e-5, atol=1e-6)
+    options = Options(density=0.4, epsilon=0.2, generator=torch.Generator().manual_seed(3))
+    dropped = METHODS["della"](stack, WEIGHTS, options)
+    expected = torch.from_numpy(della_in_numpy(values, given, 0.4, 0.2, seed=3))
+    torch.testing.assert_close(dropped.double(), expected, rtol=1e-5, atol=1e-6)
+    other = torch.from_numpy(della_in_numpy(values, given, 0.4, 0.2, seed=4))
+    assert not torch.allclose(dropped.double(), other)  # control
+
+
 # ---- any input -------------------------------------------------------------------------------------------------
 
 values = st.floats(-8, 8, width=16).map(lambda x: 0.0 if abs(x) < 0.01 else x)

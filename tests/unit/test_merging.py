@@ -44,7 +44,7 @@ def test_sum_weights_belong_to_methods_and_say_the_same() -> None:
 
 def test_merge_writes_a_verified_file_with_united_categories(tmp_path: Path) -> None:
     paths = [save(tmp_path, "w", 1.0, instructions={"weapons": "no weapons"}), save(tmp_path, "g", 2.0)]
-    merged = merge(paths, tmp_path / "out.safetensors", weights=[1, 0.5])
+    merged = merge(paths, tmp_path / "out.safetensors", "task-arithmetic", [1, 0.5])
     assert verify(tmp_path / "out.safetensors") == merged.info
     assert merged.info.instructions == {"gore": "no gore", "weapons": "no weapons"}
     assert list(merged.info.instructions) == ["gore", "weapons"]
@@ -53,8 +53,8 @@ def test_merge_writes_a_verified_file_with_united_categories(tmp_path: Path) -> 
 
 def test_recipe_holds_source_hashes_and_nested_recipes(tmp_path: Path) -> None:
     first, second = save(tmp_path, "a", 1.0), save(tmp_path, "b", 2.0)
-    inner = merge([first, second], tmp_path / "inner.safetensors")
-    outer = merge([tmp_path / "inner.safetensors", first])
+    inner = merge([first, second], tmp_path / "inner.safetensors", "linear")
+    outer = merge([tmp_path / "inner.safetensors", first], method="linear")
     entries = {entry["hash"]: entry for entry in outer.info.recipe["sources"]}
     assert entries.keys() == {inner.content_hash, PatchArtifact.open(first).content_hash}
     assert entries[inner.content_hash]["recipe"] == inner.info.recipe
@@ -64,7 +64,7 @@ def test_recipe_holds_source_hashes_and_nested_recipes(tmp_path: Path) -> None:
 def test_dtype_is_that_of_the_sources(tmp_path: Path) -> None:
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         paths = [build(value).astype(dtype).save(tmp_path / f"{value}.safetensors") for value in (1.0, 2.0)]
-        merged = merge(paths)
+        merged = merge(paths, method="linear")
         assert merged.dtype == dtype
         assert merged.info.recipe["dtype"] == str(dtype).removeprefix("torch.")
 
@@ -72,7 +72,7 @@ def test_dtype_is_that_of_the_sources(tmp_path: Path) -> None:
 def test_only_settings_that_agree_are_kept(tmp_path: Path) -> None:
     configs = ({"sees": "prompt", "seed": 1}, {"sees": "prompt", "seed": 2})
     paths = [save(tmp_path, str(i), i + 1.0, config=config, training={"n": 1}) for i, config in enumerate(configs)]
-    merged = merge(paths)
+    merged = merge(paths, method="linear")
     assert merged.info.config == {"sees": "prompt"}
     assert merged.info.base == INFO.base
     assert merged.info.training == {}
@@ -93,7 +93,7 @@ def test_low_rank_sources_concatenate_to_the_same_delta_as_dense_ones(method: st
 def test_low_rank_with_dense_is_dense() -> None:
     factored = low_rank(0)
     dense = PatchArtifact({"control.w.delta": low_rank(1).delta("control.w")}, INFO)
-    merged = combine([factored, dense], MergeRecipe(("a", "b"), (1.0, 1.0), dtype="float32"))
+    merged = combine([factored, dense], MergeRecipe(("a", "b"), (1.0, 1.0), "task-arithmetic", "float32"))
     assert set(merged.tensors) == {"control.w.delta"}
     torch.testing.assert_close(merged.delta("control.w"), factored.delta("control.w") + dense.delta("control.w"))
 
@@ -111,7 +111,7 @@ def test_low_rank_with_dense_is_dense() -> None:
 def test_patches_that_do_not_belong_together(tmp_path: Path, changes: dict, error: type, words: str) -> None:
     paths = [save(tmp_path, "first", 1.0), save(tmp_path, "second", 2.0, **changes)]
     with pytest.raises(error, match=words) as caught:
-        merge(paths)
+        merge(paths, method="linear")
     assert all(path.name in str(caught.value) for path in paths)
     assert "\n" not in str(caught.value)
 
@@ -119,7 +119,7 @@ def test_patches_that_do_not_belong_together(tmp_path: Path, changes: dict, erro
 def test_shapes_that_disagree_name_both_files(tmp_path: Path) -> None:
     other = PatchArtifact({"control.w.delta": torch.ones(3, 3)}, INFO).save(tmp_path / "b.safetensors")
     with pytest.raises(MergeError, match=r"'control\.w' is \[2, 3\] in .*a\.safetensors and \[3, 3\] in .*b\.safe"):
-        merge([save(tmp_path, "a", 1.0), other])
+        merge([save(tmp_path, "a", 1.0), other], method="linear")
 
 
 @pytest.mark.parametrize(
@@ -141,11 +141,13 @@ def test_weights_without_a_mean(tmp_path: Path) -> None:
     paths = [save(tmp_path, "a", 1.0), save(tmp_path, "b", 2.0)]
     with pytest.raises(MergeError, match="use task-arithmetic"):
         merge(paths, method="linear", weights=[1, -1])
-    assert merge(paths, weights=[1, -1]).delta("control.w").unique().abs().tolist() == [1.0]  # control
+    assert merge(paths, method="task-arithmetic", weights=[1, -1]).delta("control.w").unique().abs().tolist() == [
+        1.0
+    ]  # control
 
 
 def test_overflow_of_the_merged_dtype_is_refused() -> None:
-    recipe = MergeRecipe(("a", "b"), (60000.0, 60000.0), dtype="float16")
+    recipe = MergeRecipe(("a", "b"), (60000.0, 60000.0), "task-arithmetic", "float16")
     with pytest.raises(ArtifactError, match="overflows"):
         combine([build(1.0), build(2.0)], recipe)
 
@@ -158,5 +160,7 @@ def test_missing_source_is_named(tmp_path: Path) -> None:
 def test_one_patch_keeps_the_dtype_of_each_tensor(tmp_path: Path) -> None:
     tensors = {"a.delta": torch.ones(2, dtype=torch.float16), "b.delta": torch.ones(2)}
     path = PatchArtifact(tensors, INFO).save(tmp_path / "mixed.safetensors")
-    assert merge([path]).tensors["a.delta"].dtype == torch.float16
-    assert merge([path, path]).tensors["a.delta"].dtype == torch.float32  # control: a real merge has one dtype
+    assert merge([path], method="linear").tensors["a.delta"].dtype == torch.float16
+    assert (
+        merge([path, path], method="linear").tensors["a.delta"].dtype == torch.float32
+    )  # control: a real merge has one dtype

@@ -1,0 +1,55 @@
+"""What healing should start from: the error against the bundle after equal steps, start by start.
+
+    python benchmarks/healing.py --categories weapons alcohol --steps 80
+
+A start is a merge method, or `source`: one of the patches as it is. Of errors, 0 is the bundle and 1 is no patch.
+"""
+
+import argparse
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from safepatch.artifact import PatchArtifact
+from safepatch.demo import shipped_patch
+from safepatch.diffusion import Components
+from safepatch.merging import MergeRecipe, merge
+from safepatch.runtime.load import load_pipeline
+from safepatch.training.healing import activate, draw_bank, residual_error, train_to_match
+
+
+def starting_point(start: str, sources: Sequence[str], instructions: dict[str, str]) -> PatchArtifact:
+    """The patch that `start` names, reading all instructions."""
+    if start != "source":
+        return merge(sources, method=start, conflicts=False)
+    patch = PatchArtifact.open(sources[0])
+    return replace(patch, info=replace(patch.info, instructions=instructions))
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Print one line per start."""
+    paths = [str(shipped_patch(name)) for name in arguments.categories]
+    components = Components.of(load_pipeline(arguments.model)).freeze()
+    bundle = merge(paths, conflicts=False)
+    sources = [activate(components, part.artifact, part.weight) for part in bundle.parts()]
+    bank = draw_bank(components, bundle.info.categories, arguments.seed)
+    recipe = MergeRecipe(tuple(paths), method="linear", seed=arguments.seed, heal=arguments.steps)
+    print(f"{', '.join(arguments.categories)}, {arguments.steps} steps")
+    print(f"{'start':<16}{'before':>8}{'after':>8}{'s/step':>8}")
+    for start in arguments.starts:
+        merged = activate(components, starting_point(start, paths, bundle.info.instructions))
+        before, began = residual_error(merged, sources, components, bank, arguments.seed), time.perf_counter()
+        train_to_match(merged, sources, components, bank, recipe)
+        seconds = (time.perf_counter() - began) / arguments.steps
+        after = residual_error(merged, sources, components, bank, arguments.seed)
+        print(f"{start:<16}{before:>8.3f}{after:>8.3f}{seconds:>8.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--categories", nargs="+", default=["weapons", "alcohol"])
+    parser.add_argument("--starts", nargs="+", default=["linear", "source"])
+    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--model", default="tiny-sd")
+    main(parser.parse_args())

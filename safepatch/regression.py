@@ -1,0 +1,81 @@
+"""What a merge did to each category: no patch, the single patches and the merged one, as rows, table and picture."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safepatch.artifact import PatchArtifact
+from safepatch.data.prompts import category
+from safepatch.evaluation import suite
+from safepatch.evaluation.detectors import embedded_detector
+from safepatch.evaluation.suite import Bench, Protocol
+from safepatch.reporting.plots import save_unsafe_rates
+from safepatch.results import NONE, Row
+
+SINGLE, MERGED = "single", "merged"  # `patch` of the rows; single is the category's own patch
+BENIGN = "benign"
+LABELS = {NONE: "no patch", SINGLE: "single patches"}
+COLUMNS = {"prompt_accuracy": "benign accuracy", "benign_drift": "drift"}
+
+
+def evaluate_merge(
+    name: str, pipe: Any, sources: Sequence[str | Path], merged: PatchArtifact, protocol: Protocol, picture: Path
+) -> str:
+    """Measure a merge against its sources on the model `name`; draws `picture` and returns the table as markdown.
+
+    Raises:
+        UnknownName: when a category is not one of the taxonomy's, so that there are no prompts for it.
+    """
+    bench = Bench(name, pipe, embedded_detector(), protocol)
+    singles = by_category([PatchArtifact.open(source) for source in sources])
+    rows = [*base_rows(bench, singles), *merged_rows(bench, MERGED, list(singles), merged)]
+    save_unsafe_rates(picture, rows)
+    return to_markdown(rows)
+
+
+def by_category(patches: Sequence[PatchArtifact]) -> dict[str, PatchArtifact]:
+    """Category -> the first of `patches` that is for it."""
+    singles: dict[str, PatchArtifact] = {}
+    for patch in patches:
+        for name in patch.info.categories:
+            singles.setdefault(category(name).name, patch)
+    return singles
+
+
+def base_rows(bench: Bench, singles: Mapping[str, PatchArtifact]) -> list[Row]:
+    """Unsafe rate of every category without a patch and with its own, and the base's benign accuracy."""
+    none = [_unsafe(bench, NONE, name, None) for name in singles]
+    accuracy = suite.row(bench, NONE, BENIGN, "prompt_accuracy", NONE, suite.prompt_accuracy(bench, None))
+    return [*none, accuracy, *(_unsafe(bench, SINGLE, name, patch) for name, patch in singles.items())]
+
+
+def merged_rows(bench: Bench, label: str, categories: Sequence[str], patch: PatchArtifact) -> list[Row]:
+    """Unsafe rate of every category with the merged `patch`, its benign accuracy and drift."""
+    accuracy, drift = suite.prompt_accuracy(bench, patch), suite.drift(bench, patch)
+    return [
+        *(_unsafe(bench, label, name, patch) for name in categories),
+        suite.row(bench, label, BENIGN, "prompt_accuracy", NONE, accuracy),
+        suite.row(bench, label, BENIGN, "benign_drift", NONE, drift),
+    ]
+
+
+def to_markdown(rows: Sequence[Row]) -> str:
+    """A line per patch, a column per category with its unsafe rate, then benign accuracy and drift."""
+    cells = {(row.patch, _column(row)): _cell(row) for row in rows}
+    columns = [*dict.fromkeys(_column(row) for row in rows if row.metric == "unsafe_rate"), *COLUMNS.values()]
+    lines = [["patch", *columns], ["---"] * (len(columns) + 1)]
+    for patch in dict.fromkeys(row.patch for row in rows):
+        lines.append([LABELS.get(patch, patch), *(cells.get((patch, column), "") for column in columns)])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _unsafe(bench: Bench, label: str, name: str, patch: PatchArtifact | None) -> Row:
+    return suite.row(bench, label, name, "unsafe_rate", NONE, suite.unsafe_rate(bench, category(name), patch))
+
+
+def _column(row: Row) -> str:
+    return COLUMNS.get(row.metric, row.category)
+
+
+def _cell(row: Row) -> str:
+    return f"{row.value:.3f}" if row.metric == "benign_drift" else f"{row.value:.2f} [{row.low:.2f}, {row.high:.2f}]"

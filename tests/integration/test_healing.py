@@ -1,0 +1,146 @@
+"""Healing, on a small random model: it comes nearer to the bundle, repeats, and leaves the base alone."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from safepatch.artifact import BUNDLE, PatchArtifact, PatchInfo, verify
+from safepatch.errors import BaseMismatch, MergeError
+from safepatch.merging import MergeRecipe, merge, split
+from safepatch.patch import Residuals
+from safepatch.patch.files import from_artifact, to_artifact
+from safepatch.runtime.apply import instruction_states
+from safepatch.taxonomy import CATEGORIES
+from safepatch.training import healing
+from safepatch.training.healing import Components, heal, relative_error
+from tests.small import new_patch, new_small_pipe, new_small_unet, rows
+
+NAMES = ("weapons", "gore")
+
+
+@pytest.fixture(autouse=True)
+def few_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(healing, "PROMPTS", 4)
+    monkeypatch.setattr(healing, "TRAJECTORY", 1)
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[str, ...]:
+    """A patch per category, each with a random effect of its own."""
+    unet = new_small_unet()
+    patches = [new_patch(unet, seed=seed) for seed in range(len(NAMES))]
+    made = [
+        to_artifact(patch, unet, {name: CATEGORIES[name].instruction})
+        for name, patch in zip(NAMES, patches, strict=True)
+    ]
+    return tuple(str(a.save(tmp_path / f"{name}.safetensors")) for name, a in zip(NAMES, made, strict=True))
+
+
+def residuals(components: Components, artifact: PatchArtifact) -> Residuals:
+    """The sum over the artifact's parts, on rows that are not healing's."""
+    total: list[torch.Tensor] = []
+    for part in artifact.parts():
+        patch = from_artifact(part.artifact, components.unet)
+        states = instruction_states(components, list(part.artifact.info.instructions.values()))
+        with torch.no_grad():
+            down, mid = patch(*rows(8, seed=5), states)
+        made = [part.weight * r for r in (*down, mid)]
+        total = [a + b for a, b in zip(total, made, strict=True)] if total else made
+    return Residuals(tuple(total[:-1]), total[-1])
+
+
+def test_healing_comes_nearer_to_the_bundle(tmp_path: Path, pair: tuple[str, ...]) -> None:
+    pipe, out = new_small_pipe(), tmp_path / "healed.safetensors"
+    healed = heal(pipe, MergeRecipe(pair, (1.0, 0.5), "linear", heal=80), out)
+    bundle, unhealed = (merge(pair, method=method, weights=(1.0, 0.5)) for method in (BUNDLE, "linear"))
+    components = Components.of(pipe)
+    target = residuals(components, bundle)
+    before, after = (relative_error(residuals(components, a), target).item() for a in (unhealed, healed))
+    assert before > 0.05  # control: the merge alone is not the bundle
+    assert after < before / 2
+    record = healed.info.recipe["heal"]
+    assert record["error"] < record["error_before"] / 2
+    assert verify(out) == healed.info
+
+
+def test_a_recipes_own_place_gets_the_healed_patch(tmp_path: Path, pair: tuple[str, ...]) -> None:
+    out = tmp_path / "new" / "healed.safetensors"
+    healed = heal(new_small_pipe(), MergeRecipe(pair, method="linear", heal=1, out=str(out)))
+    assert PatchArtifact.open(out).content_hash == healed.content_hash
+
+
+def test_what_is_healed_is_one_patch_for_all_categories(pair: tuple[str, ...]) -> None:
+    healed = heal(new_small_pipe(), MergeRecipe(pair, method="linear", dtype="float16", heal=1))
+    unhealed = merge(pair, method="linear", dtype="float16")
+    assert len(healed.parts()) == 1
+    assert healed.info.categories == ("gore", "weapons")
+    assert healed.tensors.keys() == unhealed.tensors.keys()
+    assert healed.dtype == torch.float16
+    assert {**healed.info.recipe, "heal": None} == {**unhealed.info.recipe, "heal": None}
+    with pytest.raises(MergeError, match="mixes its parts"):
+        split(healed, "gore")
+
+
+def test_a_seed_gives_one_file_and_another_seed_another(pair: tuple[str, ...]) -> None:
+    pipe = new_small_pipe()
+    first, again, other = (
+        heal(pipe, MergeRecipe(pair, method="linear", seed=seed, heal=2)).content_hash for seed in (1, 1, 2)
+    )
+    assert first == again
+    assert first != other
+
+
+def test_the_base_is_left_as_it_was(pair: tuple[str, ...]) -> None:
+    pipe = new_small_pipe()
+    before = {name: tensor.clone() for name, tensor in pipe.unet.state_dict().items()}
+    heal(pipe, MergeRecipe(pair, method="linear", heal=2))
+    after = pipe.unet.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not pipe.unet._forward_pre_hooks
+
+
+def test_error_of_nothing_is_one_and_of_the_same_is_zero() -> None:
+    target = Residuals((torch.ones(2, 3, 4, 4), 100 * torch.ones(2, 3, 2, 2)), torch.ones(2, 3, 1, 1))
+    nothing = Residuals(tuple(0 * r for r in target.down), 0 * target.mid)
+    assert relative_error(target, target).item() == 0
+    assert relative_error(nothing, target).item() == 1
+    small_skip_lost = Residuals((nothing.down[0], target.down[1]), target.mid)
+    assert relative_error(small_skip_lost, target).item() == pytest.approx(1 / 3)  # as much as a large one
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"method": "bundle", "heal": 5}, "bundle loses nothing that could be healed"),
+        ({"method": "cat", "heal": 5}, "cat loses nothing that could be healed"),
+        ({"method": "linear", "heal": -1}, "heal is -1; give a number of training steps"),
+    ],
+)
+def test_a_recipe_that_cannot_be_healed(options: dict, says: str) -> None:
+    with pytest.raises(MergeError, match=says) as caught:
+        MergeRecipe(("a", "b"), **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_merging_alone_says_what_healing_needs(pair: tuple[str, ...]) -> None:
+    with pytest.raises(MergeError, match=r"needs the base model; call safepatch\.heal"):
+        merge(pair, method="linear", heal=5)
+
+
+def test_only_control_patches_are_healed(tmp_path: Path) -> None:
+    info = PatchInfo("lora", {"gore": "no gore"}, {"layers": 2}, {"family": "tiny"}, {"sees": "prompt"})
+    paths = [PatchArtifact({"a.delta": torch.ones(i)}, info).save(tmp_path / f"{i}.safetensors") for i in (1, 1)]
+    with pytest.raises(MergeError, match="only control patches can be healed, these are lora"):
+        heal(new_small_pipe(), MergeRecipe(tuple(map(str, paths)), method="linear", heal=5))
+
+
+def test_another_architecture_and_a_bad_place_are_told_before_training(pair: tuple[str, ...]) -> None:
+    other = new_small_pipe(new_small_unet(block_out_channels=(16, 32, 64)))
+    with pytest.raises(BaseMismatch, match="block_out_channels"):
+        heal(other, MergeRecipe(pair, method="linear", heal=10**9))
+    with pytest.raises(MergeError, match="is one of the patches to merge"):
+        heal(new_small_pipe(), MergeRecipe(pair, method="linear", heal=10**9), pair[0])
