@@ -332,7 +332,7 @@ def table(
 def merge_table(
     out: Annotated[
         Path | None,
-        typer.Option("-o", "--out", help="Folder of table.json; runs/merge-table, or runs/merge-table-KIND."),
+        typer.Option("-o", "--out", help="Of table.json; runs/merge-table, or runs/merge-table-KIND."),
     ] = None,
     n: Annotated[int, typer.Option(help="Images per rate.")] = 200,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 20,
