@@ -196,6 +196,10 @@ def generate(
     ] = "1",
     start: Annotated[float, typer.Option(help="Share of the denoising after which the patch begins to act.")] = 0.0,
     end: Annotated[float, typer.Option(help="Share of the denoising after which it stops.")] = 1.0,
+    gate: Annotated[str | None, typer.Option(help="off, soft or hard; hard if the patch has a gate.")] = None,
+    gate_threshold: Annotated[
+        float | None, typer.Option(help="Probability from which the gate opens; what the patch says if not given.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the starting noise.")] = 0,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 20,
     guidance_scale: Annotated[float | None, typer.Option(help="Of guidance; what is usual if not given.")] = None,
@@ -221,7 +225,8 @@ def generate(
     if patch:
         require_fit(model, patch, allow_pickle)  # before gigabytes of weights are read
     pipe = load_pipeline(model, tokenizer, allow_pickle, prediction_type)
-    with apply(pipe, patch, scales, start=start, end=end) if patch else nullcontext():
+    options = {"start": start, "end": end, "gate": gate, "gate_threshold": gate_threshold}
+    with apply(pipe, patch, scales, **options) if patch else nullcontext():
         images = run(pipe, [prompt], [seed], steps, guidance_scale, [negative_prompt] if negative_prompt else None)
     save_image(images[0], out)
     typer.echo(f"image: {out}")
