@@ -82,7 +82,7 @@ def heal(pipe: Any, recipe: MergeRecipe, out: str | Path | None = None) -> Patch
     start = merge(plain)
     if start.info.kind != "control":
         raise MergeError(f"only control patches can be healed, these are {start.info.kind}; merge them without heal")
-    components = Components.of(pipe).freeze().to(PartialState().device)
+    components = Components.of(pipe).freeze().to(cast(torch.device, PartialState().device))
     bundle = merge(replace(plain, method=BUNDLE, dtype=None, conflicts=False))
     sources = [activate(components, part.artifact, part.weight) for part in bundle.parts()]
     merged = activate(components, start)
