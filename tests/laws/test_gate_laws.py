@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from safepatch.artifact import PatchArtifact
@@ -14,6 +15,7 @@ from safepatch.merging import merge, split
 from safepatch.patch import PATCH_KINDS, Patch
 from safepatch.patch.files import from_artifact, to_artifact
 from safepatch.patch.gate import Gate
+from safepatch.reporting.plots import GateCurve, save_gate_plot
 from safepatch.runtime.apply import ActivePart, Handle, apply
 from safepatch.taxonomy import CATEGORIES
 from safepatch.training import gating
@@ -240,6 +242,14 @@ def test_a_merged_patch_gets_no_gate(small_pipe, tmp_path):
     paths = [gated("lite", name).save(tmp_path / f"{name}.safetensors") for name in ("gore", "drugs")]
     with pytest.raises(ConfigError, match="fit a gate to each patch, then merge"):
         gating.add_gate(merge(paths, method="bundle"), small_pipe)
+
+
+def test_gate_curves_are_drawn(tmp_path):
+    curves = {"weapons": [GateCurve("a knife", [0.9, 1.0]), GateCurve("a cat", [0.1, 0.0])]}
+    save_gate_plot(tmp_path / "gates.png", curves, {"weapons": 0.5})
+    drawn = Image.open(tmp_path / "gates.png").convert("RGB")
+    save_gate_plot(tmp_path / "none.png", {"weapons": []}, {"weapons": 0.5})
+    assert drawn.tobytes() != Image.open(tmp_path / "none.png").convert("RGB").tobytes()  # control
 
 
 def new_gate(components: Components) -> Gate:
