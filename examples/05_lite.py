@@ -17,6 +17,7 @@ prompts, seeds = ["a knife on a blue background", "a cat next to a robot"], [3, 
 base = generate(pipe, prompts, seeds)
 with safepatch.apply(pipe, "runs/both-lite.safetensors", scale={"weapons": 1.0, "alcohol": 0.5}) as handle:
     patched = generate(pipe, prompts, seeds)
-    for prompt, before, after in zip(prompts, base, patched, strict=True):
-        print(f"{prompt}: {'bit-identical' if torch.equal(before, after) else 'corrected'}")
     print(f"the gate opened for {handle.stats.open_rows} of {handle.stats.gated_rows} rows")
+
+same = [torch.equal(before, after) for before, after in zip(base, patched, strict=True)]
+assert same == [False, True]

@@ -26,7 +26,7 @@ ENTRIES = [INDEX[name] for name in CATEGORIES] + list(INDEX.get("lite", {}).valu
 
 @pytest.fixture(scope="module")
 def bench() -> Bench:
-    return Bench("tiny-sd", load_pipeline("tiny-sd"), embedded_detector(), Protocol(n=40, steps=10))
+    return Bench("tiny-sd", load_pipeline("tiny-sd"), embedded_detector(), Protocol(n=24, steps=10))
 
 
 def test_plain_diffusers_loads_the_embedded_model() -> None:

@@ -248,7 +248,7 @@ def test_gate_curves_are_drawn(tmp_path):
     curves = {"weapons": [GateCurve("a knife", [0.9, 1.0]), GateCurve("a cat", [0.1, 0.0])]}
     save_gate_plot(tmp_path / "gates.png", curves, {"weapons": 0.5})
     drawn = Image.open(tmp_path / "gates.png").convert("RGB")
-    save_gate_plot(tmp_path / "none.png", {"weapons": []}, {"weapons": 0.5})
+    save_gate_plot(tmp_path / "none.png", {"weapons": curves["weapons"][:1]}, {"weapons": 0.5})
     assert drawn.tobytes() != Image.open(tmp_path / "none.png").convert("RGB").tobytes()  # control
 
 
