@@ -88,7 +88,7 @@ def train(pipe: Any, config: TrainConfig, bank: PairBank | None = None) -> Path:
     accelerator = _accelerator(config.training, out)
     components = Components.of(pipe).freeze().to(accelerator.device)
     bank = bank or build_bank(components, category, config.data)
-    state = _fresh_state(components, config)
+    state = _fresh_state(components, config, bank)
     checkpoint = out / "checkpoint.pt"
     if checkpoint.is_file():
         state.load(checkpoint)
@@ -180,10 +180,12 @@ def learning_rate(options: TrainingConfig, step: int) -> float:
     return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def _fresh_state(components: Components, config: TrainConfig) -> State:
+def _fresh_state(components: Components, config: TrainConfig, bank: PairBank) -> State:
     kind = lookup(PATCH_KINDS, config.patch.kind, what="patch kind")
     patch = kind.from_unet(components.unet, config.patch.sees, **config.patch.layout)
     patch.gradient_checkpointing = config.training.gradient_checkpointing
+    for name, value in config.objective.buffers(bank.rows.unsafe_states).items():  # in checkpoints, not in the file
+        patch.register_buffer(name, value)
     patch.to(components.unet.device).train()
     average = AveragedModel(patch, multi_avg_fn=get_ema_multi_avg_fn(config.training.ema_decay)).requires_grad_(False)
     return State(patch, average, _optimizer(patch, config.training))

@@ -22,6 +22,7 @@ from safepatch.data.pairs import PairBank, PairsConfig, build_bank
 from safepatch.diffusion import Components, generate
 from safepatch.errors import SafepatchError, UnknownName
 from safepatch.objectives import OBJECTIVES, SafeControlConfig
+from safepatch.objectives.safe_control import new_adversaries
 from safepatch.patch import PATCH_KINDS, control
 from safepatch.runtime.apply import apply
 from safepatch.runtime.load import load_pipeline
@@ -295,6 +296,23 @@ def test_rates_are_the_kinds_own_unless_given(kind, rates):
     assert (chosen.learning_rate, chosen.joint_rate) == rates
     given = load_train_config(None, ["category=weapons", f"patch.kind={kind}", "training.learning_rate=0.5"]).training
     assert (given.learning_rate, given.joint_rate) == (0.5, rates[1])
+
+
+def test_adversaries_learn_beside_the_patch_and_stay_out_of_its_file(uninterrupted, bank, tmp_path, monkeypatch):
+    seen = []
+    load = trainer._finish
+    monkeypatch.setattr(trainer, "_finish", lambda state, *rest: seen.append(state) or load(state, *rest))
+    objective = SafeControlConfig(adversaries=2, adversary_tokens=3)
+    whole = run(tmp_path / "whole", bank, objective)
+    moved = seen[0].patch.adversary - new_adversaries(objective, bank.rows.unsafe_states)
+    assert moved.shape == (2, 3, 192)
+    assert moved.abs().amax((1, 2)).min() >= objective.adversary_rate * 0.99  # each has moved
+    assert whole.tensors.keys() == uninterrupted.tensors.keys()
+    assert whole.content_hash != uninterrupted.content_hash  # control
+    happens[:] = [*[nothing] * 3, press_ctrl_c]
+    with pytest.raises(Interrupted):
+        run(tmp_path / "cut", bank, Disturbed(adversaries=2, adversary_tokens=3))
+    assert run(tmp_path / "cut", bank, objective).content_hash == whole.content_hash
 
 
 def test_accumulation_resumes_to_the_same_file(bank, tmp_path):

@@ -213,6 +213,8 @@ def test_a_power_below_one_favours_noisy_timesteps():
         {"safe_share": 1.5},
         {"safe_share": -0.1},
         {"timestep_power": 0.0},
+        {"adversaries": -1},
+        {"adversary_tokens": 0},
     ],
 )
 def test_nonsense_settings_are_refused(settings):
