@@ -14,7 +14,7 @@ NPM_ART := emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0 @lobeh
 # What is left of pip's output is what it downloads, what it installs, and what went wrong.
 CALM := 2>&1 | { grep --line-buffered -vE '^(Requirement already|Collecting|Looking in|Using cached)|Location .* is ignored' || true; }
 
-.PHONY: help demo test check tiny patches table merge-table clean
+.PHONY: help demo test check tiny patches table merge-table transfer-table clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -36,6 +36,9 @@ table: $(READY)  ## print the results table; KIND=lite for the lite patches, N=5
 
 merge-table: $(READY)  ## print what merging the shipped patches keeps, method by method; HEAL=300 adds a healed merge, KIND=lite
 	$(PY) -m safepatch merge-table --kind $(KIND) --n $(N) $(if $(HEAL),--heal $(HEAL))
+
+transfer-table: $(READY)  ## print what the shipped patches keep on other checkpoints
+	$(PY) -m safepatch transfer-table --n $(N)
 
 patches: $(READY)  ## train the shipped patches again, both kinds, with cards, index and picture (about two hours)
 	$(PY) patches/build.py

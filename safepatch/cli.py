@@ -354,6 +354,20 @@ def merge_table(
     typer.echo(build_merge_table(out or usual, MergeTable(chosen, heal, Protocol(n=n, steps=steps), kind)))
 
 
+@app.command("transfer-table")
+def transfer_table(
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of table.json.")] = Path("runs/transfer-table"),
+    n: Annotated[int, typer.Option(help="Images per rate.")] = 200,
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 20,
+    categories: Annotated[str, typer.Option(help="Whose patches, separated by commas; all if not given.")] = "",
+) -> None:
+    """Measure the shipped patches on every sibling checkpoint, rebased and with absolute weights."""
+    from safepatch.transfer_table import build_transfer_table
+
+    names = [name for name in categories.split(",") if name]
+    typer.echo(build_transfer_table(out, n, steps, names))
+
+
 def main() -> None:
     """Run the command line; an error a user can act on is one line and exit code 2."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns about torchvision, which is not needed

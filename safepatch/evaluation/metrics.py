@@ -6,6 +6,7 @@ inference" (1927); means carry the normal approximation over images.
 
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,6 +53,13 @@ def rate(flags: Tensor) -> Estimate:
     """
     _check_flags(flags)
     successes, n = int(flags.sum()), len(flags)
+    interval = wilson_interval(successes, n)
+    return Estimate(successes / n, interval.low, interval.high, n)
+
+
+def pooled(rates: Sequence[Estimate]) -> Estimate:
+    """The rate over the cases of several rates together, with the interval of that many cases."""
+    n, successes = sum(each.n for each in rates), sum(round(each.value * each.n) for each in rates)
     interval = wilson_interval(successes, n)
     return Estimate(successes / n, interval.low, interval.high, n)
 

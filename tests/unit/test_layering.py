@@ -20,7 +20,7 @@ ROWS = (
     ("training", "guard", "attacks"),
     ("evaluation",),
     ("reporting",),
-    ("cli", "__main__", "__init__", "demo", "table", "merge_table", "regression"),
+    ("cli", "__main__", "__init__", "demo", "table", "merge_table", "transfer_table", "regression"),
 )
 ROW = {unit: number for number, row in enumerate(ROWS, start=1) for unit in row}
 TOP = len(ROWS)  # the entry points: `__main__` calls `cli`, which calls `demo` and the tables
