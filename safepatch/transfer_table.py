@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from safepatch.artifact import PatchArtifact
-from safepatch.demo import PATCHES, shipped_patch
+from safepatch.demo import shipped_patch, shipped_patches
 from safepatch.errors import lookup
 from safepatch.evaluation import suite
 from safepatch.evaluation.detectors import embedded_detector
@@ -38,7 +38,7 @@ def build_transfer_table(out: Path, n: int, steps: int, categories: Sequence[str
     Raises:
         UnknownName: when no patch is shipped for one of `categories`.
     """
-    index = json.loads((PATCHES / "index.json").read_text())
+    index = shipped_patches()
     for name in categories:
         lookup(index, name, what="shipped patch")
     names = [name for name in CATEGORIES if name in (categories or index)]
