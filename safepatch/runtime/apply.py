@@ -154,9 +154,9 @@ class Handle:
                 raise ConfigError(f"scale must be 0 (off) or more, not {value}")
         for name in scale if isinstance(scale, Mapping) else ():
             lookup(dict.fromkeys(self.categories), name, what="category of this patch")
-        self._scale = scale
         for part in self._parts:
-            self._scales(part)  # refuses what the part cannot tell apart
+            _scales(part, scale)  # refuses what the part cannot tell apart
+        self._scale = scale
 
     @property
     def gate(self) -> str:
@@ -197,7 +197,7 @@ class Handle:
     def _begun(self, args: tuple, kwargs: dict[str, Any]) -> Call | None:
         """The call, or None when the patch is off or outside its window."""
         sample, timesteps, states = bind(args, kwargs)
-        if not any(self._scales(part).any() for part in self._parts) or not self._is_within(timesteps):
+        if not any(_scales(part, self.scale).any() for part in self._parts) or not self._is_within(timesteps):
             return None
         added = kwargs.get("added_cond_kwargs") or {}
         return Call(sample, timesteps, states, added, self._rows_to_correct(sample))
@@ -234,7 +234,7 @@ class Handle:
         added = {key: value[rows] for key, value in call.added_cond_kwargs.items() if isinstance(value, Tensor)}
         instruction = part.instruction_states.to(sample.device, dtype)
         shown = features and features.of_rows(rows).to(dtype)
-        scales = self._scales(part).to(sample.device, dtype)
+        scales = _scales(part, self.scale).to(sample.device, dtype)
         states = call.prompt_states[rows].to(dtype)
         if shown and patch.gate is not None and self.gate != "off":
             scales = scales * self._openings(part, shown, times, states)
@@ -253,18 +253,6 @@ class Handle:
         if self.on_gate:
             self.on_gate(timesteps, probabilities)
         return probabilities if self.gate == "soft" else is_open.to(probabilities.dtype)
-
-    def _scales(self, part: ActivePart) -> Tensor:
-        """Scale times weight for each group of the part's patch, (groups,)."""
-        if not isinstance(self.scale, Mapping):
-            return torch.full((part.patch.groups,), self.scale * part.weight)
-        scales = [self.scale.get(name, 1.0) for name in part.categories]
-        if part.patch.groups == 1 and len(set(scales)) > 1:
-            raise ConfigError(
-                f"{', '.join(part.categories)} were merged into one and share one scale; merge by bundle, or lite "
-                "patches by cat, to keep them apart"
-            )
-        return torch.tensor(scales[: part.patch.groups]) * part.weight
 
     def _rows_to_correct(self, sample: Tensor) -> slice:
         """Which rows carry the prompt: under guidance the first equal part is the negative prompt's.
@@ -376,6 +364,19 @@ def bind(args: tuple, kwargs: Mapping[str, Any]) -> tuple[Tensor, Any, Tensor]:
     names = ("sample", "timestep", "encoder_hidden_states")
     given = dict(zip(names, args, strict=False))
     return tuple(given[name] if name in given else kwargs[name] for name in names)  # type: ignore[return-value]
+
+
+def _scales(part: ActivePart, scale: Scale) -> Tensor:
+    """Scale times weight for each group of the part's patch, (groups,)."""
+    if not isinstance(scale, Mapping):
+        return torch.full((part.patch.groups,), scale * part.weight)
+    scales = [scale.get(name, 1.0) for name in part.categories]
+    if part.patch.groups == 1 and len(set(scales)) > 1:
+        raise ConfigError(
+            f"{', '.join(part.categories)} were merged into one and share one scale; merge by bundle, or lite "
+            "patches by cat, to keep them apart"
+        )
+    return torch.tensor(scales[: part.patch.groups]) * part.weight
 
 
 def _plus(left: Residuals, right: Residuals) -> Residuals:
