@@ -11,8 +11,9 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from safepatch.errors import BaseMismatch, ModelNotFound, PromptError, SafepatchError, UnsupportedModel
@@ -82,6 +83,18 @@ class Components:
 def uncompiled(module: Any) -> Any:
     """The module inside `torch.compile`'s wrapper, or the module itself."""
     return getattr(module, "_orig_mod", module)
+
+
+def without_image_prompts(module: nn.Module) -> nn.Module:
+    """The module with plain attention where an IP-Adapter made it read image tokens too; changed in place.
+
+    An IP-Adapter's processors, the only ones that carry weights, take the last of the text tokens for an image's where
+    none are passed.
+    """
+    for part in module.modules():
+        if isinstance(part, Attention) and isinstance(part.processor, nn.Module):
+            part.set_processor(AttnProcessor2_0())
+    return module
 
 
 def not_supported(name: str) -> UnsupportedModel:

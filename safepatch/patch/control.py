@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from safepatch.diffusion import without_image_prompts
 from safepatch.errors import ConfigError
 from safepatch.patch.base import Features, Patch, Residuals, row_timesteps
 
@@ -138,9 +139,9 @@ def _narrowed(conv: Any, channels: int) -> Any:
 
 
 def _copy_without_hooks(module: nn.Module) -> nn.Module:
-    """A deep copy that leaves the host's hooks behind: the clone must not run another patch's."""
+    """A deep copy without the host's hooks and image prompts: the clone must run no other patch, and reads text."""
     tables = [getattr(part, name) for part in module.modules() for name in _HOOK_TABLES]
-    return copy.deepcopy(module, {id(table): OrderedDict() for table in tables})
+    return without_image_prompts(copy.deepcopy(module, {id(table): OrderedDict() for table in tables}))
 
 
 _HOOK_TABLES = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")

@@ -17,14 +17,17 @@ from PIL import Image
 from torch import Tensor
 
 from safepatch.diffusion import quiet
+from safepatch.patch import PATCH_KINDS
+from safepatch.patch.files import from_artifact
 from safepatch.runtime.apply import apply
 from safepatch.runtime.check import status
 from tests.families import MASK, PHOTO, small_family_pipe
-from tests.small import WIDTH, new_artifact, new_small_pipe, new_small_unet
+from tests.small import WIDTH, new_artifact, new_small_pipe, new_small_unet, rows, same_residuals
 
 # diffusers 0.42.1's Euler schedulers turn tensors into arrays in a way that numpy 2 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 
+every_kind = pytest.mark.parametrize("kind", sorted(PATCH_KINDS))
 Change = Callable[[Any], Any]  # takes a pipeline, returns the one to draw with
 
 
@@ -64,6 +67,22 @@ def with_lora(pipe: Any) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         pipe.unet.add_adapter(LoraConfig(target_modules=["to_q", "to_v"], init_lora_weights=False))
+    return pipe
+
+
+def with_ip_adapter(pipe: Any) -> Any:
+    """An IP-Adapter of four image tokens, made from its own layout."""
+    unet = pipe.unet
+    crossed = [unet.get_submodule(name.removesuffix(".processor")) for name in unet.attn_processors if "attn2" in name]
+    draw = torch.Generator().manual_seed(0)
+    weights = {
+        f"{2 * i + 1}.{layer}_ip.weight": 0.1 * torch.randn(attention.inner_dim, WIDTH, generator=draw)
+        for i, attention in enumerate(crossed)
+        for layer in ("to_k", "to_v")
+    }
+    sizes = {"proj.weight": (4 * WIDTH, 8), "proj.bias": (4 * WIDTH,), "norm.weight": (WIDTH,), "norm.bias": (WIDTH,)}
+    projection = {name: torch.randn(size, generator=draw) for name, size in sizes.items()}
+    unet._load_ip_adapter_weights([{"image_proj": projection, "ip_adapter": weights}])
     return pipe
 
 
@@ -140,6 +159,11 @@ CHANGES: dict[str, Change] = {
     "bfloat16": in_bfloat16,
     "deepcopy": copy.deepcopy,
     "image to image by from_pipe": diffusers.StableDiffusionImg2ImgPipeline.from_pipe,
+    "IP-Adapter": with_ip_adapter,
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "image to image by from_pipe": {"image": PHOTO, "strength": 1.0},
+    "IP-Adapter": {"ip_adapter_image_embeds": [torch.ones(2, 1, 8)]},
 }
 
 
@@ -159,22 +183,24 @@ def expect_law(pipe: Any, reference: Tensor, options: dict[str, Any]) -> None:
     assert torch.equal(draw(pipe, **options), reference)
 
 
+@every_kind
 @pytest.mark.parametrize("case", BUILT)
-def test_a_patch_acts_and_leaves_no_trace(case):
+def test_a_patch_acts_and_leaves_no_trace(case, kind):
     build, change, options = BUILT[case]
     reference = draw(change(build()), **options)
     pipe = change(build())
-    apply(pipe, new_artifact(pipe.unet))
+    apply(pipe, new_artifact(pipe.unet, kind))
     expect_law(pipe, reference, options)
 
 
+@every_kind
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_patch_keeps_acting_whatever_the_user_does_to_the_pipeline(change, when):
-    options = {"image": PHOTO, "strength": 1.0} if "image" in change else {}
+def test_a_patch_keeps_acting_whatever_the_user_does_to_the_pipeline(change, when, kind):
+    options = OPTIONS.get(change, {})
     reference = draw(CHANGES[change](new_small_pipe()), **options)
     pipe = new_small_pipe()
-    artifact = new_artifact(pipe.unet)
+    artifact = new_artifact(pipe.unet, kind)
     if when == "after":
         apply(pipe, artifact)
     pipe = CHANGES[change](pipe)
@@ -183,23 +209,40 @@ def test_a_patch_keeps_acting_whatever_the_user_does_to_the_pipeline(change, whe
     expect_law(pipe, reference, options)
 
 
-def test_a_patch_acts_under_autocast(small_pipe):
+def test_an_image_prompt_is_seen(small_pipe):
+    """Control of the IP-Adapter's cases above."""
+    pipe = with_ip_adapter(small_pipe)
+    ones, zeros = ({"ip_adapter_image_embeds": [make(2, 1, 8)]} for make in (torch.ones, torch.zeros))
+    assert not torch.equal(draw(pipe, **ones), draw(pipe, **zeros))
+
+
+def test_a_clone_reads_every_token_of_the_text_beside_an_image_prompt():
+    """Its host's IP-Adapter would make it take the last tokens for an image's."""
+    plain, adapted = new_small_pipe(), with_ip_adapter(new_small_pipe())
+    ours, theirs = (from_artifact(new_artifact(plain.unet), pipe.unet) for pipe in (plain, adapted))
+    inputs = (*rows(), torch.randn(1, 5, WIDTH))
+    assert same_residuals(ours(*inputs), theirs(*inputs))
+
+
+@every_kind
+def test_a_patch_acts_under_autocast(small_pipe, kind):
     def shot(cast: bool = True) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16) if cast else nullcontext():
             return draw(small_pipe)
 
     base, plain = shot(), shot(cast=False)
     assert not torch.equal(base, plain)  # control: autocast does something
-    with apply(small_pipe, new_artifact(small_pipe.unet)) as handle:
+    with apply(small_pipe, new_artifact(small_pipe.unet, kind)) as handle:
         assert not torch.equal(shot(), base)
         handle.scale = 0
         assert torch.equal(shot(), base)
     assert torch.equal(shot(), base)
 
 
-def test_a_copied_pipeline_and_its_original_go_their_own_ways(small_pipe):
+@every_kind
+def test_a_copied_pipeline_and_its_original_go_their_own_ways(small_pipe, kind):
     base = draw(small_pipe)
-    with apply(small_pipe, new_artifact(small_pipe.unet)) as handle:
+    with apply(small_pipe, new_artifact(small_pipe.unet, kind)) as handle:
         patched = draw(small_pipe)
         copied = copy.deepcopy(small_pipe)
         (own,) = status(copied)
@@ -211,10 +254,11 @@ def test_a_copied_pipeline_and_its_original_go_their_own_ways(small_pipe):
     assert not torch.equal(patched, base)  # control
 
 
-def test_a_patch_for_two_images_of_different_size(small_pipe):
+@every_kind
+def test_a_patch_for_two_images_of_different_size(small_pipe, kind):
     wide = {"height": 64, "width": 96}
     base = draw(small_pipe, **wide)
-    with apply(small_pipe, new_artifact(small_pipe.unet)):
+    with apply(small_pipe, new_artifact(small_pipe.unet, kind)):
         draw(small_pipe)
         assert not torch.equal(draw(small_pipe, **wide), base)
     assert torch.equal(draw(small_pipe, **wide), base)
