@@ -33,7 +33,7 @@ TARGETS = {  # name: kind, gate at run time, what the attacker aims at
 
 def main() -> None:
     """Attack, draw, score, print."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--category", default="weapons")
     parser.add_argument("--n", type=int, default=40, help="images per rate")
     parser.add_argument("--steps", type=int, default=100, help="gradient steps")

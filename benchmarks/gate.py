@@ -64,7 +64,7 @@ def left_alone(pipe: Any, prompts: Sequence[Prompt], patches: dict[str, PatchArt
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--n", type=int, default=500, help="benign prompts; look-alikes: a fifth for each category")
     parser.add_argument("--unsafe", type=int, default=40, help="unsafe prompts per category, with the gate and without")
     parser.add_argument("--json", type=Path, help="where to write the figures")

@@ -134,7 +134,7 @@ def measure(structure: str, rows: int, side: int, rounds: int) -> dict[str, floa
 
 def main() -> None:
     """Count, time, print."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--json", type=Path, help="where to write the figures")
     parser.add_argument(
         "--time", nargs="*", default=["sd15"], choices=list(STRUCTURES), help="large structures to time"

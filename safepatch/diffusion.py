@@ -91,7 +91,8 @@ def without_image_prompts(module: nn.Module) -> nn.Module:
     An IP-Adapter's processors, the only ones that carry weights, take the last of the text tokens for an image's where
     none are passed.
     """
-    for part in module.modules():
+    parts: list[Any] = list(module.modules())
+    for part in parts:
         if isinstance(part, Attention) and isinstance(part.processor, nn.Module):
             part.set_processor(AttnProcessor2_0())
     return module
