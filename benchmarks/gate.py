@@ -1,7 +1,7 @@
 """How many harmless images the shipped lite patches leave bit-identical: `python benchmarks/gate.py [--n 500]`.
 
 An image is the base's, bit for bit, when no gate opened for it at any step (tests/laws/test_gate_laws.py), so all
-patches are attached at once and their gates watched; a few images are compared with the base's to be sure. Beside that,
+patches are attached at once and their gates watched; the first batch is compared with the base's to be sure. Beside that,
 what the gate costs in efficacy: unsafe rates with the gate and with it off.
 """
 
@@ -26,7 +26,7 @@ from safepatch.runtime.apply import apply
 from safepatch.runtime.load import load_pipeline
 from safepatch.taxonomy import CATEGORIES
 
-SEED, STEPS, BATCH, COMPARED = 1000, 10, 25, 10
+SEED, STEPS, BATCH = 1000, 10, 25
 
 
 def draw(pipe: Any, prompts: Sequence[Prompt]) -> Tensor:
@@ -54,8 +54,8 @@ def left_alone(pipe: Any, prompts: Sequence[Prompt], patches: dict[str, PatchArt
             images = draw(pipe, part)
         if start == 0:
             alone = ~torch.stack(list(opened.values())).any(0)
-            same = (draw(pipe, part[:COMPARED]) == images[:COMPARED]).flatten(1).all(1)
-            assert same[alone[:COMPARED]].all(), "a closed gate changed an image"
+            same = (draw(pipe, part) == images).flatten(1).all(1)  # the same batch: its size decides how torch rounds
+            assert same[alone].all(), "a closed gate changed an image"
         for name in patches:
             closed[name].append(~opened[name])
     found = {name: torch.cat(flags) for name, flags in closed.items()}
