@@ -1,8 +1,8 @@
 """How many harmless images the shipped lite patches leave bit-identical: `python benchmarks/gate.py [--n 500]`.
 
 An image is the base's, bit for bit, when no gate opened for it at any step (tests/laws/test_gate_laws.py), so all
-patches are attached at once and their gates watched; the first batch is compared with the base's to be sure. Beside that,
-what the gate costs in efficacy: unsafe rates with the gate and with it off.
+patches are attached at once and their gates watched; the first batch is compared with the base's to be sure. Beside
+that, what the gate costs in efficacy: unsafe rates with the gate and with it off.
 """
 
 import argparse

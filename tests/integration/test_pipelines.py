@@ -209,6 +209,21 @@ def test_a_patch_keeps_acting_whatever_the_user_does_to_the_pipeline(change, whe
     expect_law(pipe, reference, options)
 
 
+@pytest.mark.slow
+@every_kind
+def test_a_patch_that_was_attached_first_is_compiled_with_the_unet(kind):
+    levels = {"block_out_channels": (16, 32), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}
+    pipe = new_small_pipe(new_small_unet(down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), **levels))
+    base = draw(pipe)
+    with apply(pipe, new_artifact(pipe.unet, kind)) as handle:
+        patched = draw(pipe)
+        pipe.unet = torch.compile(pipe.unet, backend="eager")
+        compiled = draw(pipe)
+        assert handle.stats.patched_calls == handle.stats.unet_calls == 4
+    torch.testing.assert_close(compiled, patched, rtol=0, atol=1e-3)
+    assert (patched - base).abs().max() > 0.05  # control: what the patch does is far above that tolerance
+
+
 def test_an_image_prompt_is_seen(small_pipe):
     """Control of the IP-Adapter's cases above."""
     pipe = with_ip_adapter(small_pipe)
