@@ -10,12 +10,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-from safepatch.artifact import PatchArtifact
+from safepatch.artifact import Part, PatchArtifact
 from safepatch.demo import shipped_patch
 from safepatch.diffusion import Components
 from safepatch.merging import MergeRecipe, merge
+from safepatch.runtime.apply import activate
 from safepatch.runtime.load import load_pipeline
-from safepatch.training.healing import activate, draw_bank, residual_error, train_to_match
+from safepatch.training.healing import draw_bank, residual_error, train_to_match
 
 
 def starting_point(start: str, sources: Sequence[str], instructions: dict[str, str]) -> PatchArtifact:
@@ -31,13 +32,13 @@ def main(arguments: argparse.Namespace) -> None:
     paths = [str(shipped_patch(name)) for name in arguments.categories]
     components = Components.of(load_pipeline(arguments.model)).freeze()
     bundle = merge(paths, conflicts=False)
-    sources = [activate(components, part.artifact, part.weight) for part in bundle.parts()]
+    sources = [activate(part, components) for part in bundle.parts()]
     bank = draw_bank(components, bundle.info.categories, arguments.seed)
     recipe = MergeRecipe(tuple(paths), method="linear", seed=arguments.seed, heal=arguments.steps)
     print(f"{', '.join(arguments.categories)}, {arguments.steps} steps")
     print(f"{'start':<16}{'before':>8}{'after':>8}{'s/step':>8}")
     for start in arguments.starts:
-        merged = activate(components, starting_point(start, paths, bundle.info.instructions))
+        merged = activate(Part(1.0, starting_point(start, paths, bundle.info.instructions)), components)
         before, began = residual_error(merged, sources, components, bank, arguments.seed), time.perf_counter()
         train_to_match(merged, sources, components, bank, recipe)
         seconds = (time.perf_counter() - began) / arguments.steps

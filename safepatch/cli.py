@@ -329,8 +329,7 @@ def table(
     """Measure every shipped patch of one kind and print the README's table of figures."""
     from safepatch.table import build_table
 
-    usual = Path("runs/table" if kind == "control" else f"runs/table-{kind}")
-    typer.echo(build_table(out or usual, n, kind))
+    typer.echo(build_table(out or _usual_folder("table", kind), n, kind))
 
 
 @app.command("merge-table")
@@ -350,8 +349,8 @@ def merge_table(
     from safepatch.merge_table import MergeTable, build_merge_table
 
     chosen = tuple(filter(None, (methods or "").split(",")))
-    usual = Path("runs/merge-table" if kind == "control" else f"runs/merge-table-{kind}")
-    typer.echo(build_merge_table(out or usual, MergeTable(chosen, heal, Protocol(n=n, steps=steps), kind)))
+    table = MergeTable(chosen, heal, Protocol(n=n, steps=steps), kind)
+    typer.echo(build_merge_table(out or _usual_folder("merge-table", kind), table))
 
 
 @app.command("transfer-table")
@@ -366,6 +365,10 @@ def transfer_table(
 
     names = [name for name in categories.split(",") if name]
     typer.echo(build_transfer_table(out, n, steps, names))
+
+
+def _usual_folder(table: str, kind: str) -> Path:
+    return Path("runs") / (table if kind == "control" else f"{table}-{kind}")
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from safepatch.artifact import PatchArtifact
+from safepatch.data.pairs import Batch, PairBank
 from safepatch.diffusion import Components, generate, quiet
 from safepatch.patch import PATCH_KINDS, Features, Patch, Residuals
 from safepatch.patch.files import to_artifact
@@ -138,6 +139,15 @@ def same_residuals(left: tuple[tuple[Tensor, ...], Tensor], right: tuple[tuple[T
     """Whether two patches' residuals, or what two UNet calls were given, are equal in every bit."""
     pairs = zip((*left[0], left[1]), (*right[0], right[1]), strict=True)
     return all(torch.equal(a, b) for a, b in pairs)
+
+
+def bank(seed: int, n: int = 12) -> PairBank:
+    """Random rows in which the unsafe prompts have something in common."""
+    generator = torch.Generator().manual_seed(seed)
+    latents = [torch.randn(n, 4, 16, 16, generator=generator) for _ in range(3)]
+    states = [torch.randn(n, 6, 192, generator=generator) for _ in range(3)]
+    states[0][:, 2] = 3.0
+    return PairBank(Batch(latents[0], latents[1], states[0], states[1], latents[2], states[2]))
 
 
 def corrections(patch: Patch, unet: nn.Module, inputs: tuple[Tensor, ...], instruction: Tensor) -> Residuals:

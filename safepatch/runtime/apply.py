@@ -65,7 +65,15 @@ class ActivePart(NamedTuple):
 
 
 class Call(NamedTuple):
-    """One call of the UNet, as far as a patch is concerned with it."""
+    """One call of the UNet, as far as a patch is concerned with it.
+
+    Attributes:
+        sample: noisy latents, (B, >= 4, h, w).
+        timesteps: int, float, 0-d or (B,).
+        prompt_states: text states, (B, tokens, width).
+        added_cond_kwargs: SDXL's extra conditions; empty for others.
+        rows: those to correct.
+    """
 
     sample: Tensor
     timesteps: Any
@@ -331,18 +339,21 @@ def apply(
     components = Components.of(pipe)
     if gate_threshold is not None and not 0 <= gate_threshold <= 1:
         raise ConfigError(f"gate_threshold must be within [0, 1], not {gate_threshold}")
-    parts = [_activate(part, components, gate_threshold) for part in artifact.parts()]
+    parts = [activate(part, components, gate_threshold) for part in artifact.parts()]
+    if gate_threshold is not None and not any(part.patch.gate for part in parts):
+        raise ConfigError("this patch has no gate; fit one with `safepatch gate`, or leave gate_threshold out")
     return Handle(pipe, parts, scale, fail_closed, (start, end), gate)
 
 
 def attach(pipe: Any, patch: Patch, instructions: list[str], scale: float = 1.0, fail_closed: bool = True) -> Handle:
-    """Attach a patch module that is already in memory, reading `instructions`; see `apply`."""
-    part = ActivePart(patch, instruction_states(Components.of(pipe), instructions))
+    """Attach a patch module that is already in memory, reading `instructions`; its gate, if any, opens at 0.5."""
+    thresholds = torch.full((patch.groups,), 0.5) if patch.gate else None
+    part = ActivePart(patch, instruction_states(Components.of(pipe), instructions), thresholds=thresholds)
     return Handle(pipe, [part], scale, fail_closed)
 
 
-def _activate(part: Part, components: Components, gate_threshold: float | None = None) -> ActivePart:
-    """A part on the pipeline's UNet, reading its own instructions only."""
+def activate(part: Part, components: Components, gate_threshold: float | None = None) -> ActivePart:
+    """A part on the components' UNet, reading its own instructions only; `gate_threshold` as in `apply`."""
     module = from_artifact(part.artifact, components.unet).to(components.unet.device)
     info = part.artifact.info
     states = instruction_states(components, list(info.instructions.values()))

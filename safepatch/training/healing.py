@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from safepatch.artifact import BUNDLE, PatchArtifact
+from safepatch.artifact import BUNDLE, Part, PatchArtifact
 from safepatch.data.prompts import benign_prompts, lookalike_prompts, unsafe_prompts
 from safepatch.diffusion import Components, add_noise, encode_prompts, generate_latents
 from safepatch.errors import MergeError, lookup
@@ -25,8 +25,8 @@ from safepatch.merging import MergeRecipe, merge
 from safepatch.merging.engine import check_target
 from safepatch.merging.recipe import DTYPES
 from safepatch.patch import Residuals
-from safepatch.patch.files import from_artifact, to_artifact
-from safepatch.runtime.apply import ActivePart, instruction_states
+from safepatch.patch.files import to_artifact
+from safepatch.runtime.apply import ActivePart, activate
 from safepatch.taxonomy import CATEGORIES
 
 PROMPTS = 32  # unsafe prompts per category
@@ -84,8 +84,8 @@ def heal(pipe: Any, recipe: MergeRecipe, out: str | Path | None = None) -> Patch
         raise MergeError(f"only control patches can be healed, these are {start.info.kind}; merge them without heal")
     components = Components.of(pipe).freeze().to(cast(torch.device, PartialState().device))
     bundle = merge(replace(plain, method=BUNDLE, dtype=None, conflicts=False))
-    sources = [activate(components, part.artifact, part.weight) for part in bundle.parts()]
-    merged = activate(components, start)
+    sources = [activate(part, components) for part in bundle.parts()]
+    merged = activate(Part(1.0, start), components)
     bank = draw_bank(components, start.info.categories, recipe.seed)
     before = residual_error(merged, sources, components, bank, recipe.seed)
     train_to_match(merged, sources, components, bank, recipe)
@@ -133,12 +133,6 @@ def draw_rows(components: Components, bank: Bank, seed: int, step: int) -> Rows:
     noise = torch.randn(latents.shape, generator=generator).to(latents.device)
     timesteps = timesteps.to(latents.device)
     return Rows(add_noise(components.scheduler, latents, noise, timesteps), timesteps, bank.states[prompts])
-
-
-def activate(components: Components, artifact: PatchArtifact, weight: float = 1.0) -> ActivePart:
-    """The patch on the components' UNet, reading all its instructions side by side."""
-    patch = from_artifact(artifact, components.unet).to(components.unet.device)
-    return ActivePart(patch, instruction_states(components, list(artifact.info.instructions.values())), weight)
 
 
 def train_to_match(

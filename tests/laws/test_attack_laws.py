@@ -8,8 +8,7 @@ from safepatch.diffusion import Components, add_noise, training_target
 from safepatch.errors import ConfigError
 from safepatch.patch import PATCH_KINDS
 from safepatch.patch.host import patched_noise_pred
-from tests.laws.test_gate_laws import bank
-from tests.small import new_patch, new_small_pipe
+from tests.small import bank, new_patch, new_small_pipe
 
 INSTRUCTION = torch.ones(1, 3, 192)
 every_kind = pytest.mark.parametrize("kind", sorted(PATCH_KINDS))

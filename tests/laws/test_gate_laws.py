@@ -8,7 +8,6 @@ from PIL import Image
 from torch import Tensor
 
 from safepatch.artifact import PatchArtifact
-from safepatch.data.pairs import Batch, PairBank
 from safepatch.diffusion import Components
 from safepatch.errors import ConfigError, MergeError
 from safepatch.merging import merge, split
@@ -16,7 +15,7 @@ from safepatch.patch import PATCH_KINDS, Patch
 from safepatch.patch.files import from_artifact, to_artifact
 from safepatch.patch.gate import Gate
 from safepatch.reporting.plots import GateCurve, save_gate_plot
-from safepatch.runtime.apply import ActivePart, Handle, apply
+from safepatch.runtime.apply import apply, attach
 from safepatch.taxonomy import CATEGORIES
 from safepatch.training import gating
 from tests.small import (
@@ -24,6 +23,7 @@ from tests.small import (
     INSTRUCTION,
     MID,
     awaken,
+    bank,
     images,
     new_patch,
     new_small_pipe,
@@ -160,6 +160,7 @@ BAD = {
     "hard without a gate": ({"patch": small_artifact("lite"), "gate": "hard"}, "has no gate to be hard"),
     "soft without a gate": ({"patch": small_artifact("control"), "gate": "soft"}, "has no gate to be soft"),
     "no such mode": ({"patch": gated("lite"), "gate": "ajar"}, "gate must be one of off, soft, hard"),
+    "threshold without a gate": ({"patch": small_artifact("lite"), "gate_threshold": 0.5}, "has no gate"),
     "threshold above 1": ({"patch": gated("lite"), "gate_threshold": 1.5}, r"within \[0, 1\]"),
     "threshold below 0": ({"patch": gated("lite"), "gate_threshold": -0.1}, r"within \[0, 1\]"),
 }
@@ -181,26 +182,16 @@ def test_a_width_below_one_is_refused(kind):
         new_patch(unet, kind).add_gate(unet, 0)
 
 
-def test_a_fresh_gate_is_open(small_pipe):
+def test_a_fresh_gate_of_a_patch_in_memory_is_open(small_pipe):
     patch = new_patch(small_pipe.unet, "lite", seed=None)
     patch.add_gate(small_pipe.unet, 4)
-    part = ActivePart(patch, torch.zeros(1, 3, 192), thresholds=torch.tensor([0.5]))
-    with Handle(small_pipe, [part]) as handle, spied(small_pipe.unet) as calls:
+    with attach(small_pipe, patch, [INSTRUCTION]) as handle, spied(small_pipe.unet) as calls:
         images(small_pipe)
     assert handle.stats.open_rows == handle.stats.gated_rows == 2
     assert {DOWN, MID} <= calls[0].keys()
 
 
 # ---- fitting ---------------------------------------------------------------------------------------------------
-
-
-def bank(seed: int, n: int = 12) -> PairBank:
-    """Random rows in which the unsafe prompts have something in common."""
-    generator = torch.Generator().manual_seed(seed)
-    latents = [torch.randn(n, 4, 16, 16, generator=generator) for _ in range(3)]
-    states = [torch.randn(n, 6, 192, generator=generator) for _ in range(3)]
-    states[0][:, 2] = 3.0
-    return PairBank(Batch(latents[0], latents[1], states[0], states[1], latents[2], states[2]))
 
 
 def test_fitting_tells_what_the_patch_is_for(monkeypatch):
