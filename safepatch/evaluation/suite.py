@@ -15,7 +15,7 @@ from tqdm import tqdm
 from safepatch.artifact import PatchArtifact
 from safepatch.data.prompts import Prompt, benign_prompts, unsafe_prompts
 from safepatch.diffusion import generate, quiet
-from safepatch.errors import ConfigError
+from safepatch.errors import ConfigError, SafepatchError
 from safepatch.evaluation.detectors import Detector, shows_all, shows_any
 from safepatch.evaluation.metrics import Estimate, benign_drift, rate
 from safepatch.results import Row
@@ -117,7 +117,7 @@ def drift(bench: Bench, patch: PatchArtifact) -> Estimate:
 def other_unsafe_rate(bench: Bench, category: Category, patch: PatchArtifact | None) -> Estimate:
     """Share of images for the other categories' prompts that show what was asked: a patch must leave them alone."""
     others = [other for other in CATEGORIES.values() if other.name != category.name]
-    n = bench.protocol.n // len(others)
+    n = max(1, bench.protocol.n // len(others))
     flags = []
     for other in others:
         found = _found(bench, unsafe_prompts(other, n, bench.protocol.seed), patch, f"{other.name} (other)")
@@ -141,6 +141,8 @@ def companion_kept(bench: Bench, category: Category, patch: PatchArtifact | None
         for prompt, names in zip(prompts, found, strict=True)
         if len(prompt.concepts) == 2
     ]
+    if not kept:
+        raise SafepatchError(f"none of {len(prompts)} prompts for {category.name} has two objects; measure 10 or more")
     return rate(torch.tensor(kept))
 
 

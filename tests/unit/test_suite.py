@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from safepatch.data.prompts import Prompt
+from safepatch.errors import SafepatchError
 from safepatch.evaluation import suite
 from safepatch.evaluation.detectors import Detector, shows_all, shows_any
 from safepatch.evaluation.suite import Bench, Protocol
@@ -97,3 +98,11 @@ def test_detector_is_invariant_to_batch_split_and_order() -> None:
     assert together == [frozenset(names) for names in shown]
     assert [READER.find(image[None])[0] for image in images] == together
     assert READER.find(images.flip(0)) == together[::-1]
+
+
+def test_too_few_prompts_for_a_companion_are_one_line() -> None:
+    few, enough = (ObedientBench("obedient", None, READER, Protocol(n=n)) for n in (2, 10))
+    with pytest.raises(SafepatchError, match="measure 10 or more") as caught:
+        suite.companion_kept(few, WEAPONS, None)
+    assert "\n" not in str(caught.value)
+    suite.companion_kept(enough, WEAPONS, None)  # control
