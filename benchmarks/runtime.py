@@ -10,17 +10,20 @@ pipeline runs its ControlNet on both rows, or with `guess_mode` on the prompt's 
 taken in turn in one process on one thread, and a ratio is the median over the rounds of the two times of one round.
 Times are the process's own CPU time, so that a busy machine counts less; torch counts the floating-point operations.
 
-Loading is opening a float16 file of that patch (its hash checked) and putting it onto the UNet, against reading the
-file once from the page cache.
+Loading is opening a float16 file of that patch (its hash checked) and rebasing it onto the UNet, in float16 as it is
+served and in float32, against reading the file once from start to end. Both begin with a file that is not in the page
+cache; these are seconds of the clock, with torch's usual threads.
 """
 
 import argparse
 import json
+import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -163,24 +166,40 @@ def counted(step: Step) -> float:
 
 
 def measure_loading(unet: Any, folder: Path, rounds: int) -> dict[str, float]:
-    """Seconds of loading a patch and of reading its file, and the peak of memory that loading adds, in MB."""
+    """Seconds of reading a patch's file and of loading it, and the peak of memory that loading adds, in MB."""
     path = to_artifact(ControlPatch.from_unet(unet), unet, {"weapons": "no weapons"}).astype(torch.float16)
     path = path.save(folder / "patch.safetensors")
-    times: dict[str, list[float]] = {"read": [], "load": []}
-    grown = 0.0
-    for _ in range(rounds):
-        start = time.process_time()
-        read(path)
-        middle, before = time.process_time(), reset_peak_mb()
-        patch = from_artifact(PatchArtifact.open(path), unet)
-        end = time.process_time()
-        grown = max(grown, peak_mb() - before)
-        times["read"].append(middle - start)
-        times["load"].append(end - middle)
-        size = megabytes(patch)
-        del patch
-    seconds = {name: statistics.median(values) for name, values in times.items()}
-    return {**seconds, "file_mb": path.stat().st_size / 1e6, "patch_mb": size, "peak_mb": grown}
+    figures = {"file_mb": path.stat().st_size / 1e6}
+    for dtype in (torch.float32, torch.float16):
+        host, name = unet.to(dtype), str(dtype).removeprefix("torch.")
+        times: dict[str, list[float]] = {"read": [], f"load_{name}": []}
+        grown = 0.0
+        for _ in range(rounds):
+            times["read"].append(clocked_cold(path, partial(read, path))[0])
+            before = reset_peak_mb()
+            seconds, patch = clocked_cold(path, partial(load, path, host, dtype))
+            times[f"load_{name}"].append(seconds)
+            grown = max(grown, peak_mb() - before)
+            figures[f"patch_mb_{name}"] = megabytes(patch)
+            del patch
+        figures |= {key: statistics.median(values) for key, values in times.items()}
+        figures |= {f"peak_mb_{name}": grown, f"load_vs_read_{name}": figures[f"load_{name}"] / figures["read"]}
+    return figures
+
+
+def load(path: Path, unet: Any, dtype: torch.dtype) -> Patch:
+    """The patch of a file, on `unet`."""
+    return from_artifact(PatchArtifact.open(path), unet, dtype)
+
+
+def clocked_cold(path: Path, job: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds of the clock that `job` takes while `path` is not in the page cache, and what it returns."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    start = time.perf_counter()
+    made = job()
+    return time.perf_counter() - start, made
 
 
 def read(path: Path) -> None:
@@ -206,6 +225,7 @@ def peak_mb() -> float:
 @torch.no_grad()
 def main(options: argparse.Namespace) -> None:
     """Build, measure in turn, print."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     unet = new_unet(options.family, options.width)
     ways = new_steps(unet, options.latents)
@@ -229,6 +249,7 @@ def main(options: argparse.Namespace) -> None:
         )
     sizes = {name: step.extra_mb for name, step in ways.items()}
     del ways, step  # their weights: memory for what follows
+    torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         loading = measure_loading(unet, Path(folder), 3)
     print("loading: " + ", ".join(f"{name} {value:.2f}" for name, value in loading.items()))
@@ -239,7 +260,7 @@ def main(options: argparse.Namespace) -> None:
         "separate_vs_single": ratio("control, 3 separate", "control patch"),
         "off_vs_base": ratio("control patch, scale 0", "base"),
         "lite_vs_base": ratio("lite patch", "base"),
-        "load_vs_read": loading["load"] / loading["read"],
+        "load_vs_read": loading["load_vs_read_float16"],
     }
     for name, value in ratios.items():
         print(f"{name:<34}{value:.3f}")

@@ -67,6 +67,12 @@ class Components:
         pairs = ((self.tokenizer, self.text_encoder), (self.tokenizer_2, self.text_encoder_2))
         return [pair for pair in pairs if pair[1] is not None]
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What the UNet computes in; float32 where its weights are stored in less than 16 bits."""
+        dtype = self.unet.dtype
+        return dtype if dtype.is_floating_point and dtype.itemsize > 1 else torch.float32
+
     def freeze(self) -> "Components":
         """Put every module in evaluation mode without gradients; returns itself."""
         for module in self.modules():

@@ -88,8 +88,16 @@ class Patch(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def from_unet(cls, unet: Any, sees: str, **layout: Any) -> "Patch":
-        """A fresh patch for `unet`, which is only read."""
+    def from_unet(cls, unet: Any, sees: str, gate: int = 0, empty: bool = False, **layout: Any) -> "Patch":
+        """A fresh patch for `unet`, which is only read.
+
+        Args:
+            unet: the host.
+            sees: what the patch reads of the text.
+            gate: width of a fresh gate; 0 for none.
+            empty: leave parameters that copy the host's on the meta device, for `load_deltas` to fill.
+            layout: the kind's own settings.
+        """
 
     @abstractmethod
     def forward(
@@ -128,21 +136,31 @@ class Patch(nn.Module, ABC):
         return {name: (p.detach().float() - anchors[name].float()).cpu() for name, p in self.named_parameters()}
 
     @torch.no_grad()
-    def load_deltas(self, unet: Any, deltas: Mapping[str, Tensor]) -> None:
-        """Set every parameter to the host's anchor plus its delta (rebasing); a missing delta counts as zero.
+    def load_deltas(self, unet: Any, deltas: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> None:
+        """Set every parameter to the host's anchor plus its delta (rebasing), rounded to `dtype`.
+
+        A missing delta counts as zero.
 
         Raises:
             BaseMismatch: when a delta is for something this host lacks; dropping it would weaken the patch in silence.
         """
-        anchors, parameters = self.anchors(unet), dict(self.named_parameters())
-        plain = {name.replace(".base_layer.", "."): name for name in parameters}  # PEFT wraps layers that carry a LoRA
+        anchors = self.anchors(unet)
+        plain = {name.replace(".base_layer.", "."): name for name in anchors}  # PEFT wraps layers that carry a LoRA
         for name in sorted(deltas.keys() - plain.keys()):
             raise BaseMismatch(
                 f"this patch changes '{name}', which this model lacks; use it on a model of its own family"
             )
-        for short, name in plain.items():
-            anchor, delta = anchors[name], deltas.get(short)
-            parameters[name].copy_(anchor if delta is None else anchor.float() + delta.to(anchor.device))
+        values = {name: _rebased(anchors[name], deltas.get(short), dtype) for short, name in plain.items()}
+        self.load_state_dict(values, strict=False, assign=True)  # a training run's buffers keep their values
+
+
+def _rebased(anchor: Tensor, delta: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`anchor` + `delta`, summed in float32 and rounded once: a tensor of its own."""
+    if delta is None:
+        return anchor.to(dtype, copy=True)
+    if torch.result_type(anchor, delta) != dtype:  # else torch's own sum does just that, without copies
+        anchor = anchor.float()
+    return (anchor + delta.to(anchor.device)).to(dtype)
 
 
 def row_timesteps(timesteps: Any, sample: Tensor) -> Tensor:

@@ -48,12 +48,14 @@ class ControlPatch(Patch):
         self.zero_mid = _zero_conv(channels[-1])
 
     @classmethod
-    def from_unet(cls, unet: Any, sees: str = "instruction+prompt", gate: int = 0, **layout: Any) -> "ControlPatch":
+    def from_unet(
+        cls, unet: Any, sees: str = "instruction+prompt", gate: int = 0, empty: bool = False, **layout: Any
+    ) -> "ControlPatch":
         """A fresh patch: the clone equals the host's encoder, the zero convolutions are zero; `gate` is a width."""
         if layout:
             raise ConfigError(f"a control patch has no '{min(layout)}'; its layout is the host's")
         parts = {name: getattr(unet, name) for name in CLONED if isinstance(getattr(unet, name, None), nn.Module)}
-        clone = {name: _copy_without_hooks(part).float().requires_grad_(True) for name, part in parts.items()}
+        clone = {name: _copy_without_hooks(part, empty).float().requires_grad_(True) for name, part in parts.items()}
         clone["conv_in"] = _narrowed(clone["conv_in"], unet.config["out_channels"])
         patch = cls(clone, skip_channels(unet), sees)
         if gate:
@@ -143,10 +145,13 @@ def _narrowed(conv: Any, channels: int) -> Any:
     return conv
 
 
-def _copy_without_hooks(module: nn.Module) -> nn.Module:
+def _copy_without_hooks(module: nn.Module, empty: bool) -> nn.Module:
     """A deep copy without the host's hooks and image prompts: the clone must run no other patch, and reads text."""
     tables = [getattr(part, name) for part in module.modules() for name in _HOOK_TABLES]
-    return without_image_prompts(copy.deepcopy(module, {id(table): OrderedDict() for table in tables}))
+    replaced: dict[int, Any] = {id(table): OrderedDict() for table in tables}
+    if empty:
+        replaced |= {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in module.parameters()}
+    return without_image_prompts(copy.deepcopy(module, replaced))
 
 
 _HOOK_TABLES = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from safepatch.artifact import PatchArtifact, PatchInfo
@@ -43,8 +44,13 @@ def to_artifact(
     return PatchArtifact(tensors, info)
 
 
-def from_artifact(artifact: PatchArtifact, unet: Any) -> Patch:
-    """A patch module on `unet`: the host's own weights plus the stored deltas (rebasing).
+def from_artifact(artifact: PatchArtifact, unet: Any, dtype: torch.dtype = torch.float32) -> Patch:
+    """A patch module on `unet`: the host's own weights plus the stored deltas (rebasing), summed in float32.
+
+    Args:
+        artifact: the patch.
+        unet: the host, which is only read.
+        dtype: of the module's parameters.
 
     Raises:
         BaseMismatch: when the file is for another architecture.
@@ -53,13 +59,13 @@ def from_artifact(artifact: PatchArtifact, unet: Any) -> Patch:
     if artifact.info.is_bundle:
         raise BaseMismatch("a bundle is several patches, not one module; apply it, or take one of its parts()")
     kind, config = lookup(PATCH_KINDS, artifact.info.kind, what="patch kind"), artifact.info.config
-    patch = kind.from_unet(unet, config["sees"], **config.get("layout", {}))
-    patch.load_deltas(unet, _Deltas(artifact))
+    patch = kind.from_unet(unet, config["sees"], empty=True, **config.get("layout", {}))
+    patch.load_deltas(unet, _Deltas(artifact), dtype)
     return patch.eval().requires_grad_(False)
 
 
 class _Deltas(Mapping[str, Tensor]):
-    """A patch's dense float32 deltas by the module's parameter names, each made when asked for: no copy of them all."""
+    """A patch's dense deltas by the module's parameter names: as they are stored, or multiplied out when asked for."""
 
     def __init__(self, artifact: PatchArtifact) -> None:
         self._artifact = artifact
@@ -67,7 +73,8 @@ class _Deltas(Mapping[str, Tensor]):
         self._names = {name.removeprefix(prefix): name for name in artifact.parameter_names()}
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._artifact.delta(self._names[name])
+        stored = self._artifact.stored(self._names[name])
+        return stored["delta"] if "delta" in stored else self._artifact.delta(self._names[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

@@ -70,8 +70,10 @@ class LitePatch(Patch):
         self.mid_branch = _Branch(draw, channels[-1], norm_groups, rank, depth, groups)
 
     @classmethod
-    def from_unet(cls, unet: Any, sees: str = "instruction+prompt", gate: int = 0, **layout: Any) -> "LitePatch":
-        """A fresh patch, whose random values are the same every time; `gate` as `add_gate`'s width."""
+    def from_unet(
+        cls, unet: Any, sees: str = "instruction+prompt", gate: int = 0, empty: bool = False, **layout: Any
+    ) -> "LitePatch":
+        """A fresh patch, whose random values are the same every time (a few MB, made even if `empty`)."""
         width, norm_groups = unet.config["cross_attention_dim"], unet.config["norm_num_groups"]
         patch = cls(skip_channels(unet), width, norm_groups, sees, **layout)
         if gate:

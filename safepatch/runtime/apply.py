@@ -354,7 +354,7 @@ def attach(pipe: Any, patch: Patch, instructions: list[str], scale: float = 1.0,
 
 def activate(part: Part, components: Components, gate_threshold: float | None = None) -> ActivePart:
     """A part on the components' UNet, reading its own instructions only; `gate_threshold` as in `apply`."""
-    module = from_artifact(part.artifact, components.unet).to(components.unet.device)
+    module = from_artifact(part.artifact, components.unet, components.compute_dtype).to(components.unet.device)
     info = part.artifact.info
     states = instruction_states(components, list(info.instructions.values()))
     thresholds = None

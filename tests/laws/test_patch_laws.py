@@ -177,6 +177,23 @@ def test_deltas_follow_the_host_they_are_loaded_on(kind):
 
 
 @every_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16], ids=str)
+def test_rebasing_sums_in_float32_and_rounds_once(kind, dtype, stored):
+    """A half-precision host gets a half-precision patch, and no rounding that is not its dtype's own."""
+    host = new_small_unet().to(dtype)
+    artifact = new_artifact(new_small_unet(), kind).astype(stored)
+    patch = from_artifact(artifact, host, dtype)
+    anchors = patch.anchors(host)
+    for name, parameter in patch.named_parameters():
+        delta = artifact.delta(f"{kind}.{name}")
+        assert parameter.dtype == dtype
+        assert parameter.equal((anchors[name].float() + delta).to(dtype)), name
+    changed = [not parameter.equal(anchors[name]) for name, parameter in patch.named_parameters()]
+    assert any(changed)  # control: there are deltas to sum
+
+
+@every_kind
 def test_a_host_that_carries_a_lora_takes_every_delta(kind):
     """PEFT renames the layers it wraps; a delta that finds no layer must not be lost."""
     plain, host = new_small_unet(), new_small_unet()
