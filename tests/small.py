@@ -146,7 +146,7 @@ def bank(seed: int, n: int = 12) -> PairBank:
     generator = torch.Generator().manual_seed(seed)
     latents = [torch.randn(n, 4, 16, 16, generator=generator) for _ in range(3)]
     states = [torch.randn(n, 6, 192, generator=generator) for _ in range(3)]
-    states[0][:, 2] = 3.0
+    states[0][:, 2] = torch.randn(192, generator=torch.Generator().manual_seed(-1))
     return PairBank(Batch(latents[0], latents[1], states[0], states[1], latents[2], states[2]))
 
 

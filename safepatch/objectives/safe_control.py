@@ -36,6 +36,7 @@ class SafeControlConfig:
             in free adversarial training (Shafahi et al. 2019, arXiv 1904.12843); 0 trains without.
         adversary_tokens: text states of each.
         adversary_rate: how far each of their values moves per step.
+        adversary_life: steps after which one starts anew from a prompt's padding, as an attack of that many steps does.
         timestep_power: exponent of the uniform draw of timesteps; below 1 favours noisy ones, where it is decided what
             is drawn.
     """
@@ -49,6 +50,7 @@ class SafeControlConfig:
     adversaries: int = 0
     adversary_tokens: int = 4
     adversary_rate: float = 0.05
+    adversary_life: int = 100
 
     def __post_init__(self) -> None:
         """Refuse what has no meaning."""
@@ -58,14 +60,16 @@ class SafeControlConfig:
             )
         if self.preservation < 0 or not 0 <= self.safe_share <= 1:
             raise ConfigError("objective.preservation must be >= 0 and objective.safe_share within [0, 1]")
-        if self.adversaries < 0 or self.adversary_tokens < 1:
-            raise ConfigError("objective.adversaries must be >= 0 and objective.adversary_tokens at least 1")
+        if self.adversaries < 0 or min(self.adversary_tokens, self.adversary_life) < 1:
+            raise ConfigError(
+                "objective.adversaries must be >= 0, objective.adversary_tokens and adversary_life at least 1"
+            )
         if self.timestep_power <= 0:
             raise ConfigError(f"objective.timestep_power must be above 0, not {self.timestep_power}")
 
     def buffers(self, states: Tensor) -> dict[str, Tensor]:
         """What the objective keeps with the patch while it trains, by name; `states` are the unsafe prompts'."""
-        return {"adversary": new_adversaries(self, states)} if self.adversaries else {}
+        return new_adversaries(self, states) if self.adversaries else {}
 
     def loss(
         self, patch: nn.Module, components: Components, instruction: Tensor, batch: Batch, generator: torch.Generator
@@ -127,21 +131,14 @@ def _asked(
 ) -> tuple[Tensor, Batch]:
     """The unsafe prompts that the patch is asked about, and the batch with states of the same length.
 
-    With adversaries, half of the unsafe prompts end in a soft prompt, all others in more of their padding. The soft
-    prompts are a buffer of the patch, and take their own step, up the loss, in the backward pass that trains it.
+    With adversaries, half of the unsafe prompts end in a soft prompt, all others in more of their padding.
     """
     if not config.adversaries:
         return batch.unsafe_states, batch
-    adversary = cast(Tensor, getattr(patch, "module", patch).adversary)
     rows = len(batch.unsafe_states)
-    pick = torch.randint(config.adversaries, (rows,), generator=generator).to(adversary.device)
-    attacked = torch.rand(rows, generator=generator).to(adversary.device) < 0.5
-    soft = adversary[pick].clone().requires_grad_()
-
-    def ascend(gradient: Tensor) -> None:
-        adversary.index_add_(0, pick[attacked], config.adversary_rate * gradient[attacked].sign().to(adversary.dtype))
-
-    soft.register_hook(ascend)
+    pick = torch.randint(config.adversaries, (rows,), generator=generator).to(batch.unsafe_states.device)
+    attacked = torch.rand(rows, generator=generator).to(pick.device) < 0.5
+    soft = _adversarial(config, getattr(patch, "module", patch), pick, attacked, generator)
     padded = {
         name: _padded(getattr(batch, name), config.adversary_tokens)
         for name in ("unsafe_states", "safe_states", "retain_states")
@@ -150,16 +147,47 @@ def _asked(
     return torch.where(attacked[:, None, None], asked, padded["unsafe_states"]), replace(batch, **padded)
 
 
+def _adversarial(
+    config: SafeControlConfig, patch: nn.Module, pick: Tensor, attacked: Tensor, generator: torch.Generator
+) -> Tensor:
+    """The soft prompts that `pick` names, (B, tokens, width).
+
+    They are buffers of the patch. In the backward pass that trains it, each of those in use takes a step up the loss.
+    """
+    adversary, age, start = (cast(Tensor, getattr(patch, f"adversary{part}")) for part in ("", "_age", "_start"))
+    old = age >= config.adversary_life
+    adversary[old] = _fresh(config, start, generator).to(adversary)[old]
+    age[old] = 0
+    soft = adversary[pick].clone().requires_grad_()
+
+    def ascend(gradient: Tensor) -> None:
+        uphill = torch.zeros_like(adversary).index_add_(0, pick[attacked], gradient[attacked].to(adversary))
+        adversary.add_(uphill.sign(), alpha=config.adversary_rate)
+        age[pick[attacked].unique()] += 1
+
+    soft.register_hook(ascend)
+    return soft
+
+
 def _padded(states: Tensor, tokens: int) -> Tensor:
     """`states` (B, T, width) with the last state, the end of the padding, `tokens` more times."""
     return torch.cat((states, states[:, -1:].expand(-1, tokens, -1)), dim=1)
 
 
-def new_adversaries(config: SafeControlConfig, states: Tensor) -> Tensor:
-    """Soft prompts to start from, (adversaries, tokens, width): noise as large as `states` (N, T, width) are."""
-    generator = torch.Generator().manual_seed(0)
-    shape = (config.adversaries, config.adversary_tokens, states.shape[-1])
-    return torch.randn(shape, generator=generator) * states.std().cpu()
+def new_adversaries(config: SafeControlConfig, states: Tensor) -> dict[str, Tensor]:
+    """Soft prompts `adversary`, (adversaries, tokens, width), and for each of them its age in steps.
+
+    They start near the end of a prompt's padding, the last of `states` (N, T, width), all at different ages.
+    """
+    start = states[0, -1].float().cpu()
+    age = torch.arange(config.adversaries) * config.adversary_life // config.adversaries
+    fresh = _fresh(config, start, torch.Generator().manual_seed(0))
+    return {"adversary": fresh, "adversary_age": age, "adversary_start": start}
+
+
+def _fresh(config: SafeControlConfig, start: Tensor, generator: torch.Generator) -> Tensor:
+    shape = (config.adversaries, config.adversary_tokens, len(start))
+    return start.cpu() + 0.1 * torch.randn(shape, generator=generator)
 
 
 def _timesteps(n: int, total: int, power: float, generator: torch.Generator) -> Tensor:

@@ -1,15 +1,16 @@
 """A gate decides, row by row and step by step, whether a patch acts at all; closed, the host's bits are untouched.
 
-It reads the prompt through attention with learned queries, and what the host makes of it: the mid block's output.
+It counts evidence and knows none to the contrary: detectors read every text state of the prompt, the strongest answer
+of each counts, and what the host makes of the prompt (the mid block's output) can only add to it. So nothing that is
+appended to a prompt closes a gate that the prompt itself opens.
 """
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import group_norm, scaled_dot_product_attention, silu
+from torch.nn.functional import group_norm, relu, silu, softplus
 
 from safepatch.patch.draw import TIME_WIDTH, Draw, sinusoids
 
-QUERIES = 4
 MODES = ("off", "soft", "hard")
 
 
@@ -28,12 +29,12 @@ class Gate(nn.Module):
         super().__init__()
         draw = Draw(seed=1)
         self.norm_groups = norm_groups
-        self.query = draw.normal(groups, QUERIES, width)
-        self.key = draw.normal(groups, width, text_width)
-        self.value = draw.normal(groups, width, text_width)
+        self.detect = draw.normal(groups, width, text_width)
+        self.detect_bias = nn.Parameter(torch.zeros(groups, width))
+        self.weigh = nn.Parameter(torch.full((groups, width), -3.0))  # of each detector, before softplus
         self.look = draw.normal(groups, width, channels)
         self.time = draw.normal(groups, width, TIME_WIDTH)
-        self.hidden = draw.normal(groups, width, (QUERIES + 2) * width)
+        self.hidden = draw.normal(groups, width, 2 * width)
         self.decide = nn.Parameter(torch.zeros(groups, width))
         self.bias = nn.Parameter(torch.zeros(groups))
 
@@ -45,11 +46,11 @@ class Gate(nn.Module):
             timesteps: (B,).
             prompt_states: (B, tokens, width).
         """
-        key, value = (torch.einsum("btw,grw->bgtr", prompt_states, part) for part in (self.key, self.value))
-        query = self.query.expand(len(mid), -1, -1, -1)
-        text = scaled_dot_product_attention(query, key, value).flatten(2)
+        detected = torch.einsum("btw,grw->bgrt", prompt_states, self.detect).amax(-1) + self.detect_bias
+        text = torch.einsum("bgr,gr->bg", relu(detected), softplus(self.weigh))
         seen = silu(torch.einsum("bcp,grc->bgrp", group_norm(mid, self.norm_groups).flatten(2), self.look))
-        read = torch.cat((text, seen.mean(-1), seen.amax(-1)), dim=-1)
         time = torch.einsum("bt,grt->bgr", sinusoids(timesteps).to(self.time.dtype), self.time)
+        read = torch.cat((seen.mean(-1), seen.amax(-1)), dim=-1)
         hidden = silu(torch.einsum("bgi,gri->bgr", read, self.hidden) + time)
-        return torch.einsum("bgr,gr->bg", hidden, self.decide) + self.bias
+        image = softplus(torch.einsum("bgr,gr->bg", hidden, self.decide))
+        return text + image + self.bias

@@ -304,7 +304,7 @@ def test_adversaries_learn_beside_the_patch_and_stay_out_of_its_file(uninterrupt
     monkeypatch.setattr(trainer, "_finish", lambda state, *rest: seen.append(state) or load(state, *rest))
     objective = SafeControlConfig(adversaries=2, adversary_tokens=3)
     whole = run(tmp_path / "whole", bank, objective)
-    moved = seen[0].patch.adversary - new_adversaries(objective, bank.rows.unsafe_states)
+    moved = seen[0].patch.adversary - new_adversaries(objective, bank.rows.unsafe_states)["adversary"]
     assert moved.shape == (2, 3, 192)
     assert moved.abs().amax((1, 2)).min() >= objective.adversary_rate * 0.99  # each has moved
     assert whole.tensors.keys() == uninterrupted.tensors.keys()

@@ -107,6 +107,20 @@ def test_behind_a_closed_gate_the_patch_is_not_run(small_pipe, kind):
             assert (handle.stats.gated_rows, handle.stats.open_rows) == (2, 2 * runs)
 
 
+def test_nothing_appended_to_a_prompt_lowers_a_gates_logit():
+    gate = gated_patch("lite").gate
+    assert gate is not None
+    draw = torch.Generator().manual_seed(0)
+    mid, timesteps, states = torch.zeros(64, 32, 4, 4), torch.arange(64), torch.randn(64, 5, 192, generator=draw)
+    more = 10 * torch.randn(64, 4, 192, generator=draw)
+    with torch.no_grad():
+        before, after = (gate(mid, timesteps, text) for text in (states, torch.cat((states, more), dim=1)))
+        fewer = gate(mid, timesteps, states[:, :2])
+    assert (after >= before).all()
+    assert (after > before).any()  # control: the states are read
+    assert (fewer < before).any()  # control: taking words away does lower it
+
+
 @every_kind
 def test_the_gate_is_kept_in_the_file(tmp_path, kind):
     unet, artifact = new_small_unet(), gated(kind)
@@ -206,11 +220,9 @@ def test_fitting_tells_what_the_patch_is_for(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(gates[0].parameters(), gates[1].parameters(), strict=True))
     assert records[0]["harmless_scenes_opened"] == 0
     assert records[0]["unsafe_steps_opened"] > 0.9
-    fresh = new_gate(components)
-    with torch.no_grad():
-        assert not fresh(
-            torch.randn(3, 32, 4, 4), torch.arange(3), torch.randn(3, 6, 192)
-        ).any()  # control: knows nothing
+    monkeypatch.setattr(gating, "STEPS", 0)
+    unfitted = gating.fit_gate(new_gate(components), components, CATEGORIES["weapons"], bank(0), seed=0)
+    assert unfitted["unsafe_steps_opened"] < 0.9  # control: untrained, it cannot tell them apart
 
 
 @every_kind
