@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from safepatch.patch import PATCH_KINDS, Features, Patch
 from safepatch.patch.host import answered
-from safepatch.runtime.apply import ActivePart, Handle
+from safepatch.runtime.handle import ActivePart, Handle
 from safepatch.tiny.unet import new_scheduler, new_unet
 
 RANK, GATE, TOKENS, MERGED = 64, 32, 77, 5

@@ -35,8 +35,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from safepatch.artifact import PatchArtifact
 from safepatch.patch import ControlPatch, LitePatch, Patch
 from safepatch.patch.files import from_artifact, to_artifact
-from safepatch.runtime.apply import ActivePart, Handle
 from safepatch.runtime.checkpoint import CONFIGS
+from safepatch.runtime.handle import ActivePart, Handle
 
 TOKENS = 77
 PATCHES = 3

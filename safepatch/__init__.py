@@ -9,8 +9,9 @@ if TYPE_CHECKING:
     from safepatch.artifact import PatchArtifact, PatchInfo, read_info, verify
     from safepatch.errors import PatchBypassed, SafepatchError
     from safepatch.merging import MergeRecipe, merge, split
-    from safepatch.runtime.apply import Handle, apply
+    from safepatch.runtime.apply import apply
     from safepatch.runtime.check import Status, check, status
+    from safepatch.runtime.handle import Handle
     from safepatch.runtime.load import load_pipeline
     from safepatch.training.config import TrainConfig, load_train_config
     from safepatch.training.healing import heal
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 # Where each public name lives; it is imported on first use, so that `import safepatch` loads no model library.
 _HOMES: dict[str, str] = {
-    "Handle": "safepatch.runtime.apply",
+    "Handle": "safepatch.runtime.handle",
     "MergeRecipe": "safepatch.merging",
     "PatchArtifact": "safepatch.artifact",
     "PatchBypassed": "safepatch.errors",

@@ -12,7 +12,6 @@ import typer
 from safepatch.errors import SafepatchError
 
 if TYPE_CHECKING:
-    from safepatch.artifact import PatchInfo
     from safepatch.merging import MergeRecipe
 
 app = typer.Typer(
@@ -82,39 +81,14 @@ def merge(
     if target is None:
         raise SafepatchError("nowhere to write the merged patch; give -o FILE, or 'out' in the recipe")
     if recipe.heal or evaluate:
-        _merge_on_model(recipe, target, model, n if evaluate else None)
+        from safepatch.regression import merge_on_model
+
+        merge_on_model(recipe, target, model, n if evaluate else None, tell=typer.echo)
     else:
+        from safepatch.describe import merge_lines
         from safepatch.merging import merge as run
 
-        _tell_merge(run(recipe, target).info, target)
-
-
-def _merge_on_model(recipe: "MergeRecipe", target: Path, model: str, n: int | None) -> None:
-    """Merge, heal if asked to, and measure with `n` images per rate if that is given; what is wrong is told first."""
-    from safepatch.evaluation.suite import Protocol
-    from safepatch.merging import merge as run
-    from safepatch.regression import evaluate_merge
-    from safepatch.runtime.check import require_fit
-    from safepatch.runtime.load import load_pipeline
-    from safepatch.training.healing import heal
-
-    protocol = Protocol() if n is None else Protocol(n=n)
-    require_fit(model, recipe.sources[0])
-    pipe = load_pipeline(model)
-    merged = heal(pipe, recipe, target) if recipe.heal else run(recipe, target)
-    _tell_merge(merged.info, target)
-    if n is not None:
-        picture = target.with_suffix(".png")
-        typer.echo(evaluate_merge(model, pipe, recipe.sources, merged, protocol, picture))
-        typer.echo(f"picture: {picture}")
-
-
-def _tell_merge(info: "PatchInfo", target: Path) -> None:
-    recipe = info.recipe or {}
-    names = ", ".join(info.categories)
-    typer.echo(f"merged {names} by {recipe['method']}: {target} ({target.stat().st_size / 1e6:.1f} MB)")
-    for line in _merge_notes(recipe):
-        typer.echo(line)
+        typer.echo("\n".join(merge_lines(run(recipe, target).info, target)))
 
 
 def _recipe(sources: list[Path], options: dict[str, Any]) -> "MergeRecipe":
@@ -128,26 +102,6 @@ def _recipe(sources: list[Path], options: dict[str, Any]) -> "MergeRecipe":
     if options.get("heal"):
         options = {"method": HEALED, **options}
     return MergeRecipe(tuple(map(str, sources)), **options)
-
-
-def _merge_notes(recipe: dict[str, Any]) -> list[str]:
-    """What the merge measured: a line per pair of sources, one for healing, one for the re-compression."""
-    titles = [", ".join(source["categories"]) for source in recipe["sources"]]
-    notes = []
-    for pair in recipe.get("conflicts", ()):
-        i, j = pair["sources"]
-        figures = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in pair["overall"].items())
-        notes.append(f"  {titles[i]} and {titles[j]}: {figures}")
-    healed = recipe.get("heal")
-    if healed:
-        change = f"{healed['error_before']:.3f} -> {healed['error']:.3f}"
-        notes.append(f"  healed in {healed['steps']} steps: error {change} (0 is the bundle, 1 is no patch)")
-    errors = recipe.get("rank_errors")
-    if errors:
-        worst = max(errors, key=lambda name: errors[name])
-        mean = sum(errors.values()) / len(errors)
-        notes.append(f"  rank {recipe['rank']}: relative error {mean:.4f} on average, {errors[worst]:.4f} in {worst}")
-    return notes
 
 
 @app.command()
@@ -256,8 +210,9 @@ def inspect(
 ) -> None:
     """Say what a patch file is, from its header alone."""
     from safepatch.artifact import read_info
+    from safepatch.describe import described
 
-    info = _described(read_info(patch))
+    info = described(read_info(patch))
     if picture:
         from safepatch.reporting.plots import save_conflict_map
 
@@ -268,22 +223,6 @@ def inspect(
         return
     for key, value in info.items():
         typer.echo(f"{key:15s} {json.dumps(value, sort_keys=True) if isinstance(value, dict | list) else value}")
-
-
-def _described(info: "PatchInfo") -> dict[str, Any]:
-    """What `inspect` says: a merge's sources and conflicts apart from its recipe, no lists of tensors."""
-    from dataclasses import asdict
-
-    recipe = dict(info.recipe or {})
-    sources = [
-        {key: value for key, value in source.items() if key not in ("metadata", "tensors")}
-        for source in recipe.pop("sources", [])
-    ]
-    plain = {key: value for key, value in asdict(info).items() if key != "shapes"}
-    merged = {"sources": sources, "source_hashes": [source["hash"] for source in sources]}
-    conflicts = recipe.pop("conflicts", [])
-    recipe.pop("rank_errors", None)
-    return {**plain, "categories": list(info.categories), "recipe": recipe or None, **merged, "conflicts": conflicts}
 
 
 @app.command()

@@ -1,21 +1,43 @@
 """What a merge did to each category: no patch, the single patches and the merged one, as rows, table and picture."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from safepatch.artifact import PatchArtifact
 from safepatch.data.prompts import category
+from safepatch.describe import merge_lines
 from safepatch.evaluation import suite
 from safepatch.evaluation.detectors import embedded_detector
 from safepatch.evaluation.suite import Bench, Protocol
+from safepatch.merging import MergeRecipe, merge
 from safepatch.reporting.plots import save_unsafe_rates
 from safepatch.results import NONE, Row
+from safepatch.runtime.check import require_fit
+from safepatch.runtime.load import load_pipeline
+from safepatch.training.healing import heal
 
 SINGLE, MERGED = "single", "merged"  # `patch` of the rows; single is the category's own patch
 BENIGN = "benign"
 LABELS = {NONE: "no patch", SINGLE: "single patches"}
 COLUMNS = {"prompt_accuracy": "benign accuracy", "benign_drift": "drift"}
+
+
+def merge_on_model(recipe: MergeRecipe, target: Path, model: str, n: int | None, tell: Callable[[str], None]) -> None:
+    """Merge, heal if the recipe says so, and measure with `n` images per rate if that is given.
+
+    Raises:
+        BaseMismatch: when the sources are not for `model`; known before anything is merged.
+    """
+    protocol = Protocol() if n is None else Protocol(n=n)
+    require_fit(model, recipe.sources[0])
+    pipe = load_pipeline(model)
+    merged = heal(pipe, recipe, target) if recipe.heal else merge(recipe, target)
+    tell("\n".join(merge_lines(merged.info, target)))
+    if n is not None:
+        picture = target.with_suffix(".png")
+        tell(evaluate_merge(model, pipe, recipe.sources, merged, protocol, picture))
+        tell(f"picture: {picture}")
 
 
 def evaluate_merge(

@@ -27,7 +27,8 @@ from safepatch.diffusion import quiet
 from safepatch.errors import ConfigError, PatchBypassed, UnknownName
 from safepatch.merging import MergeRecipe, combine
 from safepatch.patch import PATCH_KINDS
-from safepatch.runtime.apply import Handle, Stats, apply, attach
+from safepatch.runtime.apply import apply, attach
+from safepatch.runtime.handle import Handle, Stats
 from tests.small import (
     DOWN,
     INSTRUCTION,

@@ -15,8 +15,9 @@ from diffusers import AnimateDiffPipeline, DDIMScheduler, MotionAdapter, StableD
 from safepatch.diffusion import quiet
 from safepatch.errors import ConfigError, PatchBypassed
 from safepatch.patch import PATCH_KINDS
-from safepatch.runtime.apply import apply, attached
+from safepatch.runtime.apply import apply
 from safepatch.runtime.check import status
+from safepatch.runtime.handle import attached
 from tests.small import images, new_artifact, new_small_pipe, new_small_unet, rows
 
 README = (Path(__file__).parents[2] / "README.md").read_text()

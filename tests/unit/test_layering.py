@@ -15,7 +15,7 @@ ROWS = (
     ("errors", "taxonomy", "config", "results"),
     ("diffusion", "container"),
     ("tiny", "artifact"),
-    ("data", "patch", "merging", "hub"),
+    ("data", "patch", "merging", "hub", "describe"),
     ("objectives", "runtime"),
     ("training", "guard", "attacks"),
     ("evaluation",),

@@ -1,0 +1,48 @@
+"""A patch in words and plain values, from its metadata alone."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safepatch.artifact import PatchInfo
+
+
+def described(info: PatchInfo) -> dict[str, Any]:
+    """What `inspect` says: a merge's sources and conflicts apart from its recipe, no lists of tensors."""
+    recipe = dict(info.recipe or {})
+    sources = [
+        {key: value for key, value in source.items() if key not in ("metadata", "tensors")}
+        for source in recipe.pop("sources", [])
+    ]
+    plain = {key: value for key, value in asdict(info).items() if key != "shapes"}
+    merged = {"sources": sources, "source_hashes": [source["hash"] for source in sources]}
+    conflicts = recipe.pop("conflicts", [])
+    recipe.pop("rank_errors", None)
+    return {**plain, "categories": list(info.categories), "recipe": recipe or None, **merged, "conflicts": conflicts}
+
+
+def merge_lines(info: PatchInfo, path: Path) -> list[str]:
+    """What to say of the merged patch that was just written to `path`."""
+    recipe = info.recipe or {}
+    size = path.stat().st_size / 1e6
+    return [f"merged {', '.join(info.categories)} by {recipe['method']}: {path} ({size:.1f} MB)", *_measured(recipe)]
+
+
+def _measured(recipe: dict[str, Any]) -> list[str]:
+    """What the merge measured: a line per pair of sources, one for healing, one for the re-compression."""
+    titles = [", ".join(source["categories"]) for source in recipe["sources"]]
+    notes = []
+    for pair in recipe.get("conflicts", ()):
+        i, j = pair["sources"]
+        figures = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in pair["overall"].items())
+        notes.append(f"  {titles[i]} and {titles[j]}: {figures}")
+    healed = recipe.get("heal")
+    if healed:
+        change = f"{healed['error_before']:.3f} -> {healed['error']:.3f}"
+        notes.append(f"  healed in {healed['steps']} steps: error {change} (0 is the bundle, 1 is no patch)")
+    errors = recipe.get("rank_errors")
+    if errors:
+        worst = max(errors, key=lambda name: errors[name])
+        mean = sum(errors.values()) / len(errors)
+        notes.append(f"  rank {recipe['rank']}: relative error {mean:.4f} on average, {errors[worst]:.4f} in {worst}")
+    return notes

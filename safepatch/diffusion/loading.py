@@ -1,0 +1,125 @@
+"""Pipelines and their parts from folders, single files and the Hub."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTokenizer
+
+from safepatch.diffusion.components import UNCHECKED, Components, not_supported
+from safepatch.errors import ModelNotFound, UnsupportedModel
+
+CLIP = "openai/clip-vit-large-patch14"
+
+
+def load_folder(path: Path, dtype: torch.dtype | None) -> DiffusionPipeline:
+    """The pipeline that diffusers saved in the folder `path`, of whatever class its index names.
+
+    Raises:
+        ModelNotFound: when the folder holds no pipeline.
+        UnsupportedModel: when its pipeline has no UNet; known before any weight is read.
+    """
+    index = read_json(path / "model_index.json")
+    if "unet" not in index:
+        raise not_supported(str(index.get("_class_name", path)))
+    return DiffusionPipeline.from_pretrained(path, local_files_only=True, dtype=dtype, **_unchecked(index))
+
+
+def load_single_file(
+    path: Path, config: Path, tokenizers: Mapping[str, CLIPTokenizer], dtype: torch.dtype | None
+) -> DiffusionPipeline:
+    """The pipeline in a file of the original (CompVis/LDM) layout; never asks the network.
+
+    Args:
+        path: the checkpoint.
+        config: folder with `model_index.json` and a configuration per component, as diffusers lays them out.
+        tokenizers: by component name; they are not in such files.
+        dtype: of all weights; float32 when None.
+
+    Raises:
+        UnsupportedModel: when the file lacks weights that its family has.
+    """
+    index = read_json(config / "model_index.json")
+    build = getattr(diffusers, index["_class_name"]).from_single_file
+    try:
+        pipe = build(
+            str(path), config=str(config), local_files_only=True, dtype=dtype, **tokenizers, **_unchecked(index)
+        )
+    except NotImplementedError as error:  # torch, on moving a weight that was never filled in
+        raise UnsupportedModel(f"{path} lacks weights of its UNet or VAE; fetch the whole file") from error
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise UnsupportedModel(f"{path} cannot be read as {index['_class_name']} ({_first_line(error)})") from error
+    for part in Components.of(pipe).modules():
+        absent = [name for name, tensor in part.named_parameters() if tensor.is_meta]
+        if absent:
+            raise UnsupportedModel(f"{path} lacks {len(absent)} weights of {type(part).__name__}, e.g. '{absent[0]}'")
+    return pipe
+
+
+def read_unet(source: str | Path, config: Path | None = None) -> UNet2DConditionModel:
+    """The UNet alone of a diffusers folder or Hub id, or, with `config` as above, of a single file."""
+    if config is None:
+        return UNet2DConditionModel.from_pretrained(str(source), subfolder="unet")
+    return UNet2DConditionModel.from_single_file(
+        str(source), config=str(config), subfolder="unet", local_files_only=True
+    )
+
+
+def load_from_hub(name: str, dtype: torch.dtype | None) -> DiffusionPipeline:
+    """The pipeline of a Hub id, from the cache or the network; raises `ModelNotFound` when neither has it."""
+    try:
+        index = DiffusionPipeline.load_config(name)
+        return DiffusionPipeline.from_pretrained(name, dtype=dtype, **_unchecked(index))
+    except (OSError, ValueError) as error:
+        raise ModelNotFound(
+            f"no model '{name}' here or on the Hub ({_first_line(error)}); give a folder or a file"
+        ) from error
+
+
+def load_tokenizer(source: str | Path, pad_token: str | None = None) -> CLIPTokenizer:
+    """CLIP's tokenizer from a folder or the local Hub cache, padding with `pad_token` where its vocabulary has that.
+
+    Raises:
+        ModelNotFound: when it is in neither.
+    """
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(str(source), local_files_only=True)
+    except (OSError, ValueError, TypeError) as error:
+        raise ModelNotFound(
+            f"no CLIP tokenizer at '{source}', and a single file holds none; pass --tokenizer FOLDER (in Python "
+            f"tokenizer=...), or download {CLIP} to the Hub cache once"
+        ) from error
+    if pad_token in tokenizer.get_vocab():
+        tokenizer.pad_token = pad_token
+    return tokenizer
+
+
+def hub_unet_config(name: str) -> dict[str, Any]:
+    """Configuration of the UNet of a Hub id; no weights are fetched."""
+    try:
+        return dict(UNet2DConditionModel.load_config(name, subfolder="unet"))
+    except (OSError, ValueError) as error:
+        raise ModelNotFound(f"no UNet of '{name}' here or on the Hub ({_first_line(error)})") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON table of a model folder; raises `ModelNotFound` when it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelNotFound(f"{path.parent} has no {path.name}; give a folder saved by diffusers") from error
+    except (OSError, ValueError) as error:
+        raise ModelNotFound(f"cannot read {path} ({_first_line(error)}); save or fetch the model again") from error
+
+
+def _unchecked(index: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments that leave the safety checker out of a pipeline that has one."""
+    return UNCHECKED if "safety_checker" in index else {}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]

@@ -1,0 +1,184 @@
+"""What training and generation do with a pipeline's parts: encode, add noise, predict it, draw."""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from torch import Tensor
+
+from safepatch.diffusion.components import UNCHECKED, Components, usual_guidance
+from safepatch.errors import PromptError, SafepatchError
+
+
+def prediction_type(scheduler: object) -> str:
+    """`epsilon`, `v_prediction` or `sample`."""
+    return scheduler.config.prediction_type  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def encode_prompts(components: Components, prompts: Sequence[str]) -> Tensor:
+    """Text states of `prompts` as the pipeline computes them, shape (B, tokens, width).
+
+    SD 1 and 2 read the text encoder's last layer; SDXL reads the last but one of each encoder, side by side.
+    """
+    if not prompts:
+        raise PromptError("no prompts to encode; give at least one")
+    states = []
+    for tokenizer, text_encoder in components.text_encoders():
+        ids = tokenizer(
+            list(prompts),
+            padding="max_length",
+            max_length=tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids.to(text_encoder.device)
+        made = text_encoder(ids, output_hidden_states=components.text_encoder_2 is not None)
+        states.append(made.last_hidden_state if components.text_encoder_2 is None else made.hidden_states[-2])
+    return torch.cat(states, dim=-1)
+
+
+def noise_pred(
+    unet: UNet2DConditionModel,
+    noisy_latents: Tensor,
+    timesteps: Tensor,
+    prompt_embeds: Tensor,
+    residuals: tuple[tuple[Tensor, ...], Tensor] | None = None,
+) -> Tensor:
+    """The UNet's prediction in its own `prediction_type`, shape (B, 4, h, w).
+
+    Args:
+        unet: the host.
+        noisy_latents: shape (B, 4, h, w).
+        timesteps: integer, shape (B,).
+        prompt_embeds: shape (B, tokens, width).
+        residuals: skip residuals and mid residual of a patch.
+    """
+    extra: dict[str, Any] = {}
+    if residuals is not None:
+        extra["down_block_additional_residuals"], extra["mid_block_additional_residual"] = residuals
+    return unet(noisy_latents, timesteps, encoder_hidden_states=prompt_embeds, **extra).sample
+
+
+def add_noise(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """Noisy latents at integer `timesteps` of shape (B,), by the scheduler's own noise schedule."""
+    return scheduler.add_noise(latents, noise, timesteps)
+
+
+def alphas(scheduler: Any, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+    """sqrt(a) and sqrt(1 - a) at `timesteps` (B,), each of shape (B, 1, 1, 1)."""
+    cumulative = scheduler.alphas_cumprod[timesteps.cpu()].to(timesteps.device)
+    return cumulative.sqrt().view(-1, 1, 1, 1), (1 - cumulative).sqrt().view(-1, 1, 1, 1)
+
+
+def training_target(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """What a denoiser of this `prediction_type` is regressed on; shapes (B, 4, h, w)."""
+    signal, sigma = alphas(scheduler, timesteps)
+    targets = {"epsilon": noise, "v_prediction": signal * noise - sigma * latents, "sample": latents}
+    return targets[prediction_type(scheduler)]
+
+
+@torch.no_grad()
+def encode_images(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """Scaled latents (B, 4, h, w) of images in [0, 1], shape (B, 3, H, W): the mode of the posterior."""
+    pixels = (images * 2 - 1).to(vae.device, vae.dtype)
+    return vae.encode(pixels).latent_dist.mode() * vae.config["scaling_factor"]
+
+
+@torch.no_grad()
+def decode_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Images in [0, 1], shape (B, 3, H, W), of scaled latents (B, 4, h, w)."""
+    decoded = vae.decode(latents / vae.config["scaling_factor"]).sample
+    return (decoded / 2 + 0.5).clamp(0, 1)
+
+
+@torch.no_grad()
+def generate(
+    pipe: DiffusionPipeline,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    steps: int = 20,
+    guidance_scale: float | None = None,
+    negative_prompts: Sequence[str] | None = None,
+) -> Tensor:
+    """Images of `prompts`, one seed each, in [0, 1], shape (B, 3, H, W), on the CPU.
+
+    Args:
+        pipe: with a patch applied or without.
+        prompts: none may be empty.
+        seeds: of the starting noise.
+        steps: of denoising.
+        guidance_scale: of classifier-free guidance; None takes what is usual for the model's family.
+        negative_prompts: one per prompt.
+
+    Raises:
+        PromptError: when a prompt is empty or the counts differ.
+    """
+    if len(prompts) != len(seeds):
+        raise PromptError(f"{len(prompts)} prompts but {len(seeds)} seeds; give one seed per prompt")
+    if any(not prompt.strip() for prompt in prompts):
+        raise PromptError("a prompt is empty; say what to draw")
+    images = pipe(
+        list(prompts),
+        num_inference_steps=steps,
+        guidance_scale=usual_guidance(pipe.unet) if guidance_scale is None else guidance_scale,
+        negative_prompt=list(negative_prompts) if negative_prompts else None,
+        generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+        output_type="pt",
+    ).images
+    return images.float().cpu()
+
+
+@torch.no_grad()
+def generate_from_states(
+    pipe: DiffusionPipeline, states: Tensor, negative_states: Tensor, seeds: Sequence[int], steps: int = 20
+) -> Tensor:
+    """Images in [0, 1], (B, 3, H, W), of text states that need not be any text's, at the family's usual guidance.
+
+    Args:
+        pipe: with a patch applied or without.
+        states: (B, tokens, width).
+        negative_states: of the negative prompt, the same shape.
+        seeds: one per row.
+        steps: of denoising.
+    """
+    images = pipe(
+        prompt_embeds=states,
+        negative_prompt_embeds=negative_states,
+        num_inference_steps=steps,
+        guidance_scale=usual_guidance(pipe.unet),
+        generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+        output_type="pt",
+    ).images
+    return images.float().cpu()
+
+
+def generate_latents(components: Components, prompts: Sequence[str], seeds: Sequence[int], steps: int = 10) -> Tensor:
+    """Clean scaled latents (B, 4, h, w) that the model itself makes of `prompts`, one seed each; "" is allowed."""
+    names = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+    parts = {name: getattr(components, name) for name in names}
+    pipe = quiet(StableDiffusionPipeline(**parts, feature_extractor=None, **UNCHECKED))
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    guidance_scale = usual_guidance(components.unet)
+    options = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "output_type": "latent"}
+    return pipe(list(prompts), generator=generators, **options).images.float()
+
+
+def quiet(pipe: DiffusionPipeline) -> DiffusionPipeline:
+    """Turn the pipeline's own progress bar off; returns it."""
+    with suppress(AttributeError):
+        pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def save_image(image: Tensor, path: Path) -> None:
+    """Write an image in [0, 1], shape (3, H, W), as PNG; raises `SafepatchError` when the folder cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = (image * 255).round().byte().permute(1, 2, 0).numpy()
+        Image.fromarray(pixels).save(path, format="PNG")
+    except OSError as error:
+        raise SafepatchError(f"cannot write {path} ({error.strerror or error}); choose another -o") from error
