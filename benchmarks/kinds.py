@@ -16,31 +16,17 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
+from hosts import Pipe, unet_config
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from safepatch.patch import PATCH_KINDS, Features, Patch
 from safepatch.patch.host import answered
 from safepatch.runtime.handle import ActivePart, Handle
-from safepatch.tiny.unet import new_scheduler, new_unet
+from safepatch.tiny.unet import new_unet
 
 RANK, GATE, TOKENS, MERGED = 64, 32, 77, 5
-STRUCTURES: dict[str, dict[str, Any]] = {
-    "sd15": {"sample_size": 64, "cross_attention_dim": 768},  # diffusers' defaults are Stable Diffusion 1's
-    "sdxl": {
-        "sample_size": 128,
-        "block_out_channels": (320, 640, 1280),
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "transformer_layers_per_block": (1, 2, 10),
-        "attention_head_dim": (5, 10, 20),
-        "cross_attention_dim": 2048,
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2816,
-    },
-}
+STRUCTURES = {"sd15": "sd1", "sdxl": "sdxl"}  # name in the figures: family
 VARIANTS: dict[str, dict[str, Any]] = {
     "lite": {"kind": "lite", "rank": RANK},
     "five lite merged": {"kind": "lite", "rank": RANK, "groups": MERGED},
@@ -50,18 +36,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-class Pipe:
-    """As much of a pipeline as a handle looks at."""
-
-    def __init__(self, unet: Any) -> None:
-        self.unet, self.scheduler = unet, new_scheduler()
-        self.vae = self.text_encoder = self.tokenizer = torch.nn.Identity()
-
-
 def new_host(structure: str, device: str) -> Any:
     """A UNet with random weights, frozen."""
+    family = STRUCTURES.get(structure)
     with torch.device(device):
-        unet = new_unet() if structure == "embedded" else UNet2DConditionModel(**STRUCTURES[structure])
+        unet = UNet2DConditionModel.from_config(unet_config(family)) if family else new_unet()
     return unet.eval().requires_grad_(False)
 
 
@@ -112,7 +91,7 @@ def measure(structure: str, rows: int, side: int, rounds: int) -> dict[str, floa
     """Step time of each variant over that of the base right before it, medians over rounds."""
     unet = new_host(structure, "cpu")
     inputs, extra = new_inputs(unet, rows, side, "cpu")
-    pipe, ratios = Pipe(unet), {name: [] for name in VARIANTS}
+    pipe, ratios = Pipe(unet, guided=False), {name: [] for name in VARIANTS}
     patches = {name: new_patch(unet, **options) for name, options in VARIANTS.items()}
 
     def step() -> float:

@@ -28,14 +28,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import ControlNetModel, DDIMScheduler, UNet2DConditionModel
+from diffusers import ControlNetModel, UNet2DConditionModel
+from hosts import Pipe, unet_config
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from safepatch.artifact import PatchArtifact
 from safepatch.patch import ControlPatch, LitePatch, Patch
 from safepatch.patch.files import from_artifact, to_artifact
-from safepatch.runtime.checkpoint import CONFIGS
 from safepatch.runtime.handle import ActivePart, Handle
 
 TOKENS = 77
@@ -44,19 +44,9 @@ GROUPS = 32  # of every group norm; channels are a multiple of it
 CHUNK = 2**24  # bytes per read
 
 
-class Pipe:
-    """As much of a pipeline as a patch asks for, under guidance."""
-
-    do_classifier_free_guidance = True
-
-    def __init__(self, unet: UNet2DConditionModel) -> None:
-        self.unet, self.scheduler = unet, DDIMScheduler()
-        self.vae = self.text_encoder = self.tokenizer = nn.Identity()  # never run
-
-
 def new_unet(family: str, width: float) -> UNet2DConditionModel:
     """A UNet of the family's structure with random float32 weights, its channels about `width` times as many."""
-    config = json.loads((CONFIGS / f"{family}.json").read_text())["unet"]
+    config = unet_config(family)
     config["block_out_channels"] = [round(width * n / GROUPS) * GROUPS for n in config["block_out_channels"]]
     return filled(lambda: UNet2DConditionModel.from_config(config))
 
@@ -118,7 +108,7 @@ class Step(NamedTuple):
 
 def new_steps(unet: UNet2DConditionModel, side: int) -> dict[str, Step]:
     """The ways to take a step, by name."""
-    pipe, inputs = Pipe(unet), Inputs(unet, side)
+    pipe, inputs = Pipe(unet, guided=True), Inputs(unet, side)
     control, lite = ControlPatch.from_unet(unet), LitePatch.from_unet(unet)
     lites = LitePatch.from_unet(unet, groups=PATCHES)
     net = filled(lambda: ControlNetModel.from_unet(unet, load_weights_from_unet=False))
