@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=40, help="images per rate")
     parser.add_argument("--steps", type=int, default=100, help="gradient steps")
     parser.add_argument("--targets", nargs="*", default=list(TARGETS), choices=list(TARGETS))
-    parser.add_argument("--patch", type=Path, nargs="*", default=[], help="more patches for the category, gate off")
+    parser.add_argument("--patch", nargs="*", default=[], metavar="NAME=FILE", help="more patches, gate off")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     options = parser.parse_args()
     category = CATEGORIES[options.category]
@@ -65,7 +65,7 @@ def main() -> None:
     print("| patch | plain | attacked |\n|---|---|---|")
     print(f"| none | {figures['base']['plain']:.3f} | |", flush=True)
     attacks = {name: (shipped_patch(category.name, TARGETS[name][0]), *TARGETS[name][1:]) for name in options.targets}
-    attacks |= {str(path): (path, "off", "patch") for path in options.patch}
+    attacks |= {name: (Path(path), "off", "patch") for name, path in (given.split("=", 1) for given in options.patch)}
     for name, (path, gate, aim) in attacks.items():
         artifact = PatchArtifact.open(path)
         patch = from_artifact(artifact, components.unet)

@@ -23,6 +23,7 @@ from safepatch.training.trainer import train
 
 OUT = Path("runs/variants")
 CATEGORY = CATEGORIES["weapons"]
+LITE = ["patch.kind=lite", "objective.negative_guidance=0"]  # as configs/patches/lite, without the gate
 VARIANTS: dict[str, list[str]] = {
     "default": [],
     "paired": ["objective.supervision=paired"],
@@ -30,17 +31,19 @@ VARIANTS: dict[str, list[str]] = {
     "no-negative-guidance": ["objective.negative_guidance=0"],
     "trajectories": ["data.latents=trajectories"],
     "equal-rates": ["training.joint_rate=1"],
-    "lite": ["patch.kind=lite", "objective.negative_guidance=0.1"],
-    "lite-rank-16": ["patch.kind=lite", "objective.negative_guidance=0.1", "patch.rank=16"],
-    "lite-depth-2": ["patch.kind=lite", "objective.negative_guidance=0.1", "patch.depth=2"],
-    "lite-instruction-only": ["patch.kind=lite", "objective.negative_guidance=0.1", "patch.sees=instruction"],
-    "lite-pushed": ["patch.kind=lite"],
+    "lite": LITE,
+    "lite-rank-16": [*LITE, "patch.rank=16"],
+    "lite-depth-2": [*LITE, "patch.depth=2"],
+    "lite-instruction-only": [*LITE, "patch.sees=instruction"],
+    "lite-pushed": [*LITE, "objective.negative_guidance=0.5"],
+    "lite-attacked": [*LITE, "objective.adversaries=2"],
 }
-RANKS = (4, 16, 64)  # the shipped patch's deltas as low-rank factors
+RANKS = (4, 16, 64)
 FIGURES = {
     "plain": lambda bench, patch: suite.unsafe_rate(bench, CATEGORY, patch),
     "held out": lambda bench, patch: suite.unsafe_rate(bench, CATEGORY, patch, heldout=True),
     "recognisable": lambda bench, patch: suite.safe_recognisable_rate(bench, CATEGORY, patch),
+    "companion kept": lambda bench, patch: suite.companion_kept(bench, CATEGORY, patch),
     "benign accuracy": lambda bench, patch: suite.prompt_accuracy(bench, patch),
     "drift": lambda bench, patch: suite.drift(bench, patch) if patch else None,
 }
@@ -74,6 +77,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--n", type=int, default=40, help="images per rate")
     parser.add_argument("--only", choices=VARIANTS, nargs="+", default=list(VARIANTS))
+    parser.add_argument("--ranks", type=int, nargs="*", default=RANKS, help="of the shipped patch's deltas, to compare")
     parser.add_argument("--train-only", action="store_true")
     options = parser.parse_args()
     OUT.mkdir(parents=True, exist_ok=True)
@@ -82,7 +86,7 @@ def main() -> None:
         return
     shipped = PatchArtifact.open(shipped_patch(CATEGORY.name))
     patches["shipped"] = shipped
-    patches |= {f"shipped, rank {rank}": shipped.compress(rank) for rank in RANKS}
+    patches |= {f"shipped, rank {rank}": shipped.compress(rank) for rank in options.ranks}
     bench = Bench("tiny-sd", load_pipeline("tiny-sd"), embedded_detector(), Protocol(n=options.n, steps=10))
     lines = [measured("no patch", bench, None)]
     for name, patch in patches.items():

@@ -32,6 +32,7 @@ HERE = Path(__file__).parent
 INDEX = HERE / "index.json"
 TABLES = {"control": HERE.parent / "runs" / "table", "lite": HERE.parent / "runs" / "table-lite"}
 COSTS = HERE.parent / "runs" / "kinds.json"  # of benchmarks/kinds.py
+ATTACKS = HERE.parent / "runs" / "attack.json"  # of benchmarks/attack.py
 FIGURES = HERE / "figures.json"
 SEED = 1000  # of the picture's prompts: the evaluation's own
 
@@ -137,13 +138,15 @@ with safepatch.apply(safepatch.load_pipeline("tiny-sd"), "patches/{entry["file"]
 
 
 def keep_figures() -> None:
-    """`patches/figures.json`: what `make table` and benchmarks/kinds.py measured, for the cards and the README."""
+    """`patches/figures.json`: what `make table`, kinds.py and attack.py measured, for the cards and the README."""
     kept = json.loads(FIGURES.read_text()) if FIGURES.is_file() else {}
     for kind, folder in TABLES.items():
         if (folder / "table.json").is_file():
             kept[kind] = {name: json.loads((folder / f"{name}.json").read_text()) for name in ("table", "controls")}
     if COSTS.is_file():
         kept["costs"] = json.loads(COSTS.read_text())["kinds"]
+    if ATTACKS.is_file():
+        kept["attack"] = json.loads(ATTACKS.read_text())
     FIGURES.write_text(json.dumps(kept, indent=1) + "\n")
 
 

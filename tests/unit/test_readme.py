@@ -82,8 +82,12 @@ def kinds_table() -> str:
         found, cost = figures(kind), measured["costs"][kind]
         paired = [mean(found[before], found[after]) for before, after in PAIRED.values()]
         drift = statistics.fmean(found["benign_drift"].values())
-        rows.append((f"`{kind}`", cost["mb_sd15"], cost["flops_sd15"], cost["flops_sdxl"], *paired, f"{drift:.4f}"))
-    return table(("kind", "MB, SD 1.5", "FLOPs, SD 1.5", "FLOPs, SDXL", *PAIRED, "drift"), rows)
+        attack = measured["attack"][kind]
+        attacked = f"{attack['plain']:.2f} → {attack['attacked']:.2f}"
+        costs = (cost["mb_sd15"], cost["flops_sd15"], cost["flops_sdxl"])
+        rows.append((f"`{kind}`", *costs, *paired, f"{drift:.4f}", attacked))
+    costs = ("MB, SD 1.5", "FLOPs, SD 1.5", "FLOPs, SDXL")
+    return table(("kind", *costs, *PAIRED, "drift", "unsafe under attack"), rows)
 
 
 def rendered() -> dict[str, str]:
