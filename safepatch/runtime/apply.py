@@ -23,6 +23,7 @@ def apply(
     end: float = 1.0,
     gate: str | None = None,
     gate_threshold: float | None = None,
+    speed: str = "full",
 ) -> Handle:
     """Attach a patch to a diffusers pipeline.
 
@@ -35,6 +36,7 @@ def apply(
         end: share of the denoising after which it stops.
         gate: `hard` (the default of a patch with a gate), `soft` or `off`; see `Handle.gate`.
         gate_threshold: probability in [0, 1] above which the gate opens; by default as stored in the file.
+        speed: `full`, or `fast`: a control patch runs at every second step; see `Handle.speed`.
 
     Returns:
         The handle; use it in `with`, or call its `remove()`.
@@ -43,6 +45,7 @@ def apply(
         BaseMismatch: when the patch was made for another architecture.
         ArtifactError: when the file is missing, damaged or altered.
         ConfigError: when scale, start or end is out of range, or a scale is for a category the patch cannot tell apart.
+        UnknownName: for a speed, or a scale's category, that there is not.
     """
     artifact = patch if isinstance(patch, PatchArtifact) else PatchArtifact.open(patch)
     components = Components.of(pipe)
@@ -51,7 +54,7 @@ def apply(
     parts = [activate(part, components, gate_threshold) for part in artifact.parts()]
     if gate_threshold is not None and not any(part.patch.gate for part in parts):
         raise ConfigError("this patch has no gate; fit one with `safepatch gate`, or leave gate_threshold out")
-    return Handle(pipe, parts, scale, fail_closed, (start, end), gate)
+    return Handle(pipe, parts, scale, fail_closed, (start, end), gate, speed)
 
 
 def attach(pipe: Any, patch: Patch, instructions: list[str], scale: float = 1.0, fail_closed: bool = True) -> Handle:

@@ -24,6 +24,7 @@ from safepatch.patch.host import HostHooks
 from safepatch.runtime.residuals import bind, padded, plus, with_residuals
 
 Scale = float | Mapping[str, float]
+SPEEDS = {"full": 1, "fast": 2}  # denoising steps for which one answer of a control patch is used
 
 
 @dataclass
@@ -78,6 +79,31 @@ class Call(NamedTuple):
     added_cond_kwargs: Mapping[str, Tensor]
     rows: slice
 
+    @property
+    def timestep(self) -> float:
+        """Of the first row."""
+        return float(torch.as_tensor(self.timesteps).flatten()[0])
+
+    def continues(self, earlier: "Call") -> bool:
+        """Whether this is a later step of the denoising that `earlier` is a step of."""
+        alike = self.sample.shape == earlier.sample.shape and self.rows == earlier.rows
+        same_prompt = torch.equal(self.prompt_states, earlier.prompt_states)
+        return alike and same_prompt and self.timestep < earlier.timestep
+
+
+class Answer(NamedTuple):
+    """What a part made, and for which call it was used last.
+
+    Attributes:
+        made: the residuals; None if the gate was closed for every row.
+        call: the last call it was used for.
+        uses: how many calls it was used for.
+    """
+
+    made: Residuals | None
+    call: Call
+    uses: int
+
 
 class Handle:
     """One attachment of a patch, or of all parts of a bundle; leaving the `with` block, or `remove()`, takes it off.
@@ -95,6 +121,7 @@ class Handle:
         fail_closed: bool = True,
         window: tuple[float, float] = (0.0, 1.0),
         gate: str | None = None,
+        speed: str = "full",
     ) -> None:
         self.stats = Stats()
         self._pipe = weakref.ref(pipe)
@@ -102,9 +129,11 @@ class Handle:
         self._train_timesteps: int = Components.of(pipe).scheduler.config.num_train_timesteps
         self._parts = tuple(parts)
         self.categories = tuple(sorted({name for part in parts for name in part.categories}))
+        self._answers: dict[int, Answer] = {}  # of control patches that do not answer at every step, by part
         self.scale = scale
         self.window = window
         self.gate = gate
+        self.speed = speed
         self.on_gate: Callable[[Any, Tensor], None] | None = None  # shown the timesteps and probabilities (B, groups)
         self._fail_closed = fail_closed
         self._prepared = False  # whether the patch had its say in the UNet call that is under way
@@ -131,6 +160,7 @@ class Handle:
         """A copied pipeline carries a handle of its own, which watches the copy."""
         copied = memo[id(self)] = object.__new__(Handle)
         copied.__dict__.update((name, copy.deepcopy(value, memo)) for name, value in vars(self).items())
+        copied._answers = {}  # parts are told apart by identity
         if id(self._pipe()) in memo:
             copied._pipe = weakref.ref(memo[id(self._pipe())])
         return copied
@@ -162,6 +192,7 @@ class Handle:
         for part in self._parts:
             _scales(part, scale)  # refuses what the part cannot tell apart
         self._scale = scale
+        self._answers.clear()
 
     @property
     def gate(self) -> str:
@@ -176,6 +207,7 @@ class Handle:
         if gate in ("hard", "soft") and not gated:
             raise ConfigError(f"this patch has no gate to be {gate}; fit one with `safepatch gate`, or leave gate out")
         self._gate = gate or ("hard" if gated else "off")
+        self._answers.clear()
 
     @property
     def window(self) -> tuple[float, float]:
@@ -188,6 +220,17 @@ class Handle:
         if not 0 <= start < end <= 1:
             raise ConfigError(f"start and end must be 0 <= start < end <= 1, not {start} and {end}")
         self._window = (start, end)
+
+    @property
+    def speed(self) -> str:
+        """`full`: every patch answers at every step; `fast`: a control patch, at every second, is used for two."""
+        return self._speed
+
+    @speed.setter
+    def speed(self, speed: str) -> None:
+        lookup(SPEEDS, speed, what="speed")
+        self._speed = speed
+        self._answers.clear()
 
     def _prepare(self, unet: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         """Before the UNet runs: correct what needs no features, and note down what the others will need."""
@@ -202,16 +245,16 @@ class Handle:
     def _begun(self, args: tuple, kwargs: dict[str, Any]) -> Call | None:
         """The call, or None when the patch is off or outside its window."""
         sample, timesteps, states = bind(args, kwargs)
-        if not any(_scales(part, self.scale).any() for part in self._parts) or not self._is_within(timesteps):
+        if not any(_scales(part, self.scale).any() for part in self._parts):
             return None
         added = kwargs.get("added_cond_kwargs") or {}
-        return Call(sample, timesteps, states, added, self._rows_to_correct(sample))
+        call = Call(sample, timesteps, states, added, self._rows_to_correct(sample))
+        return call if self._is_within(call) else None
 
-    def _is_within(self, timesteps: Any) -> bool:
+    def _is_within(self, call: Call) -> bool:
         if self.window == (0.0, 1.0):
             return True
-        done = 1 - float(torch.as_tensor(timesteps).flatten()[0]) / self._train_timesteps
-        return self.window[0] <= done <= self.window[1]
+        return self.window[0] <= 1 - call.timestep / self._train_timesteps <= self.window[1]
 
     def _answer(self, features: Features) -> Residuals | None:
         """Once the encoder has run: the corrections of the parts that read its features."""
@@ -226,9 +269,21 @@ class Handle:
     def _corrections(
         self, parts: Sequence[ActivePart], call: Call, features: Features | None = None
     ) -> Residuals | None:
-        made = [self._residuals(part, call, features) for part in parts]
+        made = [self._answered(part, call, features) for part in parts]
         made = [residuals for residuals in made if residuals is not None]
         return reduce(plus, made) if made else None
+
+    def _answered(self, part: ActivePart, call: Call, features: Features | None) -> Residuals | None:
+        """The part's residuals, or those of the step before where `speed` allows."""
+        if self.speed == "full" or part.patch.reads_features:
+            return self._residuals(part, call, features)
+        answer = self._answers.get(id(part))
+        if answer and answer.uses < SPEEDS[self.speed] and call.continues(answer.call):
+            answer = answer._replace(call=call, uses=answer.uses + 1)
+        else:
+            answer = Answer(self._residuals(part, call, features), call, 1)
+        self._answers[id(part)] = answer
+        return answer.made
 
     @torch.no_grad()
     def _residuals(self, part: ActivePart, call: Call, features: Features | None) -> Residuals | None:

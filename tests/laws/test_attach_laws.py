@@ -213,6 +213,50 @@ def test_a_window_that_is_none_is_refused(small_pipe, window):
     assert hook_count(small_pipe) == 0
 
 
+# ---- speed: an answer that is used twice ------------------------------------------------------------------------
+
+
+def runs_at(pipe, timesteps: list[int], kind: str = "control", **options) -> list[int]:
+    """Which of the UNet calls at `timesteps` the patch itself ran in, by index."""
+    sample, _, states = rows()
+    ran: list[int] = []
+    with torch.no_grad(), apply(pipe, small_artifact(kind), **options) as handle:
+        handle._parts[0].patch.register_forward_pre_hook(lambda *_: ran.append(handle.stats.unet_calls))
+        for timestep in timesteps:
+            pipe.unet(sample, timestep, encoder_hidden_states=states)
+        assert handle.stats.patched_calls == len(timesteps)  # an answer used again counts as the patch's say
+    late = kind == "lite"  # which runs after the call was counted
+    return [index - late for index in ran]
+
+
+def test_a_fast_patch_runs_at_every_second_step_of_each_denoising(small_pipe):
+    steps = [900, 700, 500, 300, 100, 900, 700]
+    assert runs_at(small_pipe, steps) == [0, 1, 2, 3, 4, 5, 6]  # control
+    assert runs_at(small_pipe, steps, speed="fast") == [0, 2, 4, 5]  # the second denoising begins anew
+    assert runs_at(small_pipe, steps, "lite", speed="fast") == [0, 1, 2, 3, 4, 5, 6]  # costs next to nothing
+
+
+def test_a_fast_patch_gives_the_step_between_the_answer_of_the_step_before(small_pipe):
+    sample, _, states = rows()
+    with torch.no_grad(), apply(small_pipe, small_artifact(), speed="fast") as handle, spied(small_pipe.unet) as calls:
+        for timestep in (900, 700, 500):
+            small_pipe.unet(sample, timestep, encoder_hidden_states=states)
+        handle.scale = 0.5
+        small_pipe.unet(sample, 400, encoder_hidden_states=states)
+        small_pipe.unet(sample, 300, encoder_hidden_states=states.flip(0))
+    first, second, third, halved, other = (seen[MID] for seen in calls)
+    assert torch.equal(first, second)
+    assert not torch.equal(second, third)  # control: the timestep matters
+    assert not torch.equal(third, halved)  # a changed scale is obeyed at once
+    assert not torch.equal(halved, other)  # and so is another prompt
+
+
+def test_an_unknown_speed_is_refused(small_pipe):
+    with pytest.raises(UnknownName, match="did you mean 'fast'"):
+        apply(small_pipe, small_artifact(), speed="fastt")
+    assert hook_count(small_pipe) == 0
+
+
 # ---- law 2: removed is gone ------------------------------------------------------------------------------------
 
 
