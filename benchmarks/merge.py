@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import reduce
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -40,87 +40,19 @@ from safepatch.merging import merge
 
 Shapes = dict[str, tuple[int, ...]]
 DENSITY = 0.5
+FAMILIES = {"sd15": "sd1", "sdxl": "sdxl"}
 
 
-# The tensors of a control patch, after the configuration files of the two UNets
+def control_shapes(family: str) -> Shapes:
+    """Name -> shape of every tensor of a control patch for UNets of the family."""
+    from diffusers import UNet2DConditionModel  # not in the processes that are measured
+    from hosts import unet_config
 
+    from safepatch.patch import ControlPatch
 
-class Unet:
-    """What decides the shapes of a UNet's encoder.
-
-    Args:
-        widths: channels of each level.
-        depths: transformer blocks per attention of each level, 0 for a level without.
-        context: width of the text states.
-        added: width of SDXL's extra condition, 0 for none.
-        linear: whether the transformers' projections are linear layers.
-    """
-
-    def __init__(
-        self, widths: tuple[int, ...], depths: tuple[int, ...], context: int, added: int, linear: bool
-    ) -> None:
-        self.widths, self.depths, self.context, self.added, self.linear = widths, depths, context, added, linear
-
-
-UNETS = {
-    "sd15": Unet((320, 640, 1280, 1280), (1, 1, 1, 0), 768, 0, linear=False),
-    "sdxl": Unet((320, 640, 1280), (0, 2, 10), 2048, 2816, linear=True),
-}
-
-
-def control_shapes(unet: Unet) -> Shapes:
-    """Name -> shape of every tensor of a control patch: encoder, mid block and zero convolutions."""
-    time_width, first = 4 * unet.widths[0], unet.widths[0]
-    layers = [("clone.conv_in", (first, 4, 3, 3)), *_embedding("clone.time_embedding", first, time_width)]
-    if unet.added:
-        layers += _embedding("clone.add_embedding", unet.added, time_width)
-    skips, before = [first], first
-    for level, (width, depth) in enumerate(zip(unet.widths, unet.depths, strict=True)):
-        block = f"clone.down_blocks.{level}"
-        for i in range(2):
-            layers += _resnet(f"{block}.resnets.{i}", before, width, time_width)
-            layers += _transformer(f"{block}.attentions.{i}", width, depth, unet) if depth else []
-            before = width
-        last = level == len(unet.widths) - 1
-        layers += [] if last else [(f"{block}.downsamplers.0.conv", (width, width, 3, 3))]
-        skips += [width] * (2 if last else 3)
-    for i in range(2):
-        layers += _resnet(f"clone.mid_block.resnets.{i}", before, before, time_width)
-    layers += _transformer("clone.mid_block.attentions.0", before, max(unet.depths[-1], 1), unet)
-    layers += [(f"zero_down.{i}", (width, width, 1, 1)) for i, width in enumerate(skips)]
-    return dict(_parameters([*layers, ("zero_mid", (before, before, 1, 1))]))
-
-
-def _parameters(layers: list[tuple[str, tuple[int, ...]]]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Weight and bias of each layer; attention's q, k and v have no bias."""
-    for name, shape in layers:
-        yield f"control.{name}.weight.delta", shape
-        if not name.endswith(("to_q", "to_k", "to_v")):
-            yield f"control.{name}.bias.delta", shape[:1]
-
-
-def _embedding(name: str, inputs: int, width: int) -> list[tuple[str, tuple[int, ...]]]:
-    return [(f"{name}.linear_1", (width, inputs)), (f"{name}.linear_2", (width, width))]
-
-
-def _resnet(name: str, inputs: int, width: int, time_width: int) -> list[tuple[str, tuple[int, ...]]]:
-    layers = [("norm1", (inputs,)), ("conv1", (width, inputs, 3, 3)), ("time_emb_proj", (width, time_width))]
-    layers += [("norm2", (width,)), ("conv2", (width, width, 3, 3))]
-    layers += [("conv_shortcut", (width, inputs, 1, 1))] if inputs != width else []
-    return [(f"{name}.{layer}", shape) for layer, shape in layers]
-
-
-def _transformer(name: str, width: int, depth: int, unet: Unet) -> list[tuple[str, tuple[int, ...]]]:
-    projection = (width, width) if unet.linear else (width, width, 1, 1)
-    layers: list[tuple[str, tuple[int, ...]]] = [("norm", (width,)), ("proj_in", projection), ("proj_out", projection)]
-    for i in range(depth):
-        block = f"transformer_blocks.{i}"
-        layers += [(f"{block}.norm{n}", (width,)) for n in (1, 2, 3)]
-        for attention, context in (("attn1", width), ("attn2", unet.context)):
-            inputs = {"to_q": width, "to_k": context, "to_v": context, "to_out.0": width}
-            layers += [(f"{block}.{attention}.{layer}", (width, columns)) for layer, columns in inputs.items()]
-        layers += [(f"{block}.ff.net.0.proj", (8 * width, width)), (f"{block}.ff.net.2", (width, 4 * width))]
-    return [(f"{name}.{layer}", shape) for layer, shape in layers]
+    with torch.device("meta"):
+        patch = ControlPatch.from_unet(UNet2DConditionModel.from_config(unet_config(family)))
+    return {f"control.{name}.delta": tuple(parameter.shape) for name, parameter in patch.named_parameters()}
 
 
 def write_patches(folder: Path, shapes: Shapes, count: int) -> list[Path]:
@@ -247,7 +179,7 @@ def measure(ways: list[str], paths: list[Path], out: Path, runs: int, apart: boo
 
 def main(arguments: argparse.Namespace) -> None:
     """Write the patches, measure, print the table."""
-    shapes = control_shapes(UNETS[arguments.size])
+    shapes = control_shapes(FAMILIES[arguments.size])
     scale = 0.1 if arguments.quick else arguments.scale  # of both sides of a matrix
     shapes = {name: _scaled(shape, scale) for name, shape in shapes.items()}
     size = 2 * sum(map(math.prod, shapes.values()))
@@ -283,7 +215,7 @@ def _scaled(shape: tuple[int, ...], scale: float) -> tuple[int, ...]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=sorted(UNETS), default="sd15")
+    parser.add_argument("--size", choices=sorted(FAMILIES), default="sd15")
     parser.add_argument("--patches", type=int, default=4)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--scale", type=float, default=1.0, help="of every side of a matrix")
