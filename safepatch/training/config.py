@@ -33,7 +33,7 @@ class PatchConfig:
     gate: int = 0
 
     @property
-    def layout(self) -> dict[str, int]:
+    def layout(self) -> dict[str, Any]:
         """What `from_unet` is told; a kind's own defaults for what is not set."""
         values = {"rank": None if self.kind == "control" else self.rank, "depth": self.depth}
         return {name: value for name, value in values.items() if value is not None}
