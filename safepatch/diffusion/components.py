@@ -87,6 +87,11 @@ def uncompiled(module: Any) -> Any:
     return getattr(module, "_orig_mod", module)
 
 
+def is_compiled(module: Any) -> bool:
+    """Whether `torch.compile`, or the module's own `compile`, was called on it."""
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+
+
 def without_image_prompts(module: nn.Module) -> nn.Module:
     """The module with plain attention where an IP-Adapter made it read image tokens too; changed in place.
 

@@ -44,7 +44,8 @@ def apply(
     Raises:
         BaseMismatch: when the patch was made for another architecture.
         ArtifactError: when the file is missing, damaged or altered.
-        ConfigError: when scale, start or end is out of range, or a scale is for a category the patch cannot tell apart.
+        ConfigError: when scale, start or end is out of range, a scale is for a category the patch cannot tell apart, or
+            the UNet was compiled before.
         UnknownName: for a speed, or a scale's category, that there is not.
     """
     artifact = patch if isinstance(patch, PatchArtifact) else PatchArtifact.open(patch)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from safepatch.diffusion import Components, calling_pipeline, uncompiled
+from safepatch.diffusion import Components, calling_pipeline, is_compiled, uncompiled
 from safepatch.errors import ConfigError, PatchBypassed, lookup
 from safepatch.patch import Features, Patch, Residuals
 from safepatch.patch.gate import MODES, Gate
@@ -123,6 +123,8 @@ class Handle:
         gate: str | None = None,
         speed: str = "full",
     ) -> None:
+        if is_compiled(pipe.unet):  # what was traced without hooks may go on without them
+            raise ConfigError("pipe.unet is compiled already; apply the patch to the pipeline first, then compile")
         self.stats = Stats()
         self._pipe = weakref.ref(pipe)
         self._unet: Any = Components.of(pipe).unet

@@ -257,6 +257,19 @@ def test_an_unknown_speed_is_refused(small_pipe):
     assert hook_count(small_pipe) == 0
 
 
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_unet_that_was_compiled_before_is_refused(small_pipe, in_place):
+    """Code that was traced without hooks may go on without them, and nothing would notice."""
+    apply(small_pipe, small_artifact()).remove()  # control
+    if in_place:
+        small_pipe.unet.compile(backend="eager")
+    else:
+        small_pipe.unet = torch.compile(small_pipe.unet, backend="eager")
+    with pytest.raises(ConfigError, match="apply the patch to the pipeline first, then compile"):
+        apply(small_pipe, small_artifact())
+    assert hook_count(small_pipe) == 0
+
+
 # ---- law 2: removed is gone ------------------------------------------------------------------------------------
 
 
