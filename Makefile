@@ -6,6 +6,7 @@ SHELL := bash
 PYTHON ?= python3
 KIND ?= control
 N ?= 200
+JOBS ?= 2
 PY := .venv/bin/python
 READY := .venv/.ready
 TORCH := $(shell grep '^torch==' constraints.txt)
@@ -22,8 +23,8 @@ help:  ## show this list
 demo: $(READY)  ## patch the embedded model and show the result
 	$(PY) -m safepatch demo
 
-test: $(READY)  ## run the tests
-	$(PY) -m pytest
+test: $(READY)  ## run the tests, two files at a time; JOBS=1 for one
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile
 
 check: $(READY)  ## lint, formatting, types, layering, README tables
 	.venv/bin/ruff check
