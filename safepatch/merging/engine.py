@@ -17,9 +17,10 @@ from safepatch.container import MappedTensors, raw_bytes, read_header, write_str
 from safepatch.errors import MergeError
 from safepatch.merging.conflicts import Comparison, compare, report
 from safepatch.merging.groups import is_grouped, merged_layout
-from safepatch.merging.parameters import Job, Piece
+from safepatch.merging.job import BundleJob, GroupedJob, IdentityJob, Job, Piece
 from safepatch.merging.recipe import DTYPE_NAMES, DTYPES, EXACT, MergeRecipe, load_recipe
 from safepatch.merging.sources import Source, agreed, check_agreement, in_order, open_source
+from safepatch.merging.sums import SumJob
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -106,15 +107,18 @@ def _prepare(sources: Sequence[Source], recipe: MergeRecipe) -> Job:
     ordered = in_order(sources)
     check_agreement(ordered, kept_apart=recipe.method == BUNDLE)
     widest = reduce(torch.promote_types, (source.artifact.dtype for source in ordered))
-    job = Job(ordered, recipe, DTYPES[recipe.dtype] if recipe.dtype else widest)
-    gated = [source.name for source in ordered if "gate" in source.info.config.get("layout", {})]
-    if gated and not job.is_grouped and recipe.method != BUNDLE:
-        raise MergeError(f"{gated[0]} has a gate, which has no sum; merge by bundle, or lite patches by cat")
-    if job.is_grouped:
+    dtype = DTYPES[recipe.dtype] if recipe.dtype else widest
+    if recipe.method == BUNDLE:
+        return BundleJob(ordered, recipe, dtype)
+    if recipe.method == "cat" and all(is_grouped(source.info) for source in ordered):
         merged_layout(ordered)  # refuses what cannot stand side by side
         if recipe.rank:
             raise MergeError("lite patches stand side by side and have no sum to re-compress; leave out the rank")
-    return job
+        return (IdentityJob if recipe.is_identity else GroupedJob)(ordered, recipe, dtype)
+    gated = [source.name for source in ordered if "gate" in source.info.config.get("layout", {})]
+    if gated:
+        raise MergeError(f"{gated[0]} has a gate, which has no sum; merge by bundle, or lite patches by cat")
+    return (IdentityJob if recipe.is_identity else SumJob)(ordered, recipe, dtype)
 
 
 @contextmanager
@@ -183,20 +187,11 @@ def _merged_info(job: Job, pool: Pool) -> PatchInfo:
         instructions=_united_instructions(job),
         fingerprint=infos[0].fingerprint,
         base=agreed([info.base for info in infos]),
-        config=_merged_config(job),
+        config=agreed([info.config for info in infos]) | job.config,
         recipe=_recorded(job, pool),
         shapes=job.shapes(),
         license=" AND ".join(sorted({info.license for info in infos} - {""})),
     )
-
-
-def _merged_config(job: Job) -> dict[str, Any]:
-    """The settings that all sources share; side by side, their layout is a wider one."""
-    config = agreed([source.info.config for source in job.sources])
-    if not job.is_grouped:
-        return config
-    gates = {name: gate for source in job.sources for name, gate in source.info.config.get("gate", {}).items()}
-    return {**config, "layout": merged_layout(job.sources), **({"gate": gates} if gates else {})}
 
 
 def _recorded(job: Job, pool: Pool) -> dict[str, Any]:
@@ -209,8 +204,7 @@ def _recorded(job: Job, pool: Pool) -> dict[str, Any]:
     if recipe.conflicts and len(job.sources) > 1 and job.names and not any(is_grouped(s.info) for s in job.sources):
         recorded["conflicts"] = _conflicts(job, pool)
     if recipe.rank:
-        low_rank = [name for name in job.names if job.rank(name) is not None]
-        recorded["rank_errors"] = {name: round(job.compressed(name).error, 6) for name in low_rank}
+        recorded["rank_errors"] = job.rank_errors()
     return recorded
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from safepatch.artifact import BUNDLE, PatchArtifact, PatchInfo, verify
 from safepatch.errors import ArtifactError
-from safepatch.merging import METHODS, Options, merge, parameters
+from safepatch.merging import METHODS, Options, merge, sums
 from safepatch.merging.methods import SUM_WEIGHTS, USES
 
 CATEGORIES = ("weapons", "gore", "drugs")
@@ -153,7 +153,7 @@ def test_streamed_equals_in_memory(
 ) -> None:
     paths = save_patches(tmp_path, method, rank, dtype=dtype)
     in_memory = merge(paths, method=method).save(tmp_path / "in-memory.safetensors").read_bytes()
-    monkeypatch.setattr(parameters, "PIECE", 5)
+    monkeypatch.setattr(sums, "PIECE", 5)
     assert merged_bytes(paths, method) == in_memory
     assert merged_bytes(paths[:1], method) != in_memory  # control
 
@@ -163,7 +163,7 @@ def test_streamed_equals_in_memory(
 def test_any_number_of_threads_gives_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, rank: int | None
 ) -> None:
-    monkeypatch.setattr(parameters, "PIECE", 5000)  # many pieces of a tensor are on their way at once
+    monkeypatch.setattr(sums, "PIECE", 5000)  # many pieces of a tensor are on their way at once
     generator = torch.Generator().manual_seed(0)
     info = PatchInfo("control", {"gore": "no gore"}, {"layers": 2}, {"family": "tiny"}, {"sees": "prompt"})
     paths = []
