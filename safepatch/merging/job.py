@@ -1,7 +1,7 @@
 """A merge that is ready to run: which tensors it writes, known before any value is read, and their values."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -59,7 +59,7 @@ class Job(ABC):
         """The merged values of a piece, flat, as they are stored."""
 
     @property
-    def config(self) -> Mapping[str, Any]:
+    def config(self) -> dict[str, Any]:
         """Settings of the merged patch beside those that its sources share."""
         return {}
 
@@ -193,7 +193,7 @@ class GroupedJob(Job):
         return cast(piece.tensor, side_by_side(self.sources, name, self.shape(name)), self.dtype).reshape(-1)
 
     @property
-    def config(self) -> Mapping[str, Any]:
+    def config(self) -> dict[str, Any]:
         """The wider layout, and every category's gate."""
         gates = {name: gate for source in self.sources for name, gate in source.info.config.get("gate", {}).items()}
         return {"layout": merged_layout(self.sources), **({"gate": gates} if gates else {})}
