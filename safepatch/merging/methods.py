@@ -83,8 +83,12 @@ def ties(stack: Tensor, weights: Tensor, options: Options) -> Tensor:
 
 def dare(stack: Tensor, weights: Tensor, options: Options) -> Tensor:
     """Drop entries at random, rescale the rest, Σ w_k δ_k (Yu 2024, arXiv 2311.03099); keeps a `density` share."""
-    dropped = (_drop_and_rescale(delta, torch.full_like(delta, options.density), options) for delta in stack)
-    return _sum(weight * delta for weight, delta in zip(weights, dropped, strict=True))
+    total = torch.zeros_like(stack[0]).reshape(-1)
+    for weight, delta in zip(weights.tolist(), stack, strict=True):
+        for added, part in zip(total.split(CHUNK), delta.reshape(-1).split(CHUNK), strict=True):
+            kept = torch.bernoulli(torch.full_like(part, options.density), generator=options.generator)
+            added.addcmul_(part, kept, value=weight / (options.density or 1.0))
+    return total.view_as(stack[0])
 
 
 def dare_ties(stack: Tensor, weights: Tensor, options: Options) -> Tensor:
