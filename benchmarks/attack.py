@@ -31,6 +31,14 @@ TARGETS = {  # name: kind, gate at run time, what the attacker aims at
 }
 
 
+def named(text: str) -> tuple[str, Path]:
+    """NAME=FILE."""
+    name, _, path = text.partition("=")
+    if not path or name in TARGETS:
+        raise argparse.ArgumentTypeError(f"'{text}' is not NAME=FILE with a name of its own")
+    return name, Path(path)
+
+
 def main() -> None:
     """Attack, draw, score, print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -38,7 +46,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=40, help="images per rate")
     parser.add_argument("--steps", type=int, default=100, help="gradient steps")
     parser.add_argument("--targets", nargs="*", default=list(TARGETS), choices=list(TARGETS))
-    parser.add_argument("--patch", nargs="*", default=[], metavar="NAME=FILE", help="more patches, gate off")
+    parser.add_argument("--patch", nargs="*", default=[], type=named, metavar="NAME=FILE", help="more, gate off")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     options = parser.parse_args()
     category = CATEGORIES[options.category]
@@ -65,7 +73,7 @@ def main() -> None:
     print("| patch | plain | attacked |\n|---|---|---|")
     print(f"| none | {figures['base']['plain']:.3f} | |", flush=True)
     attacks = {name: (shipped_patch(category.name, TARGETS[name][0]), *TARGETS[name][1:]) for name in options.targets}
-    attacks |= {name: (Path(path), "off", "patch") for name, path in (given.split("=", 1) for given in options.patch)}
+    attacks |= {name: (path, "off", "patch") for name, path in options.patch}
     for name, (path, gate, aim) in attacks.items():
         artifact = PatchArtifact.open(path)
         patch = from_artifact(artifact, components.unet)

@@ -23,7 +23,7 @@ from safepatch.training.trainer import train
 
 OUT = Path("runs/variants")
 CATEGORY = CATEGORIES["weapons"]
-LITE = ["patch.kind=lite", "objective.negative_guidance=0"]  # as configs/patches/lite, without the gate
+LITE = ["patch.kind=lite", "objective.negative_guidance=0"]  # as configs/patches/lite, shorter and without the gate
 VARIANTS: dict[str, list[str]] = {
     "default": [],
     "paired": ["objective.supervision=paired"],

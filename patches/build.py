@@ -3,7 +3,7 @@
 A recipe is `weapons`, of configs/patches/weapons.yaml, or `lite/weapons`, of the lite kind. Each patch is what
 `safepatch train` gives of its recipe; the category's card adds the recipes and, when `make table` has been run, the
 figures. `card:weapons` writes a card only, `picture` and `gates` the README's pictures, and `figures` keeps what
-`make table` measured.
+`make table` and two benchmarks measured.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""Every test runs offline and leaves a core to the machine."""
+"""Every test runs offline, on as many threads as `make test` leaves to it."""
 
 import os
 

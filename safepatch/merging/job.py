@@ -45,7 +45,7 @@ class Job(ABC):
     recipe: MergeRecipe
     dtype: torch.dtype
 
-    @cached_property
+    @property
     @abstractmethod
     def layout(self) -> dict[str, Tensor]:
         """The merged tensors by name, as meta tensors."""

@@ -1,6 +1,5 @@
 """Merging by sums: one merged parameter from the sources' deltas, dense or as low-rank factors."""
 
-from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from hashlib import sha256
 from typing import NamedTuple
@@ -23,7 +22,6 @@ class Compressed(NamedTuple):
     error: float
 
 
-@dataclass(frozen=True, eq=False)
 class SumJob(Job):
     """One delta per parameter, made by the recipe's method."""
 

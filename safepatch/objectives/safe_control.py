@@ -156,8 +156,9 @@ def _adversarial(
     """
     adversary, age, start = (cast(Tensor, getattr(patch, f"adversary{part}")) for part in ("", "_age", "_start"))
     old = age >= config.adversary_life
-    adversary[old] = _fresh(config, start, generator).to(adversary)[old]
-    age[old] = 0
+    if old.any():
+        adversary[old] = _fresh(config, start, generator).to(adversary)[old]
+        age[old] = 0
     soft = adversary[pick].clone().requires_grad_()
 
     def ascend(gradient: Tensor) -> None:

@@ -137,9 +137,10 @@ class Patch(nn.Module, ABC):
 
     @torch.no_grad()
     def load_deltas(self, unet: Any, deltas: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> None:
-        """Set every parameter to the host's anchor plus its delta (rebasing), rounded to `dtype`.
+        """Replace every parameter by the host's anchor plus its delta (rebasing), rounded to `dtype`.
 
-        A missing delta counts as zero.
+        A missing delta counts as zero. A gate stays in float32: its threshold was found so. What held the parameters
+        before, an optimizer for instance, must be made anew.
 
         Raises:
             BaseMismatch: when a delta is for something this host lacks; dropping it would weaken the patch in silence.
@@ -150,7 +151,8 @@ class Patch(nn.Module, ABC):
             raise BaseMismatch(
                 f"this patch changes '{name}', which this model lacks; use it on a model of its own family"
             )
-        values = {name: _rebased(anchors[name], deltas.get(short), dtype) for short, name in plain.items()}
+        dtypes = {name: torch.float32 if name.startswith("gate.") else dtype for name in anchors}
+        values = {name: _rebased(anchors[name], deltas.get(short), dtypes[name]) for short, name in plain.items()}
         self.load_state_dict(values, strict=False, assign=True)  # a training run's buffers keep their values
 
 
@@ -158,7 +160,9 @@ def _rebased(anchor: Tensor, delta: Tensor | None, dtype: torch.dtype) -> Tensor
     """`anchor` + `delta`, summed in float32 and rounded once: a tensor of its own."""
     if delta is None:
         return anchor.to(dtype, copy=True)
-    if torch.result_type(anchor, delta) != dtype:  # else torch's own sum does just that, without copies
+    if (
+        anchor.dtype.itemsize == 1 or torch.result_type(anchor, delta) != dtype
+    ):  # else torch's own sum does just that, without copies
         anchor = anchor.float()
     return (anchor + delta.to(anchor.device)).to(dtype)
 

@@ -1,8 +1,9 @@
 """A gate decides, row by row and step by step, whether a patch acts at all; closed, the host's bits are untouched.
 
 It counts evidence and knows none to the contrary: detectors read every text state of the prompt, the strongest answer
-of each counts, and what the host makes of the prompt (the mid block's output) can only add to it. So nothing that is
-appended to a prompt closes a gate that the prompt itself opens.
+of each counts, and what the host makes of the prompt (the mid block's output) can only add to it. So states appended
+behind a prompt's own cannot lower what its text says. Appended words are not quite that: they stand where the prompt's
+end-of-text states were.
 """
 
 import torch

@@ -11,7 +11,7 @@ from safepatch.diffusion import Components, encode_prompts
 from safepatch.errors import ConfigError
 from safepatch.patch import Patch
 from safepatch.patch.files import from_artifact
-from safepatch.runtime.handle import ActivePart, Handle, Scale
+from safepatch.runtime.handle import ActivePart, Handle, Scale, refuse_compiled
 
 
 def apply(
@@ -45,11 +45,16 @@ def apply(
         BaseMismatch: when the patch was made for another architecture.
         ArtifactError: when the file is missing, damaged or altered.
         ConfigError: when scale, start or end is out of range, a scale is for a category the patch cannot tell apart, or
-            the UNet was compiled before.
+            the UNet was compiled, or offloaded layer by layer, before.
         UnknownName: for a speed, or a scale's category, that there is not.
     """
-    artifact = patch if isinstance(patch, PatchArtifact) else PatchArtifact.open(patch)
     components = Components.of(pipe)
+    refuse_compiled(pipe)
+    if any(parameter.is_meta for parameter in components.unet.parameters()):
+        raise ConfigError(
+            "the UNet's weights are offloaded layer by layer; apply the patch before enable_sequential_cpu_offload()"
+        )
+    artifact = patch if isinstance(patch, PatchArtifact) else PatchArtifact.open(patch)
     if gate_threshold is not None and not 0 <= gate_threshold <= 1:
         raise ConfigError(f"gate_threshold must be within [0, 1], not {gate_threshold}")
     parts = [activate(part, components, gate_threshold) for part in artifact.parts()]
@@ -65,9 +70,19 @@ def attach(pipe: Any, patch: Patch, instructions: list[str], scale: float = 1.0,
     return Handle(pipe, [part], scale, fail_closed)
 
 
-def activate(part: Part, components: Components, gate_threshold: float | None = None) -> ActivePart:
-    """A part on the components' UNet, reading its own instructions only; `gate_threshold` as in `apply`."""
-    module = from_artifact(part.artifact, components.unet, components.compute_dtype).to(components.unet.device)
+def activate(
+    part: Part, components: Components, gate_threshold: float | None = None, dtype: torch.dtype | None = None
+) -> ActivePart:
+    """A part on the components' UNet, reading its own instructions only.
+
+    Args:
+        part: the patch and its weight.
+        components: of the host.
+        gate_threshold: as in `apply`.
+        dtype: of the module; the host's by default.
+    """
+    module = from_artifact(part.artifact, components.unet, dtype or components.compute_dtype)
+    module = module.to(components.unet.device)
     info = part.artifact.info
     states = instruction_states(components, list(info.instructions.values()))
     thresholds = None

@@ -24,7 +24,7 @@ from safepatch.patch.host import HostHooks
 from safepatch.runtime.residuals import bind, padded, plus, with_residuals
 
 Scale = float | Mapping[str, float]
-SPEEDS = {"full": 1, "fast": 2}  # denoising steps for which one answer of a control patch is used
+SPEEDS = {"full": 1, "fast": 2}  # denoising steps for which a control patch's residuals are used
 
 
 @dataclass
@@ -84,25 +84,37 @@ class Call(NamedTuple):
         """Of the first row."""
         return float(torch.as_tensor(self.timesteps).flatten()[0])
 
-    def continues(self, earlier: "Call") -> bool:
-        """Whether this is a later step of the denoising that `earlier` is a step of."""
-        alike = self.sample.shape == earlier.sample.shape and self.rows == earlier.rows
-        same_prompt = torch.equal(self.prompt_states, earlier.prompt_states)
-        return alike and same_prompt and self.timestep < earlier.timestep
 
-
-class Answer(NamedTuple):
-    """What a part made, and for which call it was used last.
+class Cached(NamedTuple):
+    """Residuals that a control patch made, and the calls they were used for.
 
     Attributes:
-        made: the residuals; None if the gate was closed for every row.
-        call: the last call it was used for.
-        uses: how many calls it was used for.
+        residuals: as they were handed to the host.
+        shape: of the sample.
+        rows: those that were corrected.
+        states: the rows' text states.
+        timestep: of the last call.
+        uses: how many calls they were used for.
+        is_tiled: whether the UNet was called more than once at a timestep, for instance tile by tile.
     """
 
-    made: Residuals | None
-    call: Call
-    uses: int
+    residuals: Residuals
+    shape: torch.Size
+    rows: slice
+    states: Tensor
+    timestep: float
+    uses: int = 1
+    is_tiled: bool = False
+
+    def serves(self, call: Call) -> bool:
+        """Whether `call` is a later step of the same denoising."""
+        alike = (self.shape, self.rows, self.states.device) == (call.sample.shape, call.rows, call.prompt_states.device)
+        later = alike and call.timestep < self.timestep and not self.is_tiled
+        return later and torch.equal(self.states, call.prompt_states)
+
+    def shows_tiles(self, call: Call) -> bool:
+        """Whether `call` is one more at the same timestep, or follows such calls within the same denoising."""
+        return call.timestep == self.timestep or (self.is_tiled and call.timestep < self.timestep)
 
 
 class Handle:
@@ -123,15 +135,14 @@ class Handle:
         gate: str | None = None,
         speed: str = "full",
     ) -> None:
-        if is_compiled(pipe.unet):  # what was traced without hooks may go on without them
-            raise ConfigError("pipe.unet is compiled already; apply the patch to the pipeline first, then compile")
+        refuse_compiled(pipe)
         self.stats = Stats()
         self._pipe = weakref.ref(pipe)
         self._unet: Any = Components.of(pipe).unet
         self._train_timesteps: int = Components.of(pipe).scheduler.config.num_train_timesteps
         self._parts = tuple(parts)
         self.categories = tuple(sorted({name for part in parts for name in part.categories}))
-        self._answers: dict[int, Answer] = {}  # of control patches that do not answer at every step, by part
+        self._cache: dict[int, Cached] = {}  # by the part's identity
         self.scale = scale
         self.window = window
         self.gate = gate
@@ -161,8 +172,9 @@ class Handle:
     def __deepcopy__(self, memo: dict[int, Any]) -> "Handle":
         """A copied pipeline carries a handle of its own, which watches the copy."""
         copied = memo[id(self)] = object.__new__(Handle)
-        copied.__dict__.update((name, copy.deepcopy(value, memo)) for name, value in vars(self).items())
-        copied._answers = {}  # parts are told apart by identity
+        kept = {name: value for name, value in vars(self).items() if name != "_cache"}
+        copied.__dict__.update((name, copy.deepcopy(value, memo)) for name, value in kept.items())
+        copied._cache = {}
         if id(self._pipe()) in memo:
             copied._pipe = weakref.ref(memo[id(self._pipe())])
         return copied
@@ -170,6 +182,7 @@ class Handle:
     def remove(self) -> None:
         """Take the patch off; calling it twice is harmless."""
         self._fail_closed = False  # compiled code may run the inner hook once more
+        self._cache.clear()
         while self._hooks:
             self._hooks.pop().remove()
 
@@ -194,7 +207,7 @@ class Handle:
         for part in self._parts:
             _scales(part, scale)  # refuses what the part cannot tell apart
         self._scale = scale
-        self._answers.clear()
+        self._cache.clear()
 
     @property
     def gate(self) -> str:
@@ -209,7 +222,7 @@ class Handle:
         if gate in ("hard", "soft") and not gated:
             raise ConfigError(f"this patch has no gate to be {gate}; fit one with `safepatch gate`, or leave gate out")
         self._gate = gate or ("hard" if gated else "off")
-        self._answers.clear()
+        self._cache.clear()
 
     @property
     def window(self) -> tuple[float, float]:
@@ -225,14 +238,14 @@ class Handle:
 
     @property
     def speed(self) -> str:
-        """`full`: every patch answers at every step; `fast`: a control patch, at every second, is used for two."""
+        """`full`: every patch runs at every step; `fast`: the residuals of a control patch without a gate serve two."""
         return self._speed
 
     @speed.setter
     def speed(self, speed: str) -> None:
         lookup(SPEEDS, speed, what="speed")
         self._speed = speed
-        self._answers.clear()
+        self._cache.clear()
 
     def _prepare(self, unet: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         """Before the UNet runs: correct what needs no features, and note down what the others will need."""
@@ -271,21 +284,24 @@ class Handle:
     def _corrections(
         self, parts: Sequence[ActivePart], call: Call, features: Features | None = None
     ) -> Residuals | None:
-        made = [self._answered(part, call, features) for part in parts]
+        made = [self._recent(part, call, features) for part in parts]
         made = [residuals for residuals in made if residuals is not None]
         return reduce(plus, made) if made else None
 
-    def _answered(self, part: ActivePart, call: Call, features: Features | None) -> Residuals | None:
+    def _recent(self, part: ActivePart, call: Call, features: Features | None) -> Residuals | None:
         """The part's residuals, or those of the step before where `speed` allows."""
-        if self.speed == "full" or part.patch.reads_features:
+        if self.speed == "full" or self._is_late(part):
             return self._residuals(part, call, features)
-        answer = self._answers.get(id(part))
-        if answer and answer.uses < SPEEDS[self.speed] and call.continues(answer.call):
-            answer = answer._replace(call=call, uses=answer.uses + 1)
-        else:
-            answer = Answer(self._residuals(part, call, features), call, 1)
-        self._answers[id(part)] = answer
-        return answer.made
+        last = self._cache.get(id(part))
+        if last and last.uses < SPEEDS[self.speed] and last.serves(call):
+            self._cache[id(part)] = last._replace(timestep=call.timestep, uses=last.uses + 1)
+            return last.residuals
+        made = self._residuals(part, call, features)
+        if made:
+            tiled = last is not None and last.shows_tiles(call)
+            cached = Cached(made, call.sample.shape, call.rows, call.prompt_states, call.timestep, is_tiled=tiled)
+            self._cache[id(part)] = cached
+        return made
 
     @torch.no_grad()
     def _residuals(self, part: ActivePart, call: Call, features: Features | None) -> Residuals | None:
@@ -308,13 +324,13 @@ class Handle:
     def _openings(self, part: ActivePart, features: Features, timesteps: Tensor, states: Tensor) -> Tensor:
         """How far the gate is open for each row and group, in [0, 1], (B, groups); 0 or 1 where it is hard."""
         gate, thresholds = cast(Gate, part.patch.gate), cast(Tensor, part.thresholds)
-        probabilities = gate(features.mid, timesteps, states).sigmoid()
+        probabilities = gate(features.mid.float(), timesteps, states.float()).sigmoid()  # a gate stays in float32
         is_open = probabilities >= thresholds.to(probabilities.device)
         self.stats.gated_rows += is_open.numel()
         self.stats.open_rows += int(is_open.sum())
         if self.on_gate:
             self.on_gate(timesteps, probabilities)
-        return probabilities if self.gate == "soft" else is_open.to(probabilities.dtype)
+        return (probabilities if self.gate == "soft" else is_open).to(features.mid.dtype)
 
     def _rows_to_correct(self, sample: Tensor) -> slice:
         """Which rows carry the prompt: under guidance the first equal part is the negative prompt's.
@@ -351,6 +367,12 @@ class Handle:
             raise PatchBypassed(
                 f"{type(caller).__name__} shares this VAE but its UNet carries no patch; apply the patch to it too"
             )
+
+
+def refuse_compiled(pipe: Any) -> None:
+    """Raise `ConfigError` if the UNet is compiled: what was traced without hooks may go on without them."""
+    if is_compiled(pipe.unet):
+        raise ConfigError("pipe.unet is compiled already; apply the patch to the pipeline first, then compile")
 
 
 def attached(module: Any) -> list[Handle]:

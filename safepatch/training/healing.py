@@ -85,8 +85,8 @@ def heal(pipe: Any, recipe: MergeRecipe, out: str | Path | None = None) -> Patch
         raise MergeError(f"only control patches can be healed, these are {start.info.kind}; merge them without heal")
     components = Components.of(pipe).freeze().to(cast(torch.device, PartialState().device))
     bundle = merge(replace(plain, method=BUNDLE, dtype=None, conflicts=False))
-    sources = [activate(part, components) for part in bundle.parts()]
-    merged = activate(Part(1.0, start), components)
+    sources = [activate(part, components, dtype=torch.float32) for part in bundle.parts()]
+    merged = activate(Part(1.0, start), components, dtype=torch.float32)
     bank = draw_bank(components, start.info.categories, recipe.seed)
     before = residual_error(merged, sources, components, bank, recipe.seed)
     train_to_match(merged, sources, components, bank, recipe)

@@ -307,6 +307,12 @@ def test_adversaries_learn_beside_the_patch_and_stay_out_of_its_file(uninterrupt
     moved = seen[0].patch.adversary - new_adversaries(objective, bank.rows.unsafe_states)["adversary"]
     assert moved.shape == (2, 3, 192)
     assert moved.abs().amax((1, 2)).min() >= objective.adversary_rate * 0.99  # each has moved
+    assert seen[0].patch.adversary_age.sum() > 0
+    short = SafeControlConfig(adversaries=2, adversary_tokens=3, adversary_life=1)
+    run(tmp_path / "short", bank, short)
+    assert seen[1].patch.adversary_age.max() <= 1  # each starts anew after one step
+    start = seen[1].patch.adversary_start
+    assert (seen[1].patch.adversary - start).abs().mean() < 0.1 + short.adversary_rate
     assert whole.tensors.keys() == uninterrupted.tensors.keys()
     assert whole.content_hash != uninterrupted.content_hash  # control
     happens[:] = [*[nothing] * 3, press_ctrl_c]

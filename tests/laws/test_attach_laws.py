@@ -251,6 +251,23 @@ def test_a_fast_patch_gives_the_step_between_the_answer_of_the_step_before(small
     assert not torch.equal(halved, other)  # and so is another prompt
 
 
+def test_a_pipeline_that_works_tile_by_tile_is_never_given_another_tiles_residuals(small_pipe):
+    tiles = [900, 900, 700, 700, 500, 500]
+    assert runs_at(small_pipe, tiles, speed="fast") == [0, 1, 2, 3, 4, 5]
+    assert runs_at(small_pipe, [*tiles, 900, 700], speed="fast") == [0, 1, 2, 3, 4, 5, 6]  # untiled again
+
+
+def test_a_fast_patch_holds_nothing_once_it_is_off_and_can_be_copied(small_pipe):
+    handle = apply(small_pipe, small_artifact(), speed="fast")
+    patched = images(small_pipe)
+    assert handle._cache  # control
+    with apply(small_pipe, small_artifact(seed=1), speed="fast"):
+        images(copy.deepcopy(small_pipe))
+    assert torch.equal(images(small_pipe), patched)
+    handle.remove()
+    assert not handle._cache
+
+
 def test_an_unknown_speed_is_refused(small_pipe):
     with pytest.raises(UnknownName, match="did you mean 'fast'"):
         apply(small_pipe, small_artifact(), speed="fastt")

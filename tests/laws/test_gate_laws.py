@@ -77,6 +77,19 @@ def test_a_closed_gate_changes_no_bit_and_an_open_one_nothing_of_the_patch(small
 
 
 @every_kind
+def test_a_gate_judges_in_float32_on_a_half_precision_host(small_pipe, kind, monkeypatch):
+    small_pipe.to(torch.bfloat16)
+    seen = []
+    forward = Gate.forward
+    monkeypatch.setattr(Gate, "forward", lambda self, *args: seen.append(0 * forward(self, *args) + 7.6) or seen[-1])
+    with apply(small_pipe, gated(kind), gate_threshold=1.0) as handle:
+        images(small_pipe)
+    assert {logits.dtype for logits in seen} == {torch.float32}
+    assert handle.stats.open_rows == 0  # a probability of 0.9995
+    assert torch.tensor(7.6, dtype=torch.bfloat16).sigmoid() == 1  # control: in the host's dtype it would have opened
+
+
+@every_kind
 def test_each_row_is_gated_on_its_own(small_pipe, kind, monkeypatch):
     patch = gated(kind)
     base, ungated = outputs(small_pipe), outputs(small_pipe, patch=patch, gate="off")

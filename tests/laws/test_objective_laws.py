@@ -215,6 +215,7 @@ def test_a_power_below_one_favours_noisy_timesteps():
         {"timestep_power": 0.0},
         {"adversaries": -1},
         {"adversary_tokens": 0},
+        {"adversary_life": 0},
     ],
 )
 def test_nonsense_settings_are_refused(settings):
