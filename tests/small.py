@@ -86,10 +86,10 @@ def _parts() -> Components:
 
 
 def new_small_pipe(unet: UNet2DConditionModel | None = None) -> StableDiffusionPipeline:
-    """A pipeline of its own: equal weights every time, nothing shared but the tokenizer and the text encoder."""
+    """A pipeline of its own: equal weights every time, nothing shared but the tokenizer."""
     parts = _parts()
-    unet, vae = unet or copy.deepcopy(parts.unet), copy.deepcopy(parts.vae)
-    return quiet(assemble(unet, vae, parts.text_encoder, parts.tokenizer))
+    vae, text_encoder = copy.deepcopy(parts.vae), copy.deepcopy(parts.text_encoder)
+    return quiet(assemble(unet or copy.deepcopy(parts.unet), vae, text_encoder, parts.tokenizer))
 
 
 @torch.no_grad()
