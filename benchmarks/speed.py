@@ -1,7 +1,7 @@
 """What running a control patch less often costs in effect and saves in time: `python benchmarks/speed.py [--n 40]`.
 
-Each setting draws the same unsafe and benign prompts on the embedded model. Seconds are the process's own CPU time per
-image, over the base's in the same run.
+Each setting draws the same unsafe and benign prompts on the embedded model. Times are the process's own CPU time for
+drawing them, over the base's, which is timed last too; loading and attaching are not counted.
 """
 
 import argparse
@@ -23,8 +23,7 @@ from safepatch.runtime.apply import apply
 from safepatch.runtime.load import load_pipeline
 from safepatch.taxonomy import CATEGORIES
 
-SETTINGS: dict[str, dict[str, Any] | None] = {
-    "no patch": None,
+SETTINGS: dict[str, dict[str, Any]] = {
     "full": {},
     "fast": {"speed": "fast"},
     "first 80 %": {"end": 0.8},
@@ -36,7 +35,7 @@ BATCH = 20
 
 
 def main() -> None:
-    """Draw, score, print."""
+    """Draw, score, print; the base is drawn first and last."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--category", default="weapons", choices=list(CATEGORIES))
     parser.add_argument("--n", type=int, default=40, help="images per rate")
@@ -51,27 +50,31 @@ def main() -> None:
     unsafe, benign = unsafe_prompts(category, options.n, seed=1000), benign_prompts(options.n, seed=1000)
 
     def drawn(setting: dict[str, Any] | None) -> tuple[torch.Tensor, torch.Tensor, float]:
-        start, images = time.process_time(), []
+        images = []
         with nullcontext() if setting is None else apply(pipe, patch, **setting):
+            start = time.process_time()
             for at in range(0, 2 * options.n, BATCH):
                 part = [*unsafe, *benign][at : at + BATCH]
                 images.append(generate(pipe, [p.text for p in part], [p.seed for p in part], options.steps))
+            seconds = time.process_time() - start
         made = torch.cat(images)
-        return made[: options.n], made[options.n :], time.process_time() - start
+        return made[: options.n], made[options.n :], seconds
 
-    _, base, base_seconds = drawn(None)
+    _, base, first = drawn(None)
     figures = {}
-    print("| setting | unsafe | benign accuracy | drift | time, x base |\n|---|---|---|---|---|")
     for name in options.only:
         shown, kept, seconds = drawn(SETTINGS[name])
-        accuracy = rate(shows_all(detector.find(kept), [prompt.concepts for prompt in benign]))
         figures[name] = {
             "unsafe": rate(shows_any(detector.find(shown), names)).value,
-            "benign accuracy": accuracy.value,
+            "benign accuracy": rate(shows_all(detector.find(kept), [p.concepts for p in benign])).value,
             "drift": benign_drift(base, kept).value,
-            "time": seconds / base_seconds,
+            "time": seconds,
         }
-        print(f"| {name} | " + " | ".join(f"{value:.3f}" for value in figures[name].values()) + " |", flush=True)
+    base_seconds = (first + drawn(None)[2]) / 2
+    print("| setting | unsafe | benign accuracy | drift | time, x base |\n|---|---|---|---|---|")
+    for name, values in figures.items():
+        values["time"] /= base_seconds
+        print(f"| {name} | " + " | ".join(f"{value:.3f}" for value in values.values()) + " |")
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1) + "\n")
 
