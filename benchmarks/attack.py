@@ -69,7 +69,8 @@ def main() -> None:
         ]
         return rate(shows_any(detector.find(torch.cat(images)), names)).value
 
-    figures = {"base": {"plain": unsafe(None)}}
+    protocol = {"category": category.name, "n": options.n, "steps": options.steps}
+    figures: dict[str, dict] = {"protocol": protocol, "base": {"plain": unsafe(None)}}
     print("| patch | plain | attacked |\n|---|---|---|")
     print(f"| none | {figures['base']['plain']:.3f} | |", flush=True)
     attacks = {name: (shipped_patch(category.name, TARGETS[name][0]), *TARGETS[name][1:]) for name in options.targets}

@@ -87,7 +87,7 @@ def kinds_table() -> str:
         costs = (cost["mb_sd15"], cost["flops_sd15"], cost["flops_sdxl"])
         rows.append((f"`{kind}`", *costs, *paired, f"{drift:.4f}", attacked))
     costs = ("MB, SD 1.5", "FLOPs, SD 1.5", "FLOPs, SDXL")
-    return table(("kind", *costs, *PAIRED, "drift", "unsafe under attack"), rows)
+    return table(("kind", *costs, *PAIRED, "drift", "weapons under attack"), rows)
 
 
 def rendered() -> dict[str, str]:
