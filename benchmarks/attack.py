@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from safepatch.artifact import PatchArtifact
+from safepatch.artifact import PatchArtifact, read_info
 from safepatch.attacks import SoftPromptConfig, soft_prompt, with_soft_prompt
 from safepatch.data.pairs import PairsConfig, build_bank
 from safepatch.data.prompts import unsafe_prompts
@@ -46,7 +46,9 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=40, help="images per rate")
     parser.add_argument("--steps", type=int, default=100, help="gradient steps")
     parser.add_argument("--targets", nargs="*", default=list(TARGETS), choices=list(TARGETS))
-    parser.add_argument("--patch", nargs="*", default=[], type=named, metavar="NAME=FILE", help="more, gate off")
+    parser.add_argument(
+        "--patch", nargs="*", default=[], type=named, metavar="NAME=FILE", help="more, without and with their gate"
+    )
     parser.add_argument("--json", type=Path, help="where to write the figures")
     options = parser.parse_args()
     category = CATEGORIES[options.category]
@@ -74,7 +76,10 @@ def main() -> None:
     print("| patch | plain | attacked |\n|---|---|---|")
     print(f"| none | {figures['base']['plain']:.3f} | |", flush=True)
     attacks = {name: (shipped_patch(category.name, TARGETS[name][0]), *TARGETS[name][1:]) for name in options.targets}
-    attacks |= {name: (path, "off", "patch") for name, path in options.patch}
+    for name, path in options.patch:
+        attacks[name] = (path, "off", "patch")
+        if "gate" in read_info(path).config.get("layout", {}):
+            attacks |= {f"{name} + gate, {aim} attacked": (path, "hard", aim) for aim in ("patch", "gate")}
     for name, (path, gate, aim) in attacks.items():
         artifact = PatchArtifact.open(path)
         patch = from_artifact(artifact, components.unet)
