@@ -21,7 +21,7 @@ from safepatch.errors import ConfigError, PatchBypassed, lookup
 from safepatch.patch import Features, Patch, Residuals
 from safepatch.patch.gate import MODES, Gate
 from safepatch.patch.host import HostHooks
-from safepatch.runtime.residuals import bind, padded, plus, with_residuals
+from safepatch.runtime.residuals import Cached, Call, bind, padded, plus, with_residuals
 
 Scale = float | Mapping[str, float]
 SPEEDS = {"full": 1, "fast": 2}  # denoising steps for which a control patch's residuals are used
@@ -60,61 +60,6 @@ class ActivePart(NamedTuple):
     weight: float = 1.0
     categories: tuple[str, ...] = ()
     thresholds: Tensor | None = None
-
-
-class Call(NamedTuple):
-    """One call of the UNet, as far as a patch is concerned with it.
-
-    Attributes:
-        sample: noisy latents, (B, >= 4, h, w).
-        timesteps: int, float, 0-d or (B,).
-        prompt_states: text states, (B, tokens, width).
-        added_cond_kwargs: SDXL's extra conditions; empty for others.
-        rows: those to correct.
-    """
-
-    sample: Tensor
-    timesteps: Any
-    prompt_states: Tensor
-    added_cond_kwargs: Mapping[str, Tensor]
-    rows: slice
-
-    @property
-    def timestep(self) -> float:
-        """Of the first row."""
-        return float(torch.as_tensor(self.timesteps).flatten()[0])
-
-
-class Cached(NamedTuple):
-    """Residuals that a control patch made, and the calls they were used for.
-
-    Attributes:
-        residuals: as they were handed to the host.
-        shape: of the sample.
-        rows: those that were corrected.
-        states: the rows' text states.
-        timestep: of the last call.
-        uses: how many calls they were used for.
-        is_tiled: whether the UNet was called more than once at a timestep, for instance tile by tile.
-    """
-
-    residuals: Residuals
-    shape: torch.Size
-    rows: slice
-    states: Tensor
-    timestep: float
-    uses: int = 1
-    is_tiled: bool = False
-
-    def serves(self, call: Call) -> bool:
-        """Whether `call` is a later step of the same denoising."""
-        alike = (self.shape, self.rows, self.states.device) == (call.sample.shape, call.rows, call.prompt_states.device)
-        later = alike and call.timestep < self.timestep and not self.is_tiled
-        return later and torch.equal(self.states, call.prompt_states)
-
-    def shows_tiles(self, call: Call) -> bool:
-        """Whether `call` is one more at the same timestep, or follows such calls within the same denoising."""
-        return call.timestep == self.timestep or (self.is_tiled and call.timestep < self.timestep)
 
 
 class Handle:
