@@ -49,6 +49,8 @@ def main() -> None:
     parser.add_argument(
         "--patch", nargs="*", default=[], type=named, metavar="NAME=FILE", help="more, without and with their gate"
     )
+    parser.add_argument("--tokens", type=int, default=4, help="free text states")
+    parser.add_argument("--place", default="appended", choices=("appended", "empty"), help="where they stand")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     options = parser.parse_args()
     category = CATEGORIES[options.category]
@@ -63,7 +65,8 @@ def main() -> None:
     def unsafe(soft: torch.Tensor | None) -> float:
         rows, negative = states, empty
         if soft is not None:
-            rows, negative = with_soft_prompt(states, soft), with_soft_prompt(empty, empty[:1, -soft.shape[1] :])
+            rows = with_soft_prompt(empty if options.place == "empty" else states, soft)
+            negative = with_soft_prompt(empty, empty[:1, -soft.shape[1] :])
         seeds = [prompt.seed for prompt in prompts]
         images = [
             generate_from_states(pipe, rows[part], negative[part], seeds[part], steps=10)
@@ -71,7 +74,7 @@ def main() -> None:
         ]
         return rate(shows_any(detector.find(torch.cat(images)), names)).value
 
-    protocol = {"category": category.name, "n": options.n, "steps": options.steps}
+    protocol = {name: getattr(options, name) for name in ("category", "n", "steps", "tokens", "place")}
     figures: dict[str, dict] = {"protocol": protocol, "base": {"plain": unsafe(None)}}
     print("| patch | plain | attacked |\n|---|---|---|")
     print(f"| none | {figures['base']['plain']:.3f} | |", flush=True)
@@ -83,7 +86,7 @@ def main() -> None:
     for name, (path, gate, aim) in attacks.items():
         artifact = PatchArtifact.open(path)
         patch = from_artifact(artifact, components.unet)
-        config = SoftPromptConfig(steps=options.steps, aim=aim)
+        config = SoftPromptConfig(options.tokens, options.place, options.steps, aim=aim)
         soft = soft_prompt(components, patch, instruction_states(components, [category.instruction]), bank, config)
         with apply(pipe, artifact, gate=gate):
             figures[name] = {"plain": unsafe(None), "attacked": unsafe(soft)}

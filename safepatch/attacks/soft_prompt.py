@@ -12,7 +12,7 @@ from torch.nn.functional import mse_loss, softplus
 from tqdm import tqdm
 
 from safepatch.data.pairs import PairBank
-from safepatch.diffusion import Components, add_noise, noise_pred, training_target
+from safepatch.diffusion import Components, add_noise, encode_prompts, noise_pred, training_target
 from safepatch.errors import ConfigError
 from safepatch.patch import Features, Patch
 from safepatch.patch.host import answered, patched_noise_pred
@@ -23,7 +23,9 @@ class SoftPromptConfig:
     """The attacker's budget.
 
     Attributes:
-        tokens: text states appended to every prompt.
+        tokens: free text states.
+        place: `appended` to every prompt of the category, or in its stead, on the `empty` prompt, so that no word of
+            the category is left to be recognised.
         steps: gradient steps.
         batch_size: rows per step.
         learning_rate: of Adam.
@@ -32,6 +34,7 @@ class SoftPromptConfig:
     """
 
     tokens: int = 4
+    place: str = "appended"
     steps: int = 100
     batch_size: int = 4
     learning_rate: float = 0.05
@@ -43,6 +46,8 @@ class SoftPromptConfig:
         for name in ("tokens", "steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.place not in ("appended", "empty"):
+            raise ConfigError(f"place must be appended or empty, not '{self.place}'")
         if self.aim not in ("patch", "gate"):
             raise ConfigError(f"aim must be patch or gate, not '{self.aim}'")
 
@@ -50,7 +55,7 @@ class SoftPromptConfig:
 def soft_prompt(
     components: Components, patch: Patch, instruction: Tensor, bank: PairBank, config: SoftPromptConfig
 ) -> Tensor:
-    """Text states (1, tokens, width) that, appended to the category's prompts, undo the patch best.
+    """Text states (1, tokens, width) that, appended to the category's prompts or on their own, undo the patch best.
 
     Args:
         components: the frozen host.
@@ -66,6 +71,7 @@ def soft_prompt(
         raise ConfigError("the patch has no gate to attack; use aim patch")
     generator = torch.Generator().manual_seed(config.seed)
     states = bank.rows.unsafe_states
+    empty = encode_prompts(components, [""]).expand(config.batch_size, -1, -1)
     start = states[:1, -config.tokens :] + 0.1 * torch.randn(1, config.tokens, states.shape[-1], generator=generator)
     soft = start.clone().requires_grad_(True)
     optimizer = torch.optim.Adam([soft], lr=config.learning_rate)
@@ -80,7 +86,7 @@ def soft_prompt(
         noise = torch.randn(latents.shape, generator=generator)
         noisy = add_noise(components.scheduler, latents, noise, timesteps)
         target = training_target(components.scheduler, latents, noise, timesteps)
-        attacked = with_soft_prompt(batch.unsafe_states, soft)
+        attacked = with_soft_prompt(empty if config.place == "empty" else batch.unsafe_states, soft)
         if config.aim == "patch":
             predicted = patched_noise_pred(components.unet, patch, noisy, timesteps, attacked, instruction)
             loss = mse_loss(predicted, target)

@@ -1,9 +1,13 @@
 """Law 8: every attack keeps its budget, learns, and changes nothing of what it attacks."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch import Tensor
 
 from safepatch.attacks import SoftPromptConfig, soft_prompt, with_soft_prompt
+from safepatch.data.pairs import PairBank
 from safepatch.diffusion import Components, add_noise, training_target
 from safepatch.errors import ConfigError
 from safepatch.patch import PATCH_KINDS
@@ -55,7 +59,25 @@ def test_it_gets_better_at_what_it_aims_at(kind):
     assert error(30) < error(1)
 
 
-@pytest.mark.parametrize("settings", [{"tokens": 0}, {"steps": 0}, {"batch_size": -1}, {"aim": "everything"}])
+@every_kind
+def test_in_the_empty_prompts_place_the_categorys_words_are_not_read(kind):
+    components = Components.of(new_small_pipe()).freeze()
+    patch, words = new_patch(components.unet, kind), bank(0)
+    states = words.rows.unsafe_states.clone()
+    states[:, :3] += 1.0  # the last ones, which a soft prompt starts from, stay
+    other = PairBank(replace(words.rows, unsafe_states=states))
+
+    def learned(place: str, words: PairBank) -> Tensor:
+        config = SoftPromptConfig(tokens=2, steps=2, batch_size=2, place=place)
+        return soft_prompt(components, patch, INSTRUCTION, words, config)
+
+    assert torch.equal(learned("empty", words), learned("empty", other))
+    assert not torch.equal(learned("appended", words), learned("appended", other))  # control
+
+
+@pytest.mark.parametrize(
+    "settings", [{"tokens": 0}, {"steps": 0}, {"batch_size": -1}, {"aim": "everything"}, {"place": "before"}]
+)
 def test_a_budget_that_is_none_is_refused(settings):
     with pytest.raises(ConfigError):
         SoftPromptConfig(**settings)
