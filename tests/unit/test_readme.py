@@ -58,8 +58,8 @@ def figures_table(kind: str = "control") -> str:
     return table(("category", *PAIRED, "drift"), rows)
 
 
-def sibling_table() -> str:
-    found = figures()
+def sibling_table(kind: str = "control") -> str:
+    found = figures(kind)
     names = list(found["patched_unsafe_rate"])
     pairs = {"tiny-sd (own)": (found["base_unsafe_rate"], found["patched_unsafe_rate"])}
     pairs |= {
@@ -100,6 +100,7 @@ def rendered() -> dict[str, str]:
         "lite": figures_table("lite"),
         "costs": kinds_table(),
         "siblings": sibling_table(),
+        "lite_siblings": sibling_table("lite"),
         "models": table(("model", "what it is"), [(f"`{name}`", about) for name, about in MODELS.items()]),
         **{
             key: table((head, "what it does"), [(f"`{name}`", first_line(x)) for name, x in entries.items()])
