@@ -224,7 +224,7 @@ def save_gate_plot(path: Path, curves: Mapping[str, Sequence[GateCurve]], thresh
             axes.plot(range(1, len(curve.probabilities) + 1), curve.probabilities, color=color, label=curve.label)
         axes.axhline(thresholds[title], color="black", linestyle="--", linewidth=0.8)
         axes.set(title=title, xlabel="denoising step", ylim=(-0.03, 1.03))
-        axes.legend(fontsize=7, loc="center right")
+        axes.legend(fontsize=6, loc="center right")
     figure.axes[0].set_ylabel("gate, probability")
     figure.savefig(path, dpi=120)
 
