@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from safepatch.patch import PATCH_KINDS, Features, Patch
 from safepatch.patch.host import answered
-from safepatch.runtime.handle import ActivePart, Handle
+from safepatch.runtime.handle import Handle
+from safepatch.runtime.parts import ActivePart
 from safepatch.tiny.unet import new_unet
 
 RANK, GATE, TOKENS, MERGED = 64, 32, 77, 5

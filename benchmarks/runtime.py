@@ -36,7 +36,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from safepatch.artifact import PatchArtifact
 from safepatch.patch import ControlPatch, LitePatch, Patch
 from safepatch.patch.files import from_artifact, to_artifact
-from safepatch.runtime.handle import ActivePart, Handle
+from safepatch.runtime.handle import Handle
+from safepatch.runtime.parts import ActivePart
 
 TOKENS = 77
 PATCHES = 3

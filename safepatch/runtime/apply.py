@@ -11,7 +11,8 @@ from safepatch.diffusion import Components, encode_prompts
 from safepatch.errors import ConfigError
 from safepatch.patch import Patch
 from safepatch.patch.files import from_artifact
-from safepatch.runtime.handle import ActivePart, Handle, Scale, refuse_compiled
+from safepatch.runtime.handle import Handle, refuse_compiled
+from safepatch.runtime.parts import ActivePart, Scale
 
 
 def apply(
@@ -36,7 +37,7 @@ def apply(
         end: share of the denoising after which it stops.
         gate: `hard` (the default of a patch with a gate), `soft` or `off`; see `Handle.gate`.
         gate_threshold: probability in [0, 1] above which the gate opens; by default as stored in the file.
-        speed: `full`, or `fast`: a control patch runs at every second step; see `Handle.speed`.
+        speed: `full`, or `fast`: a control patch without a gate runs at every second step; see `Handle.speed`.
 
     Returns:
         The handle; use it in `with`, or call its `remove()`.
@@ -52,7 +53,7 @@ def apply(
     refuse_compiled(pipe)
     if any(parameter.is_meta for parameter in components.unet.parameters()):
         raise ConfigError(
-            "the UNet's weights are offloaded layer by layer; apply the patch before enable_sequential_cpu_offload()"
+            "the UNet's weights are offloaded layer by layer, none is there to add to; use enable_model_cpu_offload()"
         )
     artifact = patch if isinstance(patch, PatchArtifact) else PatchArtifact.open(patch)
     if gate_threshold is not None and not 0 <= gate_threshold <= 1:

@@ -9,8 +9,9 @@ from safepatch.artifact import PatchInfo, read_info
 from safepatch.diffusion import Components, family, fingerprint, uncompiled
 from safepatch.patch.drift import ENCODER, drift, sketch
 from safepatch.patch.files import check_fits
-from safepatch.runtime.handle import Handle, Scale, Stats, attached
+from safepatch.runtime.handle import Handle, Stats, attached
 from safepatch.runtime.load import load_unet, unet_config
+from safepatch.runtime.parts import Scale
 
 
 @dataclass(frozen=True)

@@ -11,19 +11,19 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from safepatch.diffusion import Components, calling_pipeline, is_compiled, uncompiled
 from safepatch.errors import ConfigError, PatchBypassed, lookup
-from safepatch.patch import Features, Patch, Residuals
+from safepatch.patch import Features, Residuals
 from safepatch.patch.gate import MODES, Gate
 from safepatch.patch.host import HostHooks
+from safepatch.runtime.parts import ActivePart, Scale
 from safepatch.runtime.residuals import Cached, Call, bind, padded, plus, with_residuals
 
-Scale = float | Mapping[str, float]
 SPEEDS = {"full": 1, "fast": 2}  # denoising steps for which a control patch's residuals are used
 
 
@@ -42,24 +42,6 @@ class Stats:
     patched_calls: int = 0
     gated_rows: int = 0
     open_rows: int = 0
-
-
-class ActivePart(NamedTuple):
-    """A patch module and what goes with it.
-
-    Attributes:
-        patch: the module, on the pipeline's UNet.
-        instruction_states: states of the instructions it reads, (1, tokens, width).
-        weight: its weight among the parts of a bundle.
-        categories: what it is for, in the order of its instructions; empty if unknown.
-        thresholds: probabilities above which the gate of each group opens, (groups,); None without a gate.
-    """
-
-    patch: Patch
-    instruction_states: Tensor
-    weight: float = 1.0
-    categories: tuple[str, ...] = ()
-    thresholds: Tensor | None = None
 
 
 class Handle:
@@ -150,7 +132,7 @@ class Handle:
         for name in scale if isinstance(scale, Mapping) else ():
             lookup(dict.fromkeys(self.categories), name, what="category of this patch")
         for part in self._parts:
-            _scales(part, scale)  # refuses what the part cannot tell apart
+            part.scales(scale)  # refuses what the part cannot tell apart
         self._scale = scale
         self._cache.clear()
 
@@ -205,7 +187,7 @@ class Handle:
     def _begun(self, args: tuple, kwargs: dict[str, Any]) -> Call | None:
         """The call, or None when the patch is off or outside its window."""
         sample, timesteps, states = bind(args, kwargs)
-        if not any(_scales(part, self.scale).any() for part in self._parts):
+        if not any(part.scales(self.scale).any() for part in self._parts):
             return None
         added = kwargs.get("added_cond_kwargs") or {}
         call = Call(sample, timesteps, states, added, self._rows_to_correct(sample))
@@ -257,7 +239,7 @@ class Handle:
         added = {key: value[rows] for key, value in call.added_cond_kwargs.items() if isinstance(value, Tensor)}
         instruction = part.instruction_states.to(sample.device, dtype)
         shown = features and features.of_rows(rows).to(dtype)
-        scales = _scales(part, self.scale).to(sample.device, dtype)
+        scales = part.scales(self.scale).to(sample.device, dtype)
         states = call.prompt_states[rows].to(dtype)
         if shown and patch.gate is not None and self.gate != "off":
             scales = scales * self._openings(part, shown, times, states)
@@ -324,16 +306,3 @@ def attached(module: Any) -> list[Handle]:
     """The patches that hang on `module`, in the order they were attached."""
     owners = [getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values()]
     return [owner for owner in owners if isinstance(owner, Handle)]
-
-
-def _scales(part: ActivePart, scale: Scale) -> Tensor:
-    """Scale times weight for each group of the part's patch, (groups,)."""
-    if not isinstance(scale, Mapping):
-        return torch.full((part.patch.groups,), scale * part.weight)
-    scales = [scale.get(name, 1.0) for name in part.categories]
-    if part.patch.groups == 1 and len(set(scales)) > 1:
-        raise ConfigError(
-            f"{', '.join(part.categories)} were merged into one and share one scale; merge by bundle, or lite "
-            "patches by cat, to keep them apart"
-        )
-    return torch.tensor(scales[: part.patch.groups]) * part.weight

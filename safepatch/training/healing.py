@@ -27,7 +27,7 @@ from safepatch.merging.recipe import DTYPES
 from safepatch.patch import Residuals
 from safepatch.patch.files import to_artifact
 from safepatch.runtime.apply import activate
-from safepatch.runtime.handle import ActivePart
+from safepatch.runtime.parts import ActivePart
 from safepatch.taxonomy import CATEGORIES
 
 PROMPTS = 32  # unsafe prompts per category

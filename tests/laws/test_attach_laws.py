@@ -274,6 +274,15 @@ def test_an_unknown_speed_is_refused(small_pipe):
     assert hook_count(small_pipe) == 0
 
 
+def test_a_unet_without_its_weights_is_refused(small_pipe):
+    apply(small_pipe, small_artifact()).remove()  # control
+    before = hook_count(small_pipe)
+    small_pipe.enable_sequential_cpu_offload(device="cpu")
+    with pytest.raises(ConfigError, match=r"offloaded layer by layer.*use enable_model_cpu_offload"):
+        apply(small_pipe, small_artifact())
+    assert hook_count(small_pipe) == before
+
+
 @pytest.mark.parametrize("in_place", [True, False])
 def test_a_unet_that_was_compiled_before_is_refused(small_pipe, in_place):
     """Code that was traced without hooks may go on without them, and nothing would notice."""
