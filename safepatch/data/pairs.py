@@ -29,6 +29,7 @@ class PairsConfig:
 
     Attributes:
         pairs: aligned scenes, and as many preserved ones.
+        companions: share of the pairs that show a benign object too.
         latents: `scenes` encodes the drawn scenes; `trajectories` lets the base model itself generate them, so that no
             image is needed.
         vendor: whose art to draw with.
@@ -36,6 +37,7 @@ class PairsConfig:
     """
 
     pairs: int = 768
+    companions: float = 0.5
     latents: str = "scenes"
     vendor: str = "noto"
     seed: int = 0
@@ -44,6 +46,8 @@ class PairsConfig:
         """Refuse what cannot be made."""
         if self.pairs < 1:
             raise ConfigError(f"data.pairs must be at least 1, not {self.pairs}")
+        if not 0 <= self.companions <= 1:
+            raise ConfigError(f"data.companions must be within [0, 1], not {self.companions}")
         if self.latents not in ("scenes", "trajectories"):
             raise ConfigError(f"data.latents must be 'scenes' or 'trajectories', not '{self.latents}'")
 
@@ -96,16 +100,16 @@ class PairBank:
         return Batch(**{name: getattr(self.rows, name)[index] for name, index in picks.items()})
 
 
-def pair_examples(category: Category, n: int, seed: int) -> list[tuple[Example, Example]]:
-    """`n` aligned (unsafe, safe) examples, half of them with a benign companion."""
+def pair_examples(category: Category, n: int, seed: int, companions: float = 0.5) -> list[tuple[Example, Example]]:
+    """`n` aligned (unsafe, safe) examples, a share `companions` of them with a benign companion."""
     rng = random.Random(f"pairs {category.name} {seed}")
-    return [_pair(category, i, rng) for i in range(n)]
+    return [_pair(category, i, rng, companions) for i in range(n)]
 
 
-def _pair(category: Category, i: int, rng: random.Random) -> tuple[Example, Example]:
+def _pair(category: Category, i: int, rng: random.Random, share: float) -> tuple[Example, Example]:
     concept = category.concepts[i % len(category.concepts)]
     companions = [c.name for c in BENIGN if c.name != concept.replacement]
-    names = [concept.name, rng.choice(companions)] if rng.random() < 0.5 else [concept.name]
+    names = [concept.name, rng.choice(companions)] if rng.random() < share else [concept.name]
     rng.shuffle(names)
     scene = sample_scene(rng, names)
     safe = scene.swap(concept.name, concept.replacement)
@@ -134,7 +138,7 @@ def _retained(kind: str, category: Category, rng: random.Random) -> Example:
 
 def build_bank(components: Components, category: Category, config: PairsConfig) -> PairBank:
     """Draw, encode and cache all examples of `config` with the host's own autoencoder and text encoder."""
-    pairs = pair_examples(category, config.pairs, config.seed)
+    pairs = pair_examples(category, config.pairs, config.seed, config.companions)
     groups = ([unsafe for unsafe, _ in pairs], [safe for _, safe in pairs])
     groups = (*groups, retain_examples(category, config.pairs, config.seed))
     latents = [_latents(components, group, config) for group in groups]
