@@ -71,6 +71,84 @@ def _new_part(name: str, entry: Any, config: dict[str, dict[str, Any]]) -> Any:
     return made.eval() if isinstance(made, torch.nn.Module) else made
 
 
+def small_transformer_pipe(name: str, **sizes: Any) -> Any:
+    """A random pipeline of `sd3`, `sd3.5`, `flux` or `flux-fill`; `sizes` change the transformer's configuration."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return _small_sd3(name, sizes) if name.startswith("sd3") else _small_flux(name, sizes)
+
+
+def _small_sd3(name: str, sizes: dict[str, Any]) -> Any:
+    better = {"dual_attention_layers": (0,), "qk_norm": "rms_norm"} if name == "sd3.5" else {}
+    options = {"in_channels": 4, "out_channels": 4, "num_layers": 4, "num_attention_heads": 2, "attention_head_dim": 16}
+    options |= {"joint_attention_dim": 64, "caption_projection_dim": 32, "pooled_projection_dim": 64}
+    transformer = diffusers.SD3Transformer2DModel(
+        **{"sample_size": 32, "patch_size": 2, "pos_embed_max_size": 32, **options, **better, **sizes}
+    )
+    texts = {f"text_encoder{end}": _small_clip(with_projection=True) for end in ("", "_2")}
+    return quiet(
+        diffusers.StableDiffusion3Pipeline(
+            transformer=transformer.eval(),
+            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+            vae=_small_vae(),
+            tokenizer=new_tokenizer(),
+            tokenizer_2=new_tokenizer(),
+            text_encoder_3=_small_t5(64),
+            tokenizer_3=_small_t5_tokenizer(),
+            **texts,
+        )
+    )
+
+
+def _small_flux(name: str, sizes: dict[str, Any]) -> Any:
+    options = {"in_channels": 40 if name == "flux-fill" else 16, "out_channels": 16, "num_layers": 4}
+    options |= {"num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 48}
+    options |= {"pooled_projection_dim": 32, "guidance_embeds": True, "axes_dims_rope": (4, 4, 8)}
+    transformer = diffusers.FluxTransformer2DModel(**{**options, **sizes})
+    return quiet(
+        diffusers.FluxPipeline(
+            transformer=transformer.eval(),
+            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+            vae=_small_vae(),
+            text_encoder=_small_clip(with_projection=False),
+            tokenizer=new_tokenizer(),
+            text_encoder_2=_small_t5(48),
+            tokenizer_2=_small_t5_tokenizer(),
+        )
+    )
+
+
+def _small_vae() -> Any:
+    sizes = {"block_out_channels": (32,) * 4, "latent_channels": 4, "layers_per_block": 1, "sample_size": 64}
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    return diffusers.AutoencoderKL(**sizes, **blocks, shift_factor=0.1, scaling_factor=1.5).eval()
+
+
+def _small_clip(with_projection: bool) -> Any:
+    config = transformers.CLIPTextConfig(
+        vocab_size=1209,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=MAX_TOKENS,
+        projection_dim=32,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    return (transformers.CLIPTextModelWithProjection if with_projection else transformers.CLIPTextModel)(config).eval()
+
+
+def _small_t5(width: int) -> Any:
+    sizes = {"vocab_size": 128, "d_model": width, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2}
+    return transformers.T5EncoderModel(transformers.T5Config(**sizes)).eval()
+
+
+def _small_t5_tokenizer() -> Any:
+    letters = [(letter, -3.0) for letter in "\u2581abcdefghijklmnopqrstuvwxyz,-"]
+    return transformers.T5TokenizerFast(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), *letters], extra_ids=0)
+
+
 def draw(pipe: Any, **options: Any) -> Tensor:
     """One 64 x 64 image, (1, 3, 64, 64), of a pipeline of any class here, always from the same noise."""
     kind = type(pipe).__name__

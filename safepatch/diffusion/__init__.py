@@ -1,20 +1,27 @@
 """What the rest of the package needs from diffusers and transformers, so that nobody else must import them."""
 
 from safepatch.diffusion.components import (
-    FAMILIES,
-    FINGERPRINT_KEYS,
     Components,
     calling_pipeline,
-    family,
-    fingerprint,
+    denoiser,
     is_compiled,
+    is_negative_prompt,
     not_supported,
     uncompiled,
-    usual_guidance,
     without_image_prompts,
+)
+from safepatch.diffusion.hosts import (
+    UNET,
+    HostKind,
+    config_kind,
+    family,
+    fingerprint,
+    host_kind,
+    usual_guidance,
 )
 from safepatch.diffusion.loading import (
     CLIP,
+    denoiser_entry,
     hub_unet_config,
     load_folder,
     load_from_hub,
@@ -41,13 +48,16 @@ from safepatch.diffusion.sampling import (
 
 __all__ = [
     "CLIP",
-    "FAMILIES",
-    "FINGERPRINT_KEYS",
+    "UNET",
     "Components",
+    "HostKind",
     "add_noise",
     "alphas",
     "calling_pipeline",
+    "config_kind",
     "decode_latents",
+    "denoiser",
+    "denoiser_entry",
     "encode_images",
     "encode_prompts",
     "family",
@@ -55,8 +65,10 @@ __all__ = [
     "generate",
     "generate_from_states",
     "generate_latents",
+    "host_kind",
     "hub_unet_config",
     "is_compiled",
+    "is_negative_prompt",
     "load_folder",
     "load_from_hub",
     "load_single_file",

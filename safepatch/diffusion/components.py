@@ -1,49 +1,52 @@
-"""The parts of a diffusers pipeline, and what kind of UNet it draws with."""
+"""The parts of a diffusers pipeline."""
 
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DiffusionPipeline
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
-from torch import nn
+from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from safepatch.diffusion.hosts import TRANSFORMERS
 from safepatch.errors import BaseMismatch, UnsupportedModel
 
-FAMILIES: dict[int, str] = {192: "tiny-sd", 768: "sd1", 1024: "sd2", 1280: "sdxl-refiner", 2048: "sdxl"}
 UNCHECKED: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False}  # of a new pipeline
-FINGERPRINT_KEYS = ("block_out_channels", "down_block_types", "layers_per_block", "cross_attention_dim")
 
 
 @dataclass(frozen=True)
 class Components:
-    """The parts of a Stable Diffusion pipeline that safepatch works with, under diffusers' own names.
+    """The parts of a pipeline that safepatch works with, under diffusers' own names.
 
-    SDXL has a second text encoder; its refiner has only the second, and None for the first.
+    SDXL has a second text encoder; its refiner has only the second, and None for the first. SD3 has a third. `unet` is
+    whatever denoises: for SD3 and Flux their transformer.
     """
 
-    unet: UNet2DConditionModel
+    unet: Any
     vae: AutoencoderKL
     text_encoder: CLIPTextModel
     tokenizer: CLIPTokenizer
     scheduler: Any
     text_encoder_2: Any = None
     tokenizer_2: Any = None
+    text_encoder_3: Any = None
+    tokenizer_3: Any = None
 
     @classmethod
     def of(cls, pipe: DiffusionPipeline) -> "Components":
         """The components of a built pipeline, without `torch.compile`'s wrappers.
 
         Raises:
-            UnsupportedModel: when the pipeline draws with something else than a UNet.
+            UnsupportedModel: when the pipeline draws with neither a UNet nor a transformer of SD3 or Flux.
             BaseMismatch: when a component is missing.
         """
-        if getattr(pipe, "unet", None) is None:
+        if denoiser(pipe) is None:
             raise not_supported(type(pipe).__name__)
         parts = {name: uncompiled(getattr(pipe, name, None)) for name in cls.__dataclass_fields__}
+        parts["unet"] = uncompiled(denoiser(pipe))
         second = "_2" if parts["text_encoder_2"] is not None else ""
         needed = ("vae", "scheduler", f"text_encoder{second}", f"tokenizer{second}")
         missing = [name for name in needed if parts[name] is None]
@@ -55,7 +58,7 @@ class Components:
 
     def modules(self) -> list[Any]:
         """The neural networks among the components."""
-        named = (self.unet, self.vae, self.text_encoder, self.text_encoder_2)
+        named = (self.unet, self.vae, self.text_encoder, self.text_encoder_2, self.text_encoder_3)
         return [module for module in named if module is not None]
 
     def text_encoders(self) -> list[tuple[Any, Any]]:
@@ -82,6 +85,13 @@ class Components:
         return self
 
 
+def denoiser(pipe: Any) -> Any:
+    """What a pipeline denoises with, as it stands there: its UNet, its SD3 or Flux transformer, or None."""
+    unet, transformer = getattr(pipe, "unet", None), getattr(pipe, "transformer", None)
+    is_known = type(uncompiled(transformer)).__name__ in TRANSFORMERS
+    return transformer if unet is None and is_known else unet
+
+
 def uncompiled(module: Any) -> Any:
     """The module inside `torch.compile`'s wrapper, or the module itself."""
     return getattr(module, "_orig_mod", module)
@@ -106,33 +116,27 @@ def without_image_prompts(module: nn.Module) -> nn.Module:
 
 
 def not_supported(name: str) -> UnsupportedModel:
-    """The error for a pipeline or model that draws without a UNet, or with a UNet of an unknown kind."""
-    return UnsupportedModel(f"not supported yet: {name}; use a UNet model (Stable Diffusion 1, 2 or XL)")
+    """The error for a pipeline or model of a kind that patches do not know."""
+    return UnsupportedModel(f"not supported yet: {name}; use Stable Diffusion 1, 2 or XL, or a folder of SD3 or Flux 1")
 
 
 def calling_pipeline() -> DiffusionPipeline | None:
     """The innermost pipeline on the call stack: whoever is drawing right now."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, DiffusionPipeline):
-            return owner
+    frame = _calling_frame()
+    return frame and frame.f_locals["self"]
+
+
+def is_negative_prompt(states: Tensor) -> bool:
+    """Whether the pipeline that is drawing calls its host for the negative prompt alone, with these text states.
+
+    Flux's pipelines do that under true guidance, where others put both prompts into one call.
+    """
+    frame = _calling_frame()
+    return frame is not None and frame.f_locals.get("negative_prompt_embeds") is states
+
+
+def _calling_frame() -> FrameType | None:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and not isinstance(frame.f_locals.get("self"), DiffusionPipeline):
         frame = frame.f_back
-    return None
-
-
-def fingerprint(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What the configurations of two UNets must share for a patch of the one to fit the other, as plain JSON values."""
-    values = {key: config[key] for key in FINGERPRINT_KEYS}
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
-
-
-def family(config: Mapping[str, Any]) -> str:
-    """The model family by the width of its UNet's text states, e.g. `sd1`, or `unknown`."""
-    width = config["cross_attention_dim"]
-    return FAMILIES.get(width, "unknown") if isinstance(width, int) else "unknown"
-
-
-def usual_guidance(unet: UNet2DConditionModel) -> float:
-    """The classifier-free guidance scale that suits the model's family: 1.5 for tiny-sd (DESIGN.md, 10), else 7.5."""
-    return 1.5 if family(unet.config) == "tiny-sd" else 7.5
+    return frame

@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTokenizer
 
 from safepatch.diffusion.components import UNCHECKED, Components, not_supported
+from safepatch.diffusion.hosts import TRANSFORMERS
 from safepatch.errors import ModelNotFound, UnsupportedModel
 
 CLIP = "openai/clip-vit-large-patch14"
@@ -21,12 +22,21 @@ def load_folder(path: Path, dtype: torch.dtype | None) -> DiffusionPipeline:
 
     Raises:
         ModelNotFound: when the folder holds no pipeline.
-        UnsupportedModel: when its pipeline has no UNet; known before any weight is read.
+        UnsupportedModel: when patches do not know its kind; known before any weight is read.
     """
     index = read_json(path / "model_index.json")
-    if "unet" not in index:
-        raise not_supported(str(index.get("_class_name", path)))
+    denoiser_entry(index)
     return DiffusionPipeline.from_pretrained(path, local_files_only=True, dtype=dtype, **_unchecked(index))
+
+
+def denoiser_entry(index: Mapping[str, Any]) -> tuple[str, str]:
+    """The component of a `model_index.json` that denoises, and its class; raises `UnsupportedModel` if unknown."""
+    if "unet" in index:
+        return "unet", index["unet"][1]
+    name = (index.get("transformer") or [None, None])[1]
+    if name not in TRANSFORMERS:
+        raise not_supported(str(index.get("_class_name", "a model without a UNet")))
+    return "transformer", name
 
 
 def load_single_file(
@@ -60,10 +70,11 @@ def load_single_file(
     return pipe
 
 
-def read_unet(source: str | Path, config: Path | None = None) -> UNet2DConditionModel:
-    """The UNet alone of a diffusers folder or Hub id, or, with `config` as above, of a single file."""
+def read_unet(source: str | Path, config: Path | None = None) -> Any:
+    """What denoises alone, of a diffusers folder or Hub id, or, with `config` as above, of a single file."""
     if config is None:
-        return UNet2DConditionModel.from_pretrained(str(source), subfolder="unet")
+        component, name = denoiser_entry(DiffusionPipeline.load_config(str(source)))
+        return getattr(diffusers, name).from_pretrained(str(source), subfolder=component)
     return UNet2DConditionModel.from_single_file(
         str(source), config=str(config), subfolder="unet", local_files_only=True
     )
@@ -99,11 +110,12 @@ def load_tokenizer(source: str | Path, pad_token: str | None = None) -> CLIPToke
 
 
 def hub_unet_config(name: str) -> dict[str, Any]:
-    """Configuration of the UNet of a Hub id; no weights are fetched."""
+    """Configuration of what denoises in a Hub id's pipeline; no weights are fetched."""
     try:
-        return dict(UNet2DConditionModel.load_config(name, subfolder="unet"))
+        component, _ = denoiser_entry(DiffusionPipeline.load_config(name))
+        return dict(UNet2DConditionModel.load_config(name, subfolder=component))
     except (OSError, ValueError) as error:
-        raise ModelNotFound(f"no UNet of '{name}' here or on the Hub ({_first_line(error)})") from error
+        raise ModelNotFound(f"no model '{name}' here or on the Hub ({_first_line(error)})") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

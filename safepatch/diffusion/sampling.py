@@ -10,8 +10,11 @@ from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline,
 from PIL import Image
 from torch import Tensor
 
-from safepatch.diffusion.components import UNCHECKED, Components, usual_guidance
+from safepatch.diffusion.components import UNCHECKED, Components, denoiser
+from safepatch.diffusion.hosts import FLUX, UNET, host_kind, usual_guidance
 from safepatch.errors import PromptError, SafepatchError
+
+T5_TOKENS = 77  # of an instruction; a prompt has 256 or 512
 
 
 def prediction_type(scheduler: object) -> str:
@@ -23,10 +26,13 @@ def prediction_type(scheduler: object) -> str:
 def encode_prompts(components: Components, prompts: Sequence[str]) -> Tensor:
     """Text states of `prompts` as the pipeline computes them, shape (B, tokens, width).
 
-    SD 1 and 2 read the text encoder's last layer; SDXL reads the last but one of each encoder, side by side.
+    SD 1 and 2 read the text encoder's last layer; SDXL reads the last but one of each encoder, side by side. Of T5,
+    which SD3 and Flux have, 77 tokens are taken.
     """
     if not prompts:
         raise PromptError("no prompts to encode; give at least one")
+    if host_kind(components.unet) is not UNET:
+        return _encode_by_pipeline(components, prompts)
     states = []
     for tokenizer, text_encoder in components.text_encoders():
         ids = tokenizer(
@@ -39,6 +45,21 @@ def encode_prompts(components: Components, prompts: Sequence[str]) -> Tensor:
         made = text_encoder(ids, output_hidden_states=components.text_encoder_2 is not None)
         states.append(made.last_hidden_state if components.text_encoder_2 is None else made.hidden_states[-2])
     return torch.cat(states, dim=-1)
+
+
+def _encode_by_pipeline(components: Components, prompts: Sequence[str]) -> Tensor:
+    """As SD3's and Flux's own pipelines do."""
+    from diffusers import FluxPipeline, StableDiffusion3Pipeline  # slow to import, and rarely needed
+
+    parts = {name: getattr(components, name) for name in ("scheduler", "vae", "text_encoder", "tokenizer")}
+    parts |= {"transformer": components.unet}
+    parts |= {"text_encoder_2": components.text_encoder_2, "tokenizer_2": components.tokenizer_2}
+    if host_kind(components.unet) is FLUX:
+        return FluxPipeline(**parts).encode_prompt(list(prompts), max_sequence_length=T5_TOKENS)[0]
+    parts |= {"text_encoder_3": components.text_encoder_3, "tokenizer_3": components.tokenizer_3}
+    texts = [list(prompts)] * 3  # one for each encoder
+    pipe = StableDiffusion3Pipeline(**parts)
+    return pipe.encode_prompt(*texts, do_classifier_free_guidance=False, max_sequence_length=T5_TOKENS)[0]
 
 
 def noise_pred(
@@ -124,7 +145,7 @@ def generate(
     images = pipe(
         list(prompts),
         num_inference_steps=steps,
-        guidance_scale=usual_guidance(pipe.unet) if guidance_scale is None else guidance_scale,
+        guidance_scale=usual_guidance(denoiser(pipe)) if guidance_scale is None else guidance_scale,
         negative_prompt=list(negative_prompts) if negative_prompts else None,
         generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
         output_type="pt",
@@ -149,7 +170,7 @@ def generate_from_states(
         prompt_embeds=states,
         negative_prompt_embeds=negative_states,
         num_inference_steps=steps,
-        guidance_scale=usual_guidance(pipe.unet),
+        guidance_scale=usual_guidance(denoiser(pipe)),
         generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
         output_type="pt",
     ).images

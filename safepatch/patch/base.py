@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from safepatch.diffusion import UNET, host_kind
 from safepatch.errors import BaseMismatch, ConfigError
 from safepatch.patch.gate import Gate
 
@@ -17,6 +18,8 @@ class Residuals(NamedTuple):
     Attributes:
         down: one tensor per skip connection, in the order the encoder makes them, each (B, C_i, h_i, w_i).
         mid: for the mid block's output, (B, C, h, w).
+
+    A transformer's are for its image tokens, each (B, tokens, width), `mid` being the last.
     """
 
     down: tuple[Tensor, ...]
@@ -81,6 +84,7 @@ class Patch(nn.Module, ABC):
         """Give the patch a fresh gate of `width` channels, which opens for everything at a threshold of 0.5."""
         if width < 1:
             raise ConfigError(f"a gate needs a width of at least 1, not {width}")
+        require_unet(unet, "a gate")
         channels = unet.mid_block.resnets[-1].out_channels
         sizes = (channels, unet.config["cross_attention_dim"], unet.config["norm_num_groups"])
         self.gate = Gate(*sizes, width, self.groups)
@@ -106,7 +110,7 @@ class Patch(nn.Module, ABC):
         timesteps: Tensor,
         prompt_states: Tensor,
         instruction_states: Tensor,
-        added_cond_kwargs: Mapping[str, Tensor] | None = None,
+        conditions: Mapping[str, Tensor] | None = None,
         features: Features | None = None,
         scales: Tensor | None = None,
     ) -> Residuals:
@@ -117,7 +121,7 @@ class Patch(nn.Module, ABC):
             timesteps: shape (B,) or a scalar.
             prompt_states: the rows' text states, (B, tokens, width).
             instruction_states: the safety instruction's text states, (1 or B, tokens, width).
-            added_cond_kwargs: SDXL's extra conditions.
+            conditions: what else the host is told, by the names its `HostKind` gives, e.g. SDXL's `text_embeds`.
             features: the host's own, of the same rows; a patch with `reads_features` needs them.
             scales: strength of each group's correction, (groups,) or (B, groups); all 1 by default.
         """
@@ -165,6 +169,12 @@ def _rebased(anchor: Tensor, delta: Tensor | None, dtype: torch.dtype) -> Tensor
     ):  # else torch's own sum does just that, without copies
         anchor = anchor.float()
     return (anchor + delta.to(anchor.device)).to(dtype)
+
+
+def require_unet(host: Any, what: str) -> None:
+    """Raise `ConfigError` if the host of `what` is a transformer, which is known to control patches only."""
+    if host_kind(host) is not UNET:
+        raise ConfigError(f"not supported yet: {what} for a {type(host).__name__}; it works with UNets only")
 
 
 def row_timesteps(timesteps: Any, sample: Tensor) -> Tensor:

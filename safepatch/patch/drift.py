@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safepatch.patch.control import CLONED
+from safepatch.diffusion import host_kind
+from safepatch.patch.clone import latent_part
 
 ENCODER = "encoder_sketch"  # the key in a patch's `base`
 SUMS = 64
@@ -37,8 +38,9 @@ def drift(ours: str, theirs: str) -> float:
 
 
 def _encoder_weights(unet: Any) -> list[Tensor]:
-    """In the order of their names, LoRAs left out; of `conv_in` only the latents, which inpainting UNets have too."""
+    """In the order of their names, without LoRAs and without what an inpainting host reads beside the latents."""
+    kind = host_kind(unet)
     named = {name.replace(".base_layer.", "."): weights for name, weights in unet.named_parameters()}
-    named = {name: named[name] for name in named if name.split(".")[0] in CLONED and ".lora_" not in name}
-    named["conv_in.weight"] = named["conv_in.weight"][:, : unet.config["out_channels"]]
+    named = {name: named[name] for name in named if name.split(".")[0] in kind.encoder and ".lora_" not in name}
+    named[kind.entry_weight] = latent_part(named[kind.entry_weight], unet)
     return [named[name] for name in sorted(named)]

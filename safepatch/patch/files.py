@@ -88,10 +88,12 @@ def check_fits(info: PatchInfo, config: Mapping[str, Any]) -> None:
     ours, theirs = fingerprint(config), info.fingerprint
     wrong = [key for key in ours if ours[key] != theirs.get(key)]
     if wrong:
-        key = wrong[0]
+        key, kind = wrong[0], "UNets" if "cross_attention_dim" in theirs else "transformers"
+        made_for, model = f"{info.base.get('family', 'other')} {kind}", family(config)
+        if key in theirs:  # else the families' names say it
+            made_for, model = f"{made_for} ({key} {theirs[key]})", f"{model} ({key} {ours[key]})"
         raise BaseMismatch(
-            f"this patch is for {info.base.get('family', 'other')} UNets ({key} {theirs.get(key)}), the model is "
-            f"{family(config)} ({key} {ours[key]}); train or fetch the {family(config)} version of this patch"
+            f"this patch is for {made_for}, the model is {model}; train or fetch the {family(config)} version of it"
         )
 
 

@@ -18,8 +18,9 @@ from torch.nn.functional import conv2d, group_norm, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from safepatch.errors import ConfigError
-from safepatch.patch.base import Features, Patch, Residuals, row_timesteps
-from safepatch.patch.control import SEES, skip_channels
+from safepatch.patch.base import Features, Patch, Residuals, require_unet, row_timesteps
+from safepatch.patch.clone import SEES
+from safepatch.patch.control import skip_channels
 from safepatch.patch.draw import TIME_WIDTH, Draw, sinusoids
 
 CONDITION_WIDTH = 64
@@ -74,6 +75,7 @@ class LitePatch(Patch):
         cls, unet: Any, sees: str = "instruction+prompt", gate: int = 0, empty: bool = False, **layout: Any
     ) -> "LitePatch":
         """A fresh patch, whose random values are the same every time (a few MB, made even if `empty`)."""
+        require_unet(unet, "a lite patch")
         width, norm_groups = unet.config["cross_attention_dim"], unet.config["norm_num_groups"]
         patch = cls(skip_channels(unet), width, norm_groups, sees, **layout)
         if gate:
@@ -86,7 +88,7 @@ class LitePatch(Patch):
         timesteps: Tensor,
         prompt_states: Tensor,
         instruction_states: Tensor,
-        added_cond_kwargs: Mapping[str, Tensor] | None = None,
+        conditions: Mapping[str, Tensor] | None = None,
         features: Features | None = None,
         scales: Tensor | None = None,
     ) -> Residuals:

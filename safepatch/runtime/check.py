@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from safepatch.artifact import PatchInfo, read_info
-from safepatch.diffusion import Components, family, fingerprint, uncompiled
+from safepatch.diffusion import Components, family, fingerprint, host_kind, uncompiled
 from safepatch.patch.drift import ENCODER, drift, sketch
 from safepatch.patch.files import check_fits
-from safepatch.runtime.handle import Handle, Stats, attached
+from safepatch.runtime.corrector import Stats
+from safepatch.runtime.handle import Handle, attached
 from safepatch.runtime.load import load_unet, unet_config
 from safepatch.runtime.parts import Scale
 
@@ -80,10 +81,11 @@ def status(pipe: Any) -> tuple[Status, ...]:
     """What is attached to a pipeline, in the order it was attached; a patch that lost its hook shows as not active.
 
     Raises:
-        UnsupportedModel: when the pipeline has no UNet.
+        UnsupportedModel: when the pipeline is of a kind that patches do not know.
     """
     components = Components.of(pipe)
-    places = (components.unet, components.unet.conv_in, uncompiled(components.vae).decoder)
+    entry = getattr(components.unet, host_kind(components.unet).entry)
+    places = (components.unet, entry, uncompiled(components.vae).decoder)
     handles = {id(handle): handle for place in places for handle in attached(place)}
     return tuple(
         Status(handle.categories, handle in attached(components.unet), handle.scale, handle.stats, handle)

@@ -8,12 +8,12 @@ import torch
 
 from safepatch.diffusion import (
     CLIP,
+    denoiser_entry,
     hub_unet_config,
     load_folder,
     load_from_hub,
     load_single_file,
     load_tokenizer,
-    not_supported,
     read_json,
     read_unet,
 )
@@ -44,7 +44,7 @@ def load_pipeline(
 
     Raises:
         ModelNotFound: with the nearest embedded name, or with what is wrong with the path.
-        UnsupportedModel: when it is not a Stable Diffusion 1, 2 or XL model.
+        UnsupportedModel: when it is neither Stable Diffusion 1, 2 or XL, nor a folder of SD3 or Flux 1.
     """
     _refuse_misspelled(name)
     if str(name) in MODELS:
@@ -58,7 +58,7 @@ def load_pipeline(
 
 
 def unet_config(name: str | Path, allow_pickle: bool = False) -> dict[str, Any]:
-    """Configuration of the UNet of whatever `load_pipeline` would load; no weights are read.
+    """Configuration of what denoises in whatever `load_pipeline` would load; no weights are read.
 
     Raises:
         ModelNotFound: as `load_pipeline`.
@@ -70,14 +70,12 @@ def unet_config(name: str | Path, allow_pickle: bool = False) -> dict[str, Any]:
     folder = ASSETS / BASE if str(name) in MODELS else Path(name)
     if not folder.is_dir():
         return hub_unet_config(str(name))
-    index = read_json(folder / "model_index.json")
-    if "unet" not in index:
-        raise not_supported(str(index.get("_class_name", folder)))
-    return read_json(folder / "unet" / "config.json")
+    component, _ = denoiser_entry(read_json(folder / "model_index.json"))
+    return read_json(folder / component / "config.json")
 
 
 def load_unet(name: str | Path, allow_pickle: bool = False) -> Any:
-    """The UNet alone of whatever `load_pipeline` would load."""
+    """What denoises alone of whatever `load_pipeline` would load."""
     if str(name) in MODELS:
         return load_tiny(str(name)).unet
     if not _is_file(name):

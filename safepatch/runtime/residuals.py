@@ -1,4 +1,4 @@
-"""What goes into a UNet call and what a patch adds to it."""
+"""What goes into a call of the host and what a patch adds to it."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from safepatch.diffusion import UNET, HostKind, host_kind
 from safepatch.errors import ConfigError
 from safepatch.patch import Residuals
 
@@ -13,21 +14,35 @@ DOWN, MID = "down_block_additional_residuals", "mid_block_additional_residual"
 
 
 class Call(NamedTuple):
-    """One call of the UNet, as far as a patch is concerned with it.
+    """One call of the host, as far as a patch is concerned with it.
 
     Attributes:
-        sample: noisy latents, (B, >= 4, h, w).
+        sample: noisy latents, (B, >= 4, h, w), or as Flux packs them, (B, tokens, >= 64).
         timesteps: int, float, 0-d or (B,).
         prompt_states: text states, (B, tokens, width).
-        added_cond_kwargs: SDXL's extra conditions; empty for others.
+        conditions: what else the host is told of each row, by name, e.g. SDXL's `text_embeds`; each (B, ...).
+        shared: what it is told of all rows at once.
         rows: those to correct.
     """
 
     sample: Tensor
     timesteps: Any
     prompt_states: Tensor
-    added_cond_kwargs: Mapping[str, Tensor]
+    conditions: Mapping[str, Tensor]
+    shared: Mapping[str, Tensor]
     rows: slice
+
+    @classmethod
+    def of(cls, kind: HostKind, args: tuple, kwargs: Mapping[str, Any]) -> "Call":
+        """The call with these arguments, all rows of it."""
+        given = kind.bind(args, kwargs)
+        sample, timesteps, states = (given[name] for name in (kind.sample, kind.timestep, kind.states))
+        given |= given.get("added_cond_kwargs") or {}  # a UNet's conditions are in there
+        conditions, shared = (
+            {name: given[name] for name in names if isinstance(given.get(name), Tensor)}
+            for names in (kind.conditions, kind.shared)
+        )
+        return cls(sample, timesteps, states, conditions, shared, slice(0, len(sample)))
 
     @property
     def timestep(self) -> float:
@@ -67,13 +82,6 @@ class Cached(NamedTuple):
         return call.timestep == self.timestep or (self.is_tiled and call.timestep < self.timestep)
 
 
-def bind(args: tuple, kwargs: Mapping[str, Any]) -> tuple[Tensor, Any, Tensor]:
-    """sample, timestep and encoder_hidden_states of a UNet call, given by position or by name."""
-    names = ("sample", "timestep", "encoder_hidden_states")
-    given = dict(zip(names, args, strict=False))
-    return tuple(given[name] if name in given else kwargs[name] for name in names)  # type: ignore[return-value]
-
-
 def plus(left: Residuals, right: Residuals) -> Residuals:
     """The sum of two patches' residuals."""
     return Residuals(tuple(a + b for a, b in zip(left.down, right.down, strict=True)), left.mid + right.mid)
@@ -87,8 +95,15 @@ def padded(residual: Tensor, rows: slice, sample: Tensor) -> Tensor:
     return torch.cat((residual.new_zeros(rows.start, *residual.shape[1:]), residual))
 
 
-def with_residuals(residuals: Residuals, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The host's residual arguments: ours added to whatever a ControlNet or another patch put there."""
+def with_residuals(residuals: Residuals, host: Any, args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, dict]:
+    """The arguments of a call of `host` with our residuals added to what a ControlNet or another patch put there."""
+    kind = host_kind(host)
+    if kind is UNET:
+        return args, {**kwargs, **_for_unet(residuals, kwargs)}
+    return (), _for_transformer(residuals, kind, len(host.transformer_blocks), kind.bind(args, kwargs))
+
+
+def _for_unet(residuals: Residuals, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     down, mid = kwargs.get(DOWN), kwargs.get(MID)
     if down is not None and len(down) != len(residuals.down):
         raise ConfigError(f"the pipeline passes {len(down)} skip residuals, the patch makes {len(residuals.down)}")
@@ -96,3 +111,12 @@ def with_residuals(residuals: Residuals, kwargs: Mapping[str, Any]) -> dict[str,
         DOWN: residuals.down if down is None else tuple(a + b for a, b in zip(down, residuals.down, strict=True)),
         MID: residuals.mid if mid is None else mid + residuals.mid,
     }
+
+
+def _for_transformer(residuals: Residuals, kind: HostKind, blocks: int, given: dict[str, Any]) -> dict[str, Any]:
+    ours, theirs = kind.spread((*residuals.down, residuals.mid), blocks), given.get(kind.residuals)
+    if theirs is None:
+        return {**given, kind.residuals: ours}
+    if given.pop("controlnet_blocks_repeat", False):  # XLabs' ControlNets for Flux go round
+        theirs = [theirs[i % len(theirs)] for i in range(blocks)]
+    return {**given, kind.residuals: [a + b for a, b in zip(ours, kind.spread(theirs, blocks), strict=True)]}

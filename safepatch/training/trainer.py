@@ -27,6 +27,7 @@ from safepatch.data.pairs import PairBank, build_bank
 from safepatch.diffusion import Components
 from safepatch.errors import SafepatchError, lookup
 from safepatch.patch import PATCH_KINDS, Patch
+from safepatch.patch.base import require_unet
 from safepatch.patch.files import to_artifact
 from safepatch.patch.gate import Gate
 from safepatch.runtime.apply import instruction_states
@@ -81,12 +82,14 @@ def train(pipe: Any, config: TrainConfig, bank: PairBank | None = None) -> Path:
 
     Raises:
         Interrupted: on Ctrl-C, after a checkpoint was written.
+        ConfigError: when the model draws with a transformer.
         SafepatchError: when the output folder cannot be written.
     """
     category = lookup(CATEGORIES, config.category, what="category")
     out = _output_folder(config)
     accelerator = _accelerator(config.training, out)
     components = Components.of(pipe).freeze().to(accelerator.device)
+    require_unet(components.unet, "training")
     bank = bank or build_bank(components, category, config.data)
     state = _fresh_state(components, config, bank)
     checkpoint = out / "checkpoint.pt"

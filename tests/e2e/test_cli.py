@@ -111,9 +111,9 @@ def test_check_says_whether_a_patch_fits(other_architecture: Path) -> None:
 
 
 def test_a_checkpoint_of_another_kind_is_refused_by_its_name(tmp_path: Path) -> None:
-    index = {"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}
+    index = {"_class_name": "PixArtAlphaPipeline", "transformer": ["diffusers", "PixArtTransformer2DModel"]}
     (tmp_path / "model_index.json").write_text(json.dumps(index))
-    assert "not supported yet: FluxPipeline" in run("check", "--model", tmp_path, WEAPONS, expect=2)
+    assert "not supported yet: PixArtAlphaPipeline" in run("check", "--model", tmp_path, WEAPONS, expect=2)
     error = run("generate", "--model", WEAPONS, "--prompt", "a cat", "-o", tmp_path / "x.png", expect=2)
     assert "is a safety patch, not a model" in error
 

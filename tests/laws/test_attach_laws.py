@@ -221,7 +221,7 @@ def runs_at(pipe, timesteps: list[int], kind: str = "control", **options) -> lis
     sample, _, states = rows()
     ran: list[int] = []
     with torch.no_grad(), apply(pipe, small_artifact(kind), **options) as handle:
-        handle._parts[0].patch.register_forward_pre_hook(lambda *_: ran.append(handle.stats.unet_calls))
+        handle._corrector.parts[0].patch.register_forward_pre_hook(lambda *_: ran.append(handle.stats.unet_calls))
         for timestep in timesteps:
             pipe.unet(sample, timestep, encoder_hidden_states=states)
         assert handle.stats.patched_calls == len(timesteps)  # an answer used again counts as the patch's say
@@ -260,12 +260,12 @@ def test_a_pipeline_that_works_tile_by_tile_is_never_given_another_tiles_residua
 def test_a_fast_patch_holds_nothing_once_it_is_off_and_can_be_copied(small_pipe):
     handle = apply(small_pipe, small_artifact(), speed="fast")
     patched = images(small_pipe)
-    assert handle._cache  # control
+    assert handle._corrector._cache  # control
     with apply(small_pipe, small_artifact(seed=1), speed="fast"):
         images(copy.deepcopy(small_pipe))
     assert torch.equal(images(small_pipe), patched)
     handle.remove()
-    assert not handle._cache
+    assert not handle._corrector._cache
 
 
 def test_an_unknown_speed_is_refused(small_pipe):
@@ -682,7 +682,7 @@ def test_a_call_that_failed_in_the_patch_hides_no_later_bypass(small_pipe, monke
 
     with apply(small_pipe, small_artifact()) as handle:
         with monkeypatch.context() as patched:
-            patched.setattr(handle._parts[0].patch, "forward", fail)
+            patched.setattr(handle._corrector.parts[0].patch, "forward", fail)
             with pytest.raises(error):
                 images(small_pipe)
         with pytest.raises(PatchBypassed):

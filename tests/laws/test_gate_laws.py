@@ -114,7 +114,7 @@ def test_behind_a_closed_gate_the_patch_is_not_run(small_pipe, kind):
     for threshold, runs in ((1.0, 0), (0.0, 1)):
         with apply(small_pipe, artifact, gate_threshold=threshold) as handle:
             ran = []
-            handle._parts[0].patch.register_forward_hook(lambda *_, ran=ran: ran.append(1))
+            handle._corrector.parts[0].patch.register_forward_hook(lambda *_, ran=ran: ran.append(1))
             images(small_pipe)
             assert len(ran) == runs
             assert (handle.stats.gated_rows, handle.stats.open_rows) == (2, 2 * runs)

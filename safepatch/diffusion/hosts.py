@@ -1,0 +1,135 @@
+"""The kinds of denoiser that a patch can be attached to, and how each is called.
+
+A UNet takes residuals for its skips and its mid block; the transformers of Stable Diffusion 3 and Flux take them for
+the image tokens behind their blocks.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+FAMILIES: dict[int, str] = {192: "tiny-sd", 768: "sd1", 1024: "sd2", 1280: "sdxl-refiner", 2048: "sdxl"}
+
+
+class HostKind(NamedTuple):
+    """One of diffusers' classes of denoisers.
+
+    Attributes:
+        noun: what messages call it.
+        component: its name in a pipeline.
+        arguments: names of the leading arguments of its `forward`.
+        sample, timestep, states: which of its arguments are the noisy latents, the timestep and the text states.
+        conditions: names of what else of a call a patch reads, one row per sample.
+        shared: the same, with no rows.
+        residuals: of a transformer, the argument that takes a list of them.
+        timestep_unit: what its `timestep` counts for a step of the training schedule.
+        entry: the part that runs first, and once, however the host is called.
+        entry_weight: name of the parameter that reads the latents, in its first columns.
+        encoder: the parts that a control patch clones, in the order they run; a host may lack some.
+        fingerprint: what two configurations must share for a patch of the one to fit the other.
+        guidance_scale: that suits its models.
+    """
+
+    noun: str
+    component: str
+    arguments: tuple[str, ...]
+    sample: str
+    timestep: str
+    states: str
+    conditions: tuple[str, ...]
+    shared: tuple[str, ...]
+    residuals: str
+    timestep_unit: float
+    entry: str
+    entry_weight: str
+    encoder: tuple[str, ...]
+    fingerprint: tuple[str, ...]
+    guidance_scale: float
+
+    def bind(self, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of a call by name, however they were given."""
+        return {**kwargs, **dict(zip(self.arguments, args, strict=False))}
+
+    def spread(self, residuals: Sequence[Any], blocks: int) -> list[Any]:
+        """A transformer's residuals as it spreads them over its blocks, one for each."""
+        interval = blocks / len(residuals)
+        return [residuals[int(i / (math.ceil(interval) if self is FLUX else interval))] for i in range(blocks)]
+
+
+UNET = HostKind(
+    noun="UNet",
+    component="unet",
+    arguments=("sample", "timestep", "encoder_hidden_states"),
+    sample="sample",
+    timestep="timestep",
+    states="encoder_hidden_states",
+    conditions=("text_embeds", "time_ids"),
+    shared=(),
+    residuals="",
+    timestep_unit=1,
+    entry="conv_in",
+    entry_weight="conv_in.weight",
+    encoder=("conv_in", "time_proj", "time_embedding", "add_time_proj", "add_embedding", "down_blocks", "mid_block"),
+    fingerprint=("block_out_channels", "down_block_types", "layers_per_block", "cross_attention_dim"),
+    guidance_scale=7.5,
+)
+_TRANSFORMER = UNET._replace(
+    noun="transformer",
+    component="transformer",
+    arguments=("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep"),
+    sample="hidden_states",
+    conditions=("pooled_projections",),
+)
+_SIZES = ("num_layers", "num_attention_heads", "attention_head_dim", "joint_attention_dim", "patch_size")
+SD3 = _TRANSFORMER._replace(
+    residuals="block_controlnet_hidden_states",
+    entry="pos_embed",
+    entry_weight="pos_embed.proj.weight",
+    encoder=("pos_embed", "time_text_embed", "context_embedder", "transformer_blocks"),
+    fingerprint=(*_SIZES, "dual_attention_layers", "qk_norm"),
+    guidance_scale=7.0,
+)
+FLUX = _TRANSFORMER._replace(
+    conditions=("pooled_projections", "guidance"),
+    shared=("img_ids",),
+    residuals="controlnet_block_samples",
+    timestep_unit=1 / 1000,
+    entry="x_embedder",
+    entry_weight="x_embedder.weight",
+    encoder=("x_embedder", "pos_embed", "time_text_embed", "context_embedder", "transformer_blocks"),
+    fingerprint=(*_SIZES, "guidance_embeds"),
+    guidance_scale=3.5,
+)
+TRANSFORMERS: dict[str, HostKind] = {"SD3Transformer2DModel": SD3, "FluxTransformer2DModel": FLUX}
+
+
+def host_kind(host: Any) -> HostKind:
+    """The kind of a denoiser; every other class than those of `TRANSFORMERS` is taken for a UNet."""
+    return TRANSFORMERS.get(type(host).__name__, UNET)
+
+
+def config_kind(config: Mapping[str, Any]) -> HostKind:
+    """The kind of the denoiser that a configuration describes."""
+    if "cross_attention_dim" in config:
+        return UNET
+    return FLUX if "num_single_layers" in config else SD3
+
+
+def fingerprint(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the configurations of two hosts must share for a patch of the one to fit the other, as plain JSON values."""
+    values = {key: config.get(key) for key in config_kind(config).fingerprint}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+
+def family(config: Mapping[str, Any]) -> str:
+    """The model family, e.g. `sd1`, of a UNet by the width of its text states; or `unknown`."""
+    kind = config_kind(config)
+    if kind is not UNET:
+        return "flux" if kind is FLUX else "sd3"
+    width = config["cross_attention_dim"]
+    return FAMILIES.get(width, "unknown") if isinstance(width, int) else "unknown"
+
+
+def usual_guidance(host: Any) -> float:
+    """The classifier-free guidance scale that suits the model's family; 1.5 for tiny-sd (DESIGN.md, 10)."""
+    return 1.5 if family(host.config) == "tiny-sd" else host_kind(host).guidance_scale

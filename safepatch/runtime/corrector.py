@@ -1,0 +1,141 @@
+"""What the parts of a patch add to one call of the host, computed when it is asked for."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from safepatch.patch import Features, Residuals
+from safepatch.patch.gate import Gate
+from safepatch.runtime.parts import ActivePart, Scale
+from safepatch.runtime.residuals import Cached, Call, padded, plus
+
+SPEEDS = {"full": 1, "fast": 2}  # denoising steps for which a control patch's residuals are used
+
+
+class Settings(NamedTuple):
+    """What a user sets on a `Handle`, checked there."""
+
+    scale: Scale
+    gate: str
+    speed: str
+
+
+@dataclass
+class Stats:
+    """What happened since the patch was attached.
+
+    Attributes:
+        unet_calls: times the host's first layer ran, however it was called.
+        patched_calls: times the patch had its say.
+        gated_rows: rows that a gate has judged, counted per step and category.
+        open_rows: those of them for which it opened.
+    """
+
+    unet_calls: int = 0
+    patched_calls: int = 0
+    gated_rows: int = 0
+    open_rows: int = 0
+
+
+class Corrector:
+    """The parts of a patch with what they remember from step to step.
+
+    Attributes:
+        parts: as attached.
+        stats: counters; those of gated rows are kept here.
+        on_gate: shown the timesteps and the gates' probabilities (B, groups), if set.
+    """
+
+    def __init__(self, parts: Sequence[ActivePart]) -> None:
+        self.parts = tuple(parts)
+        self.stats = Stats()
+        self.on_gate: Callable[[Any, Tensor], None] | None = None
+        self._cache: dict[int, Cached] = {}  # by the part's identity
+
+    @property
+    def has_gate(self) -> bool:
+        """Whether any part has one."""
+        return any(part.patch.gate for part in self.parts)
+
+    @property
+    def reads_features(self) -> bool:
+        """Whether any part, or a gate of one, must be shown the host's features."""
+        return self.has_gate or any(part.patch.reads_features for part in self.parts)
+
+    def forget(self) -> None:
+        """Drop residuals that were kept for later steps."""
+        self._cache.clear()
+
+    def is_off(self, scale: Scale) -> bool:
+        """Whether nothing is added at this scale."""
+        return not any(part.scales(scale).any() for part in self.parts)
+
+    def early(self, call: Call, settings: Settings) -> Residuals | None:
+        """Before the host runs: the sum over the parts that read none of its features."""
+        return self._sum([part for part in self.parts if not _is_late(part, settings)], call, settings, None)
+
+    def late(self, call: Call, settings: Settings, features: Features) -> Residuals | None:
+        """Once the host's encoder has run: the sum over the parts that read its features."""
+        return self._sum([part for part in self.parts if _is_late(part, settings)], call, settings, features)
+
+    def _sum(
+        self, parts: Sequence[ActivePart], call: Call, settings: Settings, features: Features | None
+    ) -> Residuals | None:
+        made = [self._recent(part, call, settings, features) for part in parts]
+        made = [residuals for residuals in made if residuals is not None]
+        return reduce(plus, made) if made else None
+
+    def _recent(self, part: ActivePart, call: Call, settings: Settings, features: Features | None) -> Residuals | None:
+        """The part's residuals, or those of the step before where the speed allows."""
+        if settings.speed == "full" or features is not None:
+            return self._residuals(part, call, settings, features)
+        last = self._cache.get(id(part))
+        if last and last.uses < SPEEDS[settings.speed] and last.serves(call):
+            self._cache[id(part)] = last._replace(timestep=call.timestep, uses=last.uses + 1)
+            return last.residuals
+        made = self._residuals(part, call, settings, features)
+        if made:
+            tiled = last is not None and last.shows_tiles(call)
+            cached = Cached(made, call.sample.shape, call.rows, call.prompt_states, call.timestep, is_tiled=tiled)
+            self._cache[id(part)] = cached
+        return made
+
+    @torch.no_grad()
+    def _residuals(
+        self, part: ActivePart, call: Call, settings: Settings, features: Features | None
+    ) -> Residuals | None:
+        sample, rows = call.sample, call.rows
+        patch = part.patch.to(sample.device)
+        dtype = next(patch.parameters()).dtype
+        times = torch.as_tensor(call.timesteps, device=sample.device).reshape(-1).expand(len(sample))[rows]
+        conditions = {name: value[rows] for name, value in call.conditions.items()} | dict(call.shared)
+        instruction = part.instruction_states.to(sample.device, dtype)
+        shown = features and features.of_rows(rows).to(dtype)
+        scales = part.scales(settings.scale).to(sample.device, dtype)
+        states = call.prompt_states[rows].to(dtype)
+        if shown and patch.gate is not None and settings.gate != "off":
+            scales = scales * self._openings(part, settings.gate, shown, times, states)
+            if not scales.any():
+                return None
+        made = patch(sample[rows].to(dtype), times, states, instruction, conditions, shown, scales)
+        return Residuals(tuple(padded(r, rows, sample) for r in made.down), padded(made.mid, rows, sample))
+
+    def _openings(self, part: ActivePart, mode: str, features: Features, timesteps: Tensor, states: Tensor) -> Tensor:
+        """How far the gate is open for each row and group, in [0, 1], (B, groups); 0 or 1 where it is hard."""
+        gate, thresholds = cast(Gate, part.patch.gate), cast(Tensor, part.thresholds)
+        probabilities = gate(features.mid.float(), timesteps, states.float()).sigmoid()  # a gate stays in float32
+        is_open = probabilities >= thresholds.to(probabilities.device)
+        self.stats.gated_rows += is_open.numel()
+        self.stats.open_rows += int(is_open.sum())
+        if self.on_gate:
+            self.on_gate(timesteps, probabilities)
+        return (probabilities if mode == "soft" else is_open).to(features.mid.dtype)
+
+
+def _is_late(part: ActivePart, settings: Settings) -> bool:
+    """Whether the part needs the host's features, for itself or for its gate."""
+    return part.patch.reads_features or (part.patch.gate is not None and settings.gate != "off")
