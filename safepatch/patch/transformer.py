@@ -111,7 +111,7 @@ class TransformerControlPatch(ClonePatch):
     def _embed_time(self, timesteps: Tensor, given: Mapping[str, Tensor]) -> Tensor:
         """One state per row, (B, width), of the timestep, the pooled text and, where Flux has it, the guidance."""
         embed: Any = self.clone["time_text_embed"]
-        pooled = self.pooled(given["pooled_projections"]).to(self.zero[0].weight.dtype)
+        pooled = self.pooled(given["pooled_projections"]).to(next(self.zero.parameters()).dtype)
         if "x_embedder" not in self.clone:
             return embed(timesteps, pooled)
         times = [timesteps.to(pooled.dtype) * 1000]  # Flux counts timesteps and guidance in thousandths
