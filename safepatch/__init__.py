@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from safepatch.merging import MergeRecipe, merge, split
     from safepatch.runtime.apply import apply
     from safepatch.runtime.check import Status, check, status
+    from safepatch.runtime.fuse import fuse
     from safepatch.runtime.handle import Handle
     from safepatch.runtime.load import load_pipeline
     from safepatch.training.config import TrainConfig, load_train_config
@@ -29,6 +30,7 @@ _HOMES: dict[str, str] = {
     "TrainConfig": "safepatch.training.config",
     "apply": "safepatch.runtime.apply",
     "check": "safepatch.runtime.check",
+    "fuse": "safepatch.runtime.fuse",
     "heal": "safepatch.training.healing",
     "load_pipeline": "safepatch.runtime.load",
     "load_train_config": "safepatch.training.config",
@@ -51,6 +53,7 @@ __all__ = [
     "TrainConfig",
     "apply",
     "check",
+    "fuse",
     "heal",
     "load_pipeline",
     "load_train_config",

@@ -190,6 +190,20 @@ def generate(
 
 
 @app.command()
+def fuse(
+    patch: Annotated[Path, typer.Option(help="A lora patch, or a merge of such.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="A new folder; for a single file, a .safetensors file.")],
+    model: Model = "tiny-sd",
+    scale: Annotated[float, typer.Option(help="Strength of the patch.")] = 1.0,
+    allow_pickle: AllowPickle = False,
+) -> None:
+    """Write a lora patch into a copy of a model, which any program can load; it cannot be taken off again."""
+    from safepatch.runtime.fuse import fuse_model
+
+    typer.echo(f"fused: {fuse_model(model, patch, out, scale, allow_pickle)}")
+
+
+@app.command()
 def evaluate(
     patch: Annotated[Path, typer.Option(help="Patch to measure.")],
     model: Model = "tiny-sd",

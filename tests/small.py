@@ -18,7 +18,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from safepatch.artifact import PatchArtifact
 from safepatch.data.pairs import Batch, PairBank
 from safepatch.diffusion import Components, generate, quiet
-from safepatch.patch import PATCH_KINDS, Features, Patch, Residuals
+from safepatch.patch import PATCH_KINDS, Features, Patch, ResidualPatch, Residuals
 from safepatch.patch.files import to_artifact
 from safepatch.patch.host import HostHooks, answered
 from safepatch.tiny.text import MAX_TOKENS, WIDTH, new_tokenizer
@@ -101,7 +101,8 @@ def awaken(patch: Patch, seed: int = 0, size: float = 0.1) -> Patch:
     return patch.eval().requires_grad_(False)
 
 
-LAYOUTS: dict[str, dict[str, int]] = {"lite": {"rank": 4}}
+LAYOUTS: dict[str, dict[str, int]] = {"lite": {"rank": 4}, "lora": {"rank": 4}}
+RESIDUAL_KINDS = ("control", "lite")  # those that compute residuals
 
 
 def new_patch(unet: nn.Module, kind: str = "control", sees: str = "instruction+prompt", seed: int | None = 0) -> Patch:
@@ -150,7 +151,7 @@ def bank(seed: int, n: int = 12) -> PairBank:
     return PairBank(Batch(latents[0], latents[1], states[0], states[1], latents[2], states[2]))
 
 
-def corrections(patch: Patch, unet: nn.Module, inputs: tuple[Tensor, ...], instruction: Tensor) -> Residuals:
+def corrections(patch: ResidualPatch, unet: nn.Module, inputs: tuple[Tensor, ...], instruction: Tensor) -> Residuals:
     """What the patch makes of `rows()` on `unet`, which shows its features to the kinds that read them."""
     if not patch.reads_features:
         return patch(*inputs, instruction)

@@ -27,6 +27,7 @@ from safepatch.diffusion.loading import (
     load_from_hub,
     load_single_file,
     load_tokenizer,
+    original_names,
     read_json,
     read_unet,
 )
@@ -75,6 +76,7 @@ __all__ = [
     "load_tokenizer",
     "noise_pred",
     "not_supported",
+    "original_names",
     "prediction_type",
     "quiet",
     "read_json",

@@ -8,6 +8,8 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+from torch import Tensor
 from transformers import CLIPTokenizer
 
 from safepatch.diffusion.components import UNCHECKED, Components, not_supported
@@ -78,6 +80,19 @@ def read_unet(source: str | Path, config: Path | None = None) -> Any:
     return UNet2DConditionModel.from_single_file(
         str(source), config=str(config), subfolder="unet", local_files_only=True
     )
+
+
+def original_names(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, str]:
+    """Under which name the original (CompVis/LDM) layout holds each weight of a UNet, by the weight's own name.
+
+    Args:
+        tensors: of the file, by name; diffusers' own converter is followed, values are not read.
+        config: of the UNet.
+    """
+    marks = {name: torch.empty(tensor.shape, device="meta") for name, tensor in tensors.items()}
+    names = {id(mark): name for name, mark in marks.items()}
+    converted = convert_ldm_unet_checkpoint(dict(marks), dict(config))
+    return {name: names[id(mark)] for name, mark in converted.items() if id(mark) in names}
 
 
 def load_from_hub(name: str, dtype: torch.dtype | None) -> DiffusionPipeline:

@@ -1,9 +1,10 @@
-"""Patch kinds: trainable modules that read a frozen UNet's inputs or features and return residuals for the latter."""
+"""Patch kinds: trainable modules that change what a frozen model makes of a prompt."""
 
-from safepatch.patch.base import Features, Patch, Residuals
+from safepatch.patch.base import Features, Patch, ResidualPatch, Residuals
 from safepatch.patch.control import ControlPatch
 from safepatch.patch.lite import LitePatch
+from safepatch.patch.lora import LoraPatch
 
-PATCH_KINDS: dict[str, type[Patch]] = {"control": ControlPatch, "lite": LitePatch}
+PATCH_KINDS: dict[str, type[Patch]] = {"control": ControlPatch, "lite": LitePatch, "lora": LoraPatch}
 
-__all__ = ["PATCH_KINDS", "ControlPatch", "Features", "LitePatch", "Patch", "Residuals"]
+__all__ = ["PATCH_KINDS", "ControlPatch", "Features", "LitePatch", "LoraPatch", "Patch", "ResidualPatch", "Residuals"]

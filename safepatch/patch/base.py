@@ -1,12 +1,13 @@
-"""What every patch kind has in common: a per-row function of the UNet's inputs, stored as a delta."""
+"""What patch kinds have in common: they act row by row on a frozen host, and are stored as deltas."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from safepatch.artifact import PatchArtifact
 from safepatch.diffusion import UNET, host_kind
 from safepatch.errors import BaseMismatch, ConfigError
 from safepatch.patch.gate import Gate
@@ -46,24 +47,34 @@ class Features(NamedTuple):
         return Features(tuple(skip.to(dtype) for skip in self.down), self.mid.to(dtype))
 
 
-class Patch(nn.Module, ABC):
-    """A trainable module beside a frozen UNet.
+class StoredPatch(NamedTuple):
+    """A patch as its file holds it.
 
-    A patch maps each row (sample, timestep, text states) to residuals on its own: it never looks at other rows and
-    so never depends on how a pipeline lays out its batch. A fresh patch is an exact no-op.
+    Attributes:
+        tensors: by name and form, as in a `PatchArtifact`.
+        shapes: full shape of every parameter that is stored in factors.
+    """
+
+    tensors: dict[str, Tensor]
+    shapes: dict[str, list[int]]
+
+
+class Patch(nn.Module, ABC):
+    """A trainable module beside a frozen host.
+
+    A patch acts on each row (sample, timestep, text states) on its own: it never looks at other rows and so never
+    depends on how a pipeline lays out its batch. A fresh patch is an exact no-op.
 
     Attributes:
         kind: how the patch acts on the model.
-        reads_features: whether it must be shown the host's features, and so answers after the encoder has run.
         learning_rate: at which it trains well.
         joint_rate: multiple of that for its `joints`.
-        sees: what it reads of the text: `instruction`, or `instruction+prompt`.
+        sees: what it reads of the text: `instruction`, `instruction+prompt`, or, through the host alone, `prompt`.
         layout: what `from_unet` must be told, beside `sees`, to build the same module again; plain JSON values.
         gate: decides for which rows the patch acts at all, if it has one.
     """
 
     kind: ClassVar[str]
-    reads_features: ClassVar[bool]
     learning_rate: ClassVar[float]
     joint_rate: ClassVar[float]
     sees: str
@@ -74,6 +85,7 @@ class Patch(nn.Module, ABC):
     def __init__(self) -> None:
         super().__init__()
         self.gate = None
+        self.gradient_checkpointing = False
 
     @property
     def groups(self) -> int:
@@ -81,14 +93,8 @@ class Patch(nn.Module, ABC):
         return self.layout.get("groups", 1)
 
     def add_gate(self, unet: Any, width: int) -> None:
-        """Give the patch a fresh gate of `width` channels, which opens for everything at a threshold of 0.5."""
-        if width < 1:
-            raise ConfigError(f"a gate needs a width of at least 1, not {width}")
-        require_unet(unet, "a gate")
-        channels = unet.mid_block.resnets[-1].out_channels
-        sizes = (channels, unet.config["cross_attention_dim"], unet.config["norm_num_groups"])
-        self.gate = Gate(*sizes, width, self.groups)
-        self.layout = {**self.layout, "gate": width}
+        """Give the patch a fresh gate of `width` channels; raises `ConfigError` where the kind can have none."""
+        raise ConfigError(f"a {self.kind} patch acts in the encoder, before a gate could judge; leave the gate out")
 
     @classmethod
     @abstractmethod
@@ -102,6 +108,44 @@ class Patch(nn.Module, ABC):
             empty: leave parameters that copy the host's on the meta device, for `load_deltas` to fill.
             layout: the kind's own settings.
         """
+
+    @abstractmethod
+    def joints(self) -> list[nn.Parameter]:
+        """The zero-initialised parameters through which the patch enters the host; they may learn at their own rate."""
+
+    @abstractmethod
+    def stored(self, unet: Any) -> StoredPatch:
+        """What a file keeps of the patch, float32; all zero has no effect."""
+
+    @abstractmethod
+    def load(self, unet: Any, artifact: PatchArtifact, dtype: torch.dtype = torch.float32) -> None:
+        """Replace every parameter by what the file says it is on `unet`, rounded to `dtype`.
+
+        What held the parameters before, an optimizer for instance, must be made anew.
+
+        Raises:
+            BaseMismatch: when something is for what this host lacks; dropping it would weaken the patch in silence.
+        """
+
+
+class ResidualPatch(Patch):
+    """A patch that computes residuals for the host's features.
+
+    Attributes:
+        reads_features: whether it must be shown the host's features, and so answers after the encoder has run.
+    """
+
+    reads_features: ClassVar[bool]
+
+    def add_gate(self, unet: Any, width: int) -> None:
+        """Give the patch a fresh gate of `width` channels, which opens for everything at a threshold of 0.5."""
+        if width < 1:
+            raise ConfigError(f"a gate needs a width of at least 1, not {width}")
+        require_unet(unet, "a gate")
+        channels = unet.mid_block.resnets[-1].out_channels
+        sizes = (channels, unet.config["cross_attention_dim"], unet.config["norm_num_groups"])
+        self.gate = Gate(*sizes, width, self.groups)
+        self.layout = {**self.layout, "gate": width}
 
     @abstractmethod
     def forward(
@@ -127,12 +171,16 @@ class Patch(nn.Module, ABC):
         """
 
     @abstractmethod
-    def joints(self) -> list[nn.Parameter]:
-        """The zero-initialised parameters through which the patch enters the host; they may learn at their own rate."""
-
-    @abstractmethod
     def anchors(self, unet: Any) -> dict[str, Tensor]:
         """The value each parameter has when its delta is zero, by parameter name."""
+
+    def stored(self, unet: Any) -> StoredPatch:
+        """Every parameter's delta, dense."""
+        return StoredPatch({f"{self.kind}.{name}.delta": delta for name, delta in self.deltas(unet).items()}, {})
+
+    def load(self, unet: Any, artifact: PatchArtifact, dtype: torch.dtype = torch.float32) -> None:
+        """`load_deltas` of what the file holds."""
+        self.load_deltas(unet, _Deltas(artifact), dtype)
 
     def deltas(self, unet: Any) -> dict[str, Tensor]:
         """The patch as differences from `anchors(unet)`, float32; all zero has no effect."""
@@ -158,6 +206,25 @@ class Patch(nn.Module, ABC):
         dtypes = {name: torch.float32 if name.startswith("gate.") else dtype for name in anchors}
         values = {name: _rebased(anchors[name], deltas.get(short), dtypes[name]) for short, name in plain.items()}
         self.load_state_dict(values, strict=False, assign=True)  # a training run's buffers keep their values
+
+
+class _Deltas(Mapping[str, Tensor]):
+    """A patch's dense deltas by the module's parameter names: as they are stored, or multiplied out when asked for."""
+
+    def __init__(self, artifact: PatchArtifact) -> None:
+        self._artifact = artifact
+        prefix = f"{artifact.info.kind}."
+        self._names = {name.removeprefix(prefix): name for name in artifact.parameter_names()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        stored = self._artifact.stored(self._names[name])
+        return stored["delta"] if "delta" in stored else self._artifact.delta(self._names[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def _rebased(anchor: Tensor, delta: Tensor | None, dtype: torch.dtype) -> Tensor:

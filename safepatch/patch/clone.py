@@ -15,12 +15,12 @@ from torch.utils.checkpoint import checkpoint
 
 from safepatch.diffusion import host_kind, without_image_prompts
 from safepatch.errors import ConfigError
-from safepatch.patch.base import Patch
+from safepatch.patch.base import ResidualPatch
 
 SEES = ("instruction", "instruction+prompt")
 
 
-class ClonePatch(Patch):
+class ClonePatch(ResidualPatch):
     """A patch whose weights are the host's own plus a delta, behind zero-initialised joints.
 
     Args:
@@ -39,7 +39,6 @@ class ClonePatch(Patch):
             raise ConfigError(f"a control patch cannot see '{sees}'; choose one of: {', '.join(SEES)}")
         self.sees = sees
         self.layout = {}
-        self.gradient_checkpointing = False
         self.clone = nn.ModuleDict(dict(clone))
 
     def anchors(self, unet: Any) -> dict[str, Tensor]:

@@ -1,11 +1,10 @@
 """From a trained patch to its file and back onto any host of the same architecture."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from safepatch.artifact import PatchArtifact, PatchInfo
 from safepatch.diffusion import family, fingerprint
@@ -30,7 +29,7 @@ def to_artifact(
         config: the resolved training configuration.
         training: record of the training (steps, seeds, versions); no clock, so that equal runs give equal files.
     """
-    tensors = {f"{patch.kind}.{name}.delta": delta for name, delta in patch.deltas(unet).items()}
+    tensors, shapes = patch.stored(unet)
     info = PatchInfo(
         kind=patch.kind,
         instructions=dict(sorted(instructions.items())),
@@ -38,6 +37,7 @@ def to_artifact(
         base={"family": family(unet.config), ENCODER: sketch(unet)},
         config={**(config or {}), "sees": patch.sees, **({"layout": patch.layout} if patch.layout else {})},
         training=training or {},
+        shapes=shapes,
         title=f"safepatch {' + '.join(sorted(instructions))}",
         license="apache-2.0",
     )
@@ -60,27 +60,8 @@ def from_artifact(artifact: PatchArtifact, unet: Any, dtype: torch.dtype = torch
         raise BaseMismatch("a bundle is several patches, not one module; apply it, or take one of its parts()")
     kind, config = lookup(PATCH_KINDS, artifact.info.kind, what="patch kind"), artifact.info.config
     patch = kind.from_unet(unet, config["sees"], empty=True, **config.get("layout", {}))
-    patch.load_deltas(unet, _Deltas(artifact), dtype)
+    patch.load(unet, artifact, dtype)
     return patch.eval().requires_grad_(False)
-
-
-class _Deltas(Mapping[str, Tensor]):
-    """A patch's dense deltas by the module's parameter names: as they are stored, or multiplied out when asked for."""
-
-    def __init__(self, artifact: PatchArtifact) -> None:
-        self._artifact = artifact
-        prefix = f"{artifact.info.kind}."
-        self._names = {name.removeprefix(prefix): name for name in artifact.parameter_names()}
-
-    def __getitem__(self, name: str) -> Tensor:
-        stored = self._artifact.stored(self._names[name])
-        return stored["delta"] if "delta" in stored else self._artifact.delta(self._names[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 def check_fits(info: PatchInfo, config: Mapping[str, Any]) -> None:
@@ -99,6 +80,5 @@ def check_fits(info: PatchInfo, config: Mapping[str, Any]) -> None:
 
 def absolute(artifact: PatchArtifact, base_unet: Any, host_unet: Any) -> PatchArtifact:
     """The same patch with its clone's weights as they were on `base_unet`, expressed as deltas against `host_unet`."""
-    own = from_artifact(artifact, base_unet)
-    tensors = {f"{own.kind}.{name}.delta": delta for name, delta in own.deltas(host_unet).items()}
-    return replace(artifact, tensors=tensors, info=replace(artifact.info, shapes={}))
+    tensors, shapes = from_artifact(artifact, base_unet).stored(host_unet)
+    return replace(artifact, tensors=tensors, info=replace(artifact.info, shapes=shapes))

@@ -12,7 +12,8 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from safepatch.diffusion import noise_pred
-from safepatch.patch.base import Features, Patch, Residuals
+from safepatch.patch.base import Features, ResidualPatch, Residuals
+from safepatch.patch.lora import LoraPatch
 
 Answer = Callable[[Features], Residuals | None]
 SKIPS = "res_hidden_states_tuple"
@@ -99,8 +100,10 @@ def patched_noise_pred(
         states: text states of the prompts, (B, tokens, width).
         instruction: text states of the safety instruction, (1, tokens, width).
     """
-    inputs = (noisy_latents, timesteps, states)
-    if not cast(Patch, getattr(patch, "module", patch)).reads_features:
+    inputs, inner = (noisy_latents, timesteps, states), getattr(patch, "module", patch)
+    if isinstance(inner, LoraPatch):
+        return patch(unet, *inputs)
+    if not cast(ResidualPatch, inner).reads_features:
         return noise_pred(unet, *inputs, patch(*inputs, instruction))
     with answered(unet, lambda features: patch(*inputs, instruction, features=features)):
         return noise_pred(unet, *inputs)

@@ -18,7 +18,7 @@ from torch.nn.functional import conv2d, group_norm, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from safepatch.errors import ConfigError
-from safepatch.patch.base import Features, Patch, Residuals, require_unet, row_timesteps
+from safepatch.patch.base import Features, ResidualPatch, Residuals, require_unet, row_timesteps
 from safepatch.patch.clone import SEES
 from safepatch.patch.control import skip_channels
 from safepatch.patch.draw import TIME_WIDTH, Draw, sinusoids
@@ -26,7 +26,7 @@ from safepatch.patch.draw import TIME_WIDTH, Draw, sinusoids
 CONDITION_WIDTH = 64
 
 
-class LitePatch(Patch):
+class LitePatch(ResidualPatch):
     """One narrow branch per skip connection and one for the mid block.
 
     Args:
@@ -61,7 +61,6 @@ class LitePatch(Patch):
             raise ConfigError(f"a lite patch needs rank, depth and groups of at least 1, not {rank}, {depth}, {groups}")
         self.sees = sees
         self.layout = {"rank": rank, "depth": depth, "groups": groups}
-        self.gradient_checkpointing = False
         draw = Draw(seed=0)
         self.time = draw.normal(groups, CONDITION_WIDTH, TIME_WIDTH)
         self.instruction = draw.normal(groups, CONDITION_WIDTH, text_width)

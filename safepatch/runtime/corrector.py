@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from safepatch.patch import Features, Residuals
+from safepatch.patch import Features, ResidualPatch, Residuals
 from safepatch.patch.gate import Gate
 from safepatch.runtime.parts import ActivePart, Scale
 from safepatch.runtime.residuals import Cached, Call, padded, plus
@@ -42,16 +42,16 @@ class Stats:
 
 
 class Corrector:
-    """The parts of a patch with what they remember from step to step.
+    """The parts of a patch that compute residuals, with what they remember from step to step.
 
     Attributes:
-        parts: as attached.
+        parts: those of kinds that do; others are left to their own hooks.
         stats: counters; those of gated rows are kept here.
         on_gate: shown the timesteps and the gates' probabilities (B, groups), if set.
     """
 
     def __init__(self, parts: Sequence[ActivePart]) -> None:
-        self.parts = tuple(parts)
+        self.parts = tuple(part for part in parts if isinstance(part.patch, ResidualPatch))
         self.stats = Stats()
         self.on_gate: Callable[[Any, Tensor], None] | None = None
         self._cache: dict[int, Cached] = {}  # by the part's identity
@@ -64,15 +64,11 @@ class Corrector:
     @property
     def reads_features(self) -> bool:
         """Whether any part, or a gate of one, must be shown the host's features."""
-        return self.has_gate or any(part.patch.reads_features for part in self.parts)
+        return self.has_gate or any(_module(part).reads_features for part in self.parts)
 
     def forget(self) -> None:
         """Drop residuals that were kept for later steps."""
         self._cache.clear()
-
-    def is_off(self, scale: Scale) -> bool:
-        """Whether nothing is added at this scale."""
-        return not any(part.scales(scale).any() for part in self.parts)
 
     def early(self, call: Call, settings: Settings) -> Residuals | None:
         """Before the host runs: the sum over the parts that read none of its features."""
@@ -109,7 +105,7 @@ class Corrector:
         self, part: ActivePart, call: Call, settings: Settings, features: Features | None
     ) -> Residuals | None:
         sample, rows = call.sample, call.rows
-        patch = part.patch.to(sample.device)
+        patch = _module(part).to(sample.device)
         dtype = next(patch.parameters()).dtype
         times = torch.as_tensor(call.timesteps, device=sample.device).reshape(-1).expand(len(sample))[rows]
         conditions = {name: value[rows] for name, value in call.conditions.items()} | dict(call.shared)
@@ -136,6 +132,10 @@ class Corrector:
         return (probabilities if mode == "soft" else is_open).to(features.mid.dtype)
 
 
+def _module(part: ActivePart) -> ResidualPatch:
+    return cast(ResidualPatch, part.patch)
+
+
 def _is_late(part: ActivePart, settings: Settings) -> bool:
     """Whether the part needs the host's features, for itself or for its gate."""
-    return part.patch.reads_features or (part.patch.gate is not None and settings.gate != "off")
+    return _module(part).reads_features or (part.patch.gate is not None and settings.gate != "off")

@@ -28,6 +28,7 @@ from safepatch.errors import ConfigError, PatchBypassed, lookup
 from safepatch.patch import Features, Residuals
 from safepatch.patch.gate import MODES
 from safepatch.patch.host import HostHooks
+from safepatch.patch.lora import LayerHooks, LoraPatch
 from safepatch.runtime.corrector import SPEEDS, Corrector, Settings, Stats
 from safepatch.runtime.parts import ActivePart, Scale
 from safepatch.runtime.residuals import Call, with_residuals
@@ -56,6 +57,7 @@ class Handle:
         self._unet: Any = components.unet
         self._kind = host_kind(self._unet)
         self._full_timestep = components.scheduler.config.num_train_timesteps * self._kind.timestep_unit
+        self._parts = tuple(parts)
         self._corrector = Corrector(parts)
         self.categories = tuple(sorted({name for part in parts for name in part.categories}))
         self.scale = scale
@@ -70,6 +72,10 @@ class Handle:
             self._unet.register_forward_hook(self._end_call, always_call=True),
             getattr(self._unet, self._kind.entry).register_forward_pre_hook(self._count_call),
         ]
+        self._layers = [
+            (LayerHooks(self._unet, part.patch), part) for part in parts if isinstance(part.patch, LoraPatch)
+        ]
+        self._hooks.extend(hooks for hooks, _ in self._layers)
         self._host = None
         if self._corrector.reads_features:
             self._host = HostHooks(self._unet, self._answer)
@@ -131,7 +137,7 @@ class Handle:
                 raise ConfigError(f"scale must be 0 (off) or more, not {value}")
         for name in scale if isinstance(scale, Mapping) else ():
             lookup(dict.fromkeys(self.categories), name, what="category of this patch")
-        for part in self._corrector.parts:
+        for part in self._parts:
             part.scales(scale)  # refuses what the part cannot tell apart
         self._scale = scale
         self._corrector.forget()
@@ -178,6 +184,8 @@ class Handle:
         """Before the UNet runs: correct what needs no features, and note down what the others will need."""
         self._call = self._begun(args, kwargs)
         made = self._corrector.early(self._call, self._settings) if self._call else None
+        for hooks, part in self._layers:
+            hooks.begin(self._call and self._call.rows, float(part.scales(self.scale)))
         changed = made and with_residuals(made, unet, args, kwargs)
         self.stats.patched_calls += 1
         self._prepared = True  # only now: a call that failed above must not stand in for a bypassed one
@@ -185,7 +193,7 @@ class Handle:
 
     def _begun(self, args: tuple, kwargs: dict[str, Any]) -> Call | None:
         """The call, or None when the patch is off or outside its window."""
-        if self._corrector.is_off(self.scale):
+        if not any(part.scales(self.scale).any() for part in self._parts):
             return None
         call = Call.of(self._kind, args, kwargs)
         call = call._replace(rows=self._rows_to_correct(call))
@@ -231,8 +239,11 @@ class Handle:
 
     def _end_call(self, unet: nn.Module, args: tuple, output: object) -> None:
         ended, self._call, self._prepared = self._call, None, False
-        if ended and self._host and self._fail_closed and output is not None and not self._host.is_done:
-            raise PatchBypassed("the UNet ran without its patch: hooks on its blocks are lost; apply the patch again")
+        watched = [hooks for hooks in (self._host, *(hooks for hooks, _ in self._layers)) if hooks is not None]
+        if ended and self._fail_closed and output is not None and not all(hooks.is_done for hooks in watched):
+            raise PatchBypassed(
+                f"the {self._kind.noun} ran without its patch: hooks inside it are lost; apply the patch again"
+            )
 
     def _check(self, *_: object) -> None:
         """Before latents become an image: the UNet that drew them must be a patched one."""

@@ -18,10 +18,12 @@ class PatchConfig:
     """Which patch to train.
 
     Attributes:
-        kind: `control`, a trainable clone of the host's encoder, or `lite`, narrow branches on the host's features.
-        sees: what its cross-attention reads: `instruction`, or `instruction+prompt`.
+        kind: `control`, a trainable clone of the host's encoder; `lite`, narrow branches on the host's features; or
+            `lora`, low-rank updates of the host's own layers.
+        sees: what its cross-attention reads: `instruction`, or `instruction+prompt`; a lora patch has none.
         rank: of a control patch, store the deltas of layers wider than this as low-rank factors (0, the default,
-            stores them dense); of a lite patch, channels per branch (default 64).
+            stores them dense); of a lite patch, channels per branch (default 64); of a lora patch, of each update
+            (default 16).
         depth: of a lite patch, 3 x 3 convolutions per branch (default 1).
         gate: channels of a gate that keeps the patch off what it is not for; 0 trains none.
     """

@@ -34,6 +34,7 @@ from tests.small import (
     INSTRUCTION,
     MID,
     PROMPTS,
+    RESIDUAL_KINDS,
     SEEDS,
     features_of,
     images,
@@ -48,6 +49,7 @@ from tests.small import (
 )
 
 every_kind = pytest.mark.parametrize("kind", sorted(PATCH_KINDS))
+every_residual_kind = pytest.mark.parametrize("kind", RESIDUAL_KINDS)
 HOOK_TABLES = [f"_forward{pre}_hooks{suffix}" for pre in ("", "_pre") for suffix in ("", "_with_kwargs")]
 PHOTO = Image.new("RGB", (64, 64), "orange")
 
@@ -146,7 +148,7 @@ def test_scale_can_be_changed_between_calls(small_pipe, kind):
     assert not torch.equal(half, whole)
 
 
-@every_kind
+@every_residual_kind
 def test_scale_multiplies_the_residuals(small_pipe, kind):
     with apply(small_pipe, small_artifact(kind)) as handle:
         whole = given(call(small_pipe))
@@ -169,7 +171,7 @@ def bundle_of_two(kind: str) -> tuple[PatchArtifact, PatchArtifact, PatchArtifac
     return weapons, gore, combine([weapons, gore], MergeRecipe(["weapons", "gore"], method=BUNDLE))
 
 
-@every_kind
+@every_residual_kind
 def test_each_category_of_a_bundle_has_a_scale_of_its_own(small_pipe, kind):
     weapons, _, both = bundle_of_two(kind)
     with apply(small_pipe, weapons, scale=0.5):
@@ -197,7 +199,7 @@ def test_categories_merged_into_one_share_a_scale(small_pipe):
     apply(small_pipe, merged, scale={"weapons": 0.5, "gore": 0.5}).remove()  # control
 
 
-@every_kind
+@every_residual_kind
 def test_a_patch_acts_within_its_window_only(small_pipe, kind):
     sample, _, states = rows()
     with torch.no_grad(), apply(small_pipe, small_artifact(kind), start=0.2, end=0.6), spied(small_pipe.unet) as calls:
@@ -388,7 +390,7 @@ def test_a_patch_does_not_keep_the_pipeline_alive():
 # ---- stacking --------------------------------------------------------------------------------------------------
 
 
-@every_kind
+@every_residual_kind
 def test_two_patches_add_up(small_pipe, kind):
     artifacts = [small_artifact(kind, seed) for seed in (1, 2)]
     alone = []
@@ -401,7 +403,7 @@ def test_two_patches_add_up(small_pipe, kind):
     assert not same_residuals(*alone)  # control
 
 
-@every_kind
+@every_residual_kind
 def test_a_bundle_is_its_parts_applied_together_each_with_its_own_instruction_and_weight(small_pipe, kind):
     first, second = (new_artifact(small_pipe.unet, kind, seed) for seed in (1, 2))
     second = replace(second, info=replace(second.info, instructions={"gore": "no gore, show flowers instead"}))
@@ -424,7 +426,7 @@ def test_a_bundle_is_its_parts_applied_together_each_with_its_own_instruction_an
     assert hook_count(small_pipe) == 0
 
 
-@every_kind
+@every_residual_kind
 def test_a_patch_attached_over_another_copies_none_of_its_hooks(small_pipe, kind):
     with apply(small_pipe, small_artifact(kind, seed=1)) as first:
         assert hook_count(small_pipe) > 0  # control: there are hooks to copy
@@ -459,7 +461,7 @@ def test_too_few_residuals_are_an_error_and_not_cut_off(small_pipe):
 # ---- which rows are corrected ----------------------------------------------------------------------------------
 
 
-@every_kind
+@every_residual_kind
 @pytest.mark.parametrize("negative", [None, "a knife"])
 def test_under_guidance_the_negative_rows_are_the_bases(small_pipe, kind, negative):
     with spied(small_pipe.unet) as base:
@@ -472,7 +474,7 @@ def test_under_guidance_the_negative_rows_are_the_bases(small_pipe, kind, negati
     assert not torch.equal(patched[0]["output"][2:], base[0]["output"][2:])  # control
 
 
-@every_kind
+@every_residual_kind
 def test_without_guidance_every_row_is_corrected(small_pipe, kind):
     with apply(small_pipe, small_artifact(kind)), spied(small_pipe.unet) as calls:
         images(small_pipe, 1.0)
@@ -588,7 +590,7 @@ def test_a_patch_of_the_text_to_image_model_works_in_inpainting(small_pipe, kind
         assert torch.equal(draw(), base)
 
 
-@every_kind
+@every_residual_kind
 def test_timesteps_may_come_in_any_form(small_pipe, kind):
     sample, _, states = rows()
     forms = (500, 500.0, torch.tensor(500), torch.tensor([500]), torch.tensor([500, 500]), torch.tensor(500.0))
@@ -601,7 +603,7 @@ def test_timesteps_may_come_in_any_form(small_pipe, kind):
     assert not same_residuals(control, first)
 
 
-@every_kind
+@every_residual_kind
 @pytest.mark.parametrize("tokens", [1, 24, 60])
 def test_text_states_may_have_any_length(small_pipe, kind, tokens):
     sample, timesteps, states = rows(tokens=tokens)
@@ -693,7 +695,7 @@ def test_a_lost_hook_on_a_block_is_noticed(small_pipe):
     with apply(small_pipe, small_artifact("lite")):
         images(small_pipe)  # control
         small_pipe.unet.up_blocks[0]._forward_pre_hooks.clear()  # where the skips are corrected
-        with pytest.raises(PatchBypassed, match="hooks on its blocks are lost"):
+        with pytest.raises(PatchBypassed, match="hooks inside it are lost"):
             images(small_pipe)
     images(small_pipe)
 

@@ -11,7 +11,7 @@ from safepatch.artifact import PatchArtifact
 from safepatch.diffusion import Components
 from safepatch.errors import ConfigError, MergeError
 from safepatch.merging import merge, split
-from safepatch.patch import PATCH_KINDS, Patch
+from safepatch.patch import Patch
 from safepatch.patch.files import from_artifact, to_artifact
 from safepatch.patch.gate import Gate
 from safepatch.reporting.plots import GateCurve, save_gate_plot
@@ -22,6 +22,7 @@ from tests.small import (
     DOWN,
     INSTRUCTION,
     MID,
+    RESIDUAL_KINDS,
     awaken,
     bank,
     images,
@@ -33,7 +34,7 @@ from tests.small import (
     spied,
 )
 
-every_kind = pytest.mark.parametrize("kind", sorted(PATCH_KINDS))
+every_kind = pytest.mark.parametrize("kind", RESIDUAL_KINDS)
 
 
 def gated_patch(kind: str, seed: int = 0) -> Patch:

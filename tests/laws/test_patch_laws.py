@@ -15,6 +15,7 @@ from safepatch.patch.drift import ENCODER, sketch
 from safepatch.patch.files import from_artifact, to_artifact
 from tests.small import (
     INSTRUCTION,
+    RESIDUAL_KINDS,
     corrections,
     features_of,
     new_artifact,
@@ -25,7 +26,7 @@ from tests.small import (
     spied,
 )
 
-every_kind = pytest.mark.parametrize("kind", sorted(PATCH_KINDS))
+every_kind = pytest.mark.parametrize("kind", RESIDUAL_KINDS)
 every_sight = pytest.mark.parametrize("sees", ["instruction", "instruction+prompt"])
 # Shapes of the skips and the mid block's output on 16 x 16 latents, for one row.
 SHAPES = [(16, 16, 16), (16, 16, 16), (16, 8, 8), (32, 8, 8), (32, 4, 4), (32, 4, 4), (32, 4, 4)]

@@ -1,0 +1,180 @@
+"""The lora patch: low-rank updates of the host's own linear layers (LoRA; Hu et al. 2022, arXiv 2106.09685).
+
+It is the kind that needs nothing beside the host at run time: `safepatch.fuse` adds it to the host's weights. Until
+then it acts beside each layer, W x + scale * up (down x), and can be taken off. It reads no instruction; of prompt and
+timestep it knows what the host's layers are given.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from safepatch.artifact import PatchArtifact
+from safepatch.diffusion import noise_pred
+from safepatch.errors import BaseMismatch, ConfigError
+from safepatch.patch.base import Patch, StoredPatch
+from safepatch.patch.draw import Draw
+
+BLOCKS = ("attentions", "transformer_blocks", "single_transformer_blocks")  # where the layers are
+
+
+class Update(nn.Module):
+    """What is added to one layer's output.
+
+    Args:
+        up, down: factors (out, r) and (r, in).
+        delta: in their place, where a merge has left no factors, (out, in).
+    """
+
+    up: nn.Parameter | None
+    down: nn.Parameter | None
+    delta: nn.Parameter | None
+
+    def __init__(self, up: Tensor | None = None, down: Tensor | None = None, delta: Tensor | None = None) -> None:
+        super().__init__()
+        for name, weight in {"up": up, "down": down, "delta": delta}.items():
+            self.register_parameter(name, None if weight is None else nn.Parameter(weight))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        if self.up is None or self.down is None:
+            return linear(hidden, cast(Tensor, self.delta))
+        return linear(linear(hidden, self.down), self.up)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its weights."""
+        return next(self.parameters()).dtype
+
+
+class LoraPatch(Patch):
+    """One low-rank update per linear layer of the host's transformer blocks: attention and feed-forward.
+
+    Args:
+        updates: by the layer's name in the host.
+        rank: of each; recorded only.
+    """
+
+    kind = "lora"
+    learning_rate = 1e-3
+    joint_rate = 1.0
+
+    def __init__(self, updates: dict[str, Update], rank: int) -> None:
+        super().__init__()
+        self.sees, self.layout = "prompt", {"rank": rank}
+        self.layers = tuple(updates)
+        self.updates = nn.ModuleList(updates.values())
+
+    @classmethod
+    def from_unet(
+        cls, unet: Any, sees: str = "prompt", gate: int = 0, empty: bool = False, rank: int = 16, **layout: Any
+    ) -> "LoraPatch":
+        """A fresh patch: `up` is zero; what it `sees` is the host's business, and there is nothing to leave `empty`."""
+        if gate:
+            raise ConfigError("a lora patch acts in the encoder, before a gate could judge; leave the gate out")
+        if layout:
+            raise ConfigError(f"a lora patch has no '{min(layout)}', only a rank")
+        if rank < 1:
+            raise ConfigError(f"a lora patch needs a rank of at least 1, not {rank}")
+        draw, updates = Draw(seed=0), {}
+        for name, (out, width) in _linear_layers(unet).items():
+            down = draw.normal(1, min(rank, out, width), width)[0].detach().clone()
+            updates[name] = Update(torch.zeros(out, len(down)), down)
+        return cls(updates, rank)
+
+    def forward(self, unet: Any, noisy_latents: Tensor, timesteps: Tensor, states: Tensor) -> Tensor:
+        """The host's prediction with the updates at scale 1; arguments as those of `noise_pred`."""
+        with updated(unet, self):
+            return noise_pred(unet, noisy_latents, timesteps, states)
+
+    def joints(self) -> list[nn.Parameter]:
+        """The zero-initialised factors."""
+        return [parameter for name, parameter in self.updates.named_parameters() if name.endswith(".up")]
+
+    def stored(self, unet: Any) -> StoredPatch:
+        """The factors of each layer's update."""
+        tensors, shapes = {}, {}
+        for layer, update in zip(self.layers, self.updates, strict=True):
+            weights = {form: p.detach().float().cpu() for form, p in update.named_parameters()}
+            tensors |= {f"lora.{layer}.weight.{form}": weight for form, weight in weights.items()}
+            if "up" in weights:
+                shapes[f"lora.{layer}.weight"] = [len(weights["up"]), weights["down"].shape[1]]
+        return StoredPatch(tensors, shapes)
+
+    def load(self, unet: Any, artifact: PatchArtifact, dtype: torch.dtype = torch.float32) -> None:
+        """Replace every update by the file's, of whatever rank.
+
+        Raises:
+            BaseMismatch: when one is for a layer that this host lacks.
+        """
+        known, updates = _linear_layers(unet), {}
+        for name in artifact.parameter_names():
+            layer = name.removeprefix("lora.").removesuffix(".weight")
+            if layer not in known:
+                raise BaseMismatch(f"this patch changes '{layer}', which this model lacks; use it on its own family")
+            updates[layer] = Update(**{form: tensor.to(dtype) for form, tensor in artifact.stored(name).items()})
+        self.layers, self.updates = tuple(updates), nn.ModuleList(updates.values())
+
+
+class LayerHooks:
+    """Hooks on a host's linear layers that add a patch's updates to what they make."""
+
+    def __init__(self, unet: Any, patch: LoraPatch) -> None:
+        self._rows: slice | None = None
+        self._scale = 0.0
+        self._left: set[str] = set()  # layers whose update is still to be added in this call
+        self._patch = patch
+        pairs: Any = zip(patch.layers, patch.updates, strict=True)
+        self._hooks = [
+            unet.get_submodule(layer).register_forward_hook(partial(self._add, layer, update))
+            for layer, update in pairs
+        ]
+
+    def begin(self, rows: slice | None, scale: float = 1.0) -> None:
+        """The host is about to be called; `rows` of what it is given, None for none, are updated."""
+        self._rows, self._scale = rows if scale else None, scale
+        self._left = set() if self._rows is None else set(self._patch.layers)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every layer's update has been added since `begin`."""
+        return not self._left
+
+    def remove(self) -> None:
+        """Take the hooks off; calling it twice is harmless."""
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    def _add(self, layer: str, update: Update, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        if self._rows is None:
+            return None
+        self._left.discard(layer)
+        start, hidden = self._rows.start or 0, args[0][self._rows]
+        added = self._scale * update.to(hidden.device)(hidden.to(update.dtype)).to(output.dtype)
+        return torch.cat((output[:start], output[start:] + added)) if start else output + added
+
+
+@contextmanager
+def updated(unet: Any, patch: LoraPatch) -> Iterator[None]:
+    """Within the block, every call of `unet` is updated at scale 1."""
+    hooks = LayerHooks(unet, patch)
+    hooks.begin(slice(None))
+    try:
+        yield
+    finally:
+        hooks.remove()
+
+
+def _linear_layers(unet: Any) -> dict[str, tuple[int, int]]:
+    """Name -> (out, in) of the linear layers in the host's transformer blocks, as they are called without a LoRA."""
+    found = {}
+    for name, module in unet.named_modules():
+        plain = name.replace(".base_layer", "")  # PEFT wraps layers that carry a LoRA
+        if isinstance(module, nn.Linear) and ".lora_" not in name and not set(BLOCKS).isdisjoint(name.split(".")):
+            found[plain] = (module.out_features, module.in_features)
+    return found

@@ -1,0 +1,319 @@
+"""Lora patches: low-rank updates of the host's own layers, applied beside them or fused into their weights."""
+
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+import safepatch
+from safepatch.artifact import PatchArtifact
+from safepatch.diffusion import Components, noise_pred, quiet
+from safepatch.errors import BaseMismatch, ConfigError, ModelNotFound, PatchBypassed, SafepatchError
+from safepatch.merging import merge
+from safepatch.patch import LoraPatch
+from safepatch.patch.files import from_artifact, to_artifact
+from safepatch.patch.host import patched_noise_pred
+from safepatch.runtime.apply import apply
+from safepatch.runtime.fuse import NOTE, fuse, fuse_model, layer_deltas
+from safepatch.runtime.load import load_pipeline
+from tests.families import draw, small_family_pipe, small_transformer_pipe, tokenizer_folder, write_original
+from tests.small import (
+    INSTRUCTION,
+    awaken,
+    images,
+    new_artifact,
+    new_patch,
+    new_small_pipe,
+    new_small_unet,
+    rows,
+    small_artifact,
+)
+
+# diffusers 0.42.1's Euler schedulers turn tensors into arrays in a way that numpy 2 deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+
+
+def awake(host: Any, seed: int = 0, rank: int = 4, category: str = "weapons") -> PatchArtifact:
+    patch = awaken(LoraPatch.from_unet(host, rank=rank), seed, size=0.05)
+    return to_artifact(patch, host, {category: INSTRUCTION})
+
+
+@torch.no_grad()
+def predicted(unet: Any, *inputs: Tensor) -> Tensor:
+    return noise_pred(unet, *inputs)
+
+
+# ---- beside the layers ------------------------------------------------------------------------------------------
+
+
+def test_a_fresh_patch_changes_no_bit(small_pipe):
+    base = images(small_pipe)
+    with apply(small_pipe, new_artifact(small_pipe.unet, "lora", seed=None)) as handle:
+        assert torch.equal(images(small_pipe), base)
+    assert handle.stats.patched_calls == handle.stats.unet_calls > 0
+    with apply(small_pipe, small_artifact("lora")):
+        assert not torch.equal(images(small_pipe), base)  # control
+
+
+def test_it_changes_what_the_layers_weights_would(small_pipe):
+    artifact, inputs = small_artifact("lora"), rows()
+    base = predicted(small_pipe.unet, *inputs)
+    with apply(small_pipe, artifact, scale=0.5):
+        patched = predicted(small_pipe.unet, *inputs)
+    fused = copy.deepcopy(small_pipe.unet)
+    weights = dict(fused.named_parameters())
+    with torch.no_grad():
+        for name, delta in layer_deltas(artifact, 0.5).items():
+            weights[name] += delta
+    torch.testing.assert_close(patched, predicted(fused, *inputs), atol=1e-5, rtol=1e-4)
+    assert (patched - base).abs().max() > 0.01  # control
+
+
+def test_under_guidance_the_negative_rows_are_the_bases(small_pipe):
+    seen: list[Tensor] = []
+    small_pipe.unet.register_forward_hook(lambda _, args, output: seen.append(output[0]))
+    for patched in (False, True):
+        if patched:
+            apply(small_pipe, small_artifact("lora"))
+        images(small_pipe, negative="a knife")
+    base, with_patch = seen
+    assert torch.equal(base[:2], with_patch[:2])
+    assert not torch.equal(base[2:], with_patch[2:])
+
+
+def test_it_acts_within_its_window_only(small_pipe):
+    sample, _, states = rows()
+    with apply(small_pipe, small_artifact("lora"), start=0.2, end=0.5) as handle:
+        for timestep, acts in ((900, False), (700, True), (300, False)):
+            inside = predicted(small_pipe.unet, sample, torch.tensor(timestep), states)
+            handle.scale = 0
+            outside = predicted(small_pipe.unet, sample, torch.tensor(timestep), states)
+            handle.scale = 1
+            assert torch.equal(inside, outside) is not acts
+
+
+def test_two_patches_add_up_in_any_order(small_pipe):
+    inputs, first, second = rows(), awake(small_pipe.unet, 1), awake(small_pipe.unet, 2)
+    made = []
+    for pair in ((first, second), (second, first)):
+        handles = [apply(small_pipe, each) for each in pair]
+        made.append(predicted(small_pipe.unet, *inputs))
+        for handle in handles:
+            handle.remove()
+    torch.testing.assert_close(*made, atol=1e-5, rtol=1e-4)
+    assert torch.equal(predicted(small_pipe.unet, *inputs), predicted(new_small_pipe().unet, *inputs))
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl", "sd3", "flux"])
+def test_it_acts_on_every_family(name):
+    pipe = (small_transformer_pipe if name in ("sd3", "flux") else small_family_pipe)(name)
+    base = draw(pipe)
+    with apply(pipe, awake(Components.of(pipe).unet)):
+        assert not torch.equal(draw(pipe), base)
+    assert torch.equal(draw(pipe), base)
+
+
+def test_a_host_that_carries_a_lora_is_updated_beside_it(small_pipe):
+    from peft import LoraConfig
+
+    artifact, inputs = small_artifact("lora"), rows()
+    small_pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights="gaussian"))
+    base = predicted(small_pipe.unet, *inputs)
+    with apply(small_pipe, artifact):
+        patched = predicted(small_pipe.unet, *inputs)
+    assert not torch.equal(patched, base)
+    again = to_artifact(LoraPatch.from_unet(small_pipe.unet, rank=4), small_pipe.unet, {"weapons": INSTRUCTION})
+    assert again.parameter_names() == artifact.parameter_names()
+
+
+def test_a_lost_hook_on_a_layer_is_noticed(small_pipe):
+    with apply(small_pipe, small_artifact("lora")):
+        layer = small_pipe.unet.get_submodule(LoraPatch.from_unet(small_pipe.unet).layers[0])
+        layer._forward_hooks.clear()
+        with pytest.raises(PatchBypassed, match="hooks inside it are lost"):
+            images(small_pipe)
+
+
+def test_a_copied_pipeline_has_hooks_of_its_own(small_pipe):
+    with apply(small_pipe, small_artifact("lora")):
+        patched = images(small_pipe)
+        copied = copy.deepcopy(small_pipe)
+    assert torch.equal(images(copied), patched)
+    assert not torch.equal(images(small_pipe), patched)
+
+
+# ---- training and files -----------------------------------------------------------------------------------------
+
+
+def test_training_reaches_every_factor():
+    unet = new_small_unet()
+    patch = LoraPatch.from_unet(unet, rank=4)
+    inputs = rows()
+    instruction = torch.zeros(1, 3, 192)
+    assert torch.equal(patched_noise_pred(unet, patch, *inputs, instruction), noise_pred(unet, *inputs))
+    for update in patch.updates:
+        torch.nn.init.normal_(update.up, std=0.1)
+    patched_noise_pred(unet, patch, *inputs, instruction).square().sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in patch.parameters())
+    assert not any(layer._forward_hooks for layer in unet.modules())
+
+
+def test_a_file_keeps_the_factors_and_gives_the_same_module(tmp_path):
+    unet = new_small_unet()
+    patch = new_patch(unet, "lora")
+    artifact = to_artifact(patch, unet, {"weapons": INSTRUCTION})
+    again = from_artifact(PatchArtifact.open(artifact.save(tmp_path / "w.safetensors")), unet)
+    ours, theirs = (dict(zip(each.layers, each.updates, strict=True)) for each in (patch, again))
+    assert ours.keys() == theirs.keys()
+    for layer, update in ours.items():
+        assert torch.equal(update.up, theirs[layer].up)
+        assert torch.equal(update.down, theirs[layer].down)
+    assert {name.rpartition(".")[2] for name in artifact.tensors} == {"up", "down"}
+
+
+@pytest.mark.parametrize("method", ["cat", "linear", "ties", "bundle"])
+def test_merged_patches_act_as_their_deltas_say(small_pipe, tmp_path, method):
+    paths = [awake(small_pipe.unet, i, rank=2 + i).save(tmp_path / f"{i}.safetensors") for i in range(2)]
+    merged = merge(paths, tmp_path / "merged.safetensors", method)
+    base, inputs = copy.deepcopy(small_pipe.unet), rows()
+    with apply(small_pipe, merged):
+        patched = predicted(small_pipe.unet, *inputs)
+    weights = dict(base.named_parameters())
+    with torch.no_grad():
+        for name, delta in layer_deltas(merged, 1.0).items():
+            weights[name] += delta
+    torch.testing.assert_close(patched, predicted(base, *inputs), atol=1e-5, rtol=1e-4)
+    assert not torch.equal(patched, predicted(small_pipe.unet, *inputs))  # control
+    if method in ("cat", "bundle"):
+        single = [layer_deltas(PatchArtifact.open(path), 1.0) for path in paths]
+        for name, delta in layer_deltas(merged, 1.0).items():
+            torch.testing.assert_close(delta, sum(deltas[name] for deltas in single))
+
+
+def test_a_layer_that_the_host_lacks_is_named(small_pipe):
+    artifact = small_artifact("lora")
+    tensors = {name.replace("attn2.to_q", "attn3.to_q"): tensor for name, tensor in artifact.tensors.items()}
+    shapes = {name.replace("attn2.to_q", "attn3.to_q"): shape for name, shape in artifact.info.shapes.items()}
+    other = PatchArtifact(tensors, replace(artifact.info, shapes=shapes))
+    with pytest.raises(BaseMismatch, match=r"attn3\.to_q', which this model lacks"):
+        apply(small_pipe, other)
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [({"rank": 0}, "rank of at least 1"), ({"gate": 4}, "before a gate"), ({"depth": 2}, "no 'depth', only a rank")],
+)
+def test_layouts_it_cannot_have_are_refused(layout, message):
+    with pytest.raises(ConfigError, match=message):
+        LoraPatch.from_unet(new_small_unet(), **layout)
+
+
+def test_no_gate_can_be_fitted_to_it():
+    with pytest.raises(ConfigError, match="before a gate could judge"):
+        new_patch(new_small_unet(), "lora").add_gate(new_small_unet(), 4)
+
+
+# ---- fused --------------------------------------------------------------------------------------------------------
+
+
+def test_fused_is_applied_where_every_row_carries_the_prompt(small_pipe):
+    artifact = small_artifact("lora")
+    base = images(small_pipe, guidance_scale=1.0)
+    with apply(small_pipe, artifact):
+        applied = images(small_pipe, guidance_scale=1.0)
+    fuse(small_pipe, artifact)
+    torch.testing.assert_close(images(small_pipe, guidance_scale=1.0), applied, atol=1e-4, rtol=1e-3)
+    assert (applied - base).abs().max() > 0.01  # control
+    assert safepatch.status(small_pipe) == ()
+
+
+def test_a_fused_folder_loads_in_plain_diffusers(small_pipe, tmp_path):
+    pipe = small_pipe.to(dtype=torch.float16)
+    pipe.save_pretrained(tmp_path / "model")
+    path = small_artifact("lora").save(tmp_path / "w.safetensors")
+    out = fuse_model(tmp_path / "model", path, tmp_path / "new" / "safe", scale=0.5)
+    loaded = quiet(diffusers.StableDiffusionPipeline.from_pretrained(out, dtype=torch.float16))
+    fuse(pipe, small_artifact("lora"), scale=0.5)
+    for ours, theirs in zip(pipe.unet.parameters(), loaded.unet.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    note = json.loads((out / f"{NOTE}.json").read_text())
+    assert note["categories"] == ["weapons"]
+    assert note["hash"] == PatchArtifact.open(path).content_hash
+    names = [f.relative_to(tmp_path / "model") for f in sorted((tmp_path / "model").rglob("*")) if f.is_file()]
+    changed = [n for n in names if (tmp_path / "model" / n).read_bytes() != (out / n).read_bytes()]
+    assert [str(name) for name in changed] == ["unet/diffusion_pytorch_model.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["sd1", "sd1-inpaint", "sd2", "sdxl", "sdxl-refiner"])
+def test_a_fused_single_file_keeps_its_layout(name, tmp_path):
+    pipe = small_family_pipe(name)
+    model = write_original(pipe, name, tmp_path / "model.safetensors", {"modelspec.title": "theirs"})
+    path = awake(pipe.unet).save(tmp_path / "w.safetensors")
+    out = fuse_model(model, path, tmp_path / "safe.safetensors")
+    loaded = quiet(load_pipeline(out, tokenizer=tokenizer_folder(tmp_path / "tokenizer")))
+    before = {key: weight.clone() for key, weight in pipe.unet.named_parameters()}
+    fuse(pipe, path)
+    for key, weight in loaded.unet.named_parameters():
+        assert torch.equal(weight, dict(pipe.unet.named_parameters())[key])
+    assert any(not torch.equal(weight, before[key]) for key, weight in loaded.unet.named_parameters())  # control
+    with safe_open(out, "pt") as new, safe_open(model, "pt") as old:
+        assert list(new.keys()) == list(old.keys())
+        assert new.metadata()["modelspec.title"] == "theirs"
+        assert json.loads(new.metadata()[NOTE])["scale"] == 1.0
+
+
+def test_an_embedded_sibling_can_be_fused(tmp_path):
+    pipe = load_pipeline("tiny-sd-twemoji")
+    path = awake(pipe.unet).save(tmp_path / "w.safetensors")
+    loaded = load_pipeline(fuse_model("tiny-sd-twemoji", path, tmp_path / "safe"))
+    fuse(pipe, path)
+    pairs = zip(pipe.unet.parameters(), loaded.unet.parameters(), strict=True)
+    assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
+
+
+def test_what_cannot_be_fused_says_why_and_nothing_is_written(small_pipe, tmp_path):
+    small_pipe.save_pretrained(tmp_path / "model")
+    lora = small_artifact("lora").save(tmp_path / "lora.safetensors")
+    control = small_artifact("control").save(tmp_path / "control.safetensors")
+    other = awake(small_family_pipe("sd1").unet).save(tmp_path / "sd1.safetensors")
+    model, new, old = tmp_path / "model", tmp_path / "new", tmp_path / "old"
+    old.mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    for use, error, message in (
+        (lambda: fuse_model(model, control, new), ConfigError, "a control patch is a network of its own"),
+        (lambda: fuse_model(model, other, new), BaseMismatch, "this patch is for sd1"),
+        (lambda: fuse_model(model, lora, old), SafepatchError, "exists already"),
+        (lambda: fuse_model(model, lora, new, scale=-1.0), ConfigError, "scale must be 0 or more"),
+        (lambda: fuse_model(model, lora, new, scale=float("nan")), ConfigError, "scale must be 0 or more"),
+        (lambda: fuse_model(tmp_path / "nowhere", lora, new), ModelNotFound, "nowhere"),
+        (lambda: fuse(small_pipe, control), ConfigError, "use apply"),
+    ):
+        with pytest.raises(error, match=message) as caught:
+            use()
+        assert "\n" not in str(caught.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_single_file_is_never_overwritten_by_itself(tmp_path):
+    pipe = small_family_pipe("sd1")
+    model = write_original(pipe, "sd1", tmp_path / "model.safetensors")
+    path, bytes_before = awake(pipe.unet).save(tmp_path / "w.safetensors"), model.read_bytes()
+    for out in (model, tmp_path / "folder"):
+        with pytest.raises(SafepatchError, match="another"):
+            fuse_model(model, path, out)
+    assert model.read_bytes() == bytes_before
+
+
+def test_a_folder_without_safetensors_is_refused(small_pipe, tmp_path):
+    small_pipe.save_pretrained(tmp_path / "model", safe_serialization=False)
+    path = small_artifact("lora").save(tmp_path / "w.safetensors")
+    with pytest.raises(SafepatchError, match="save the model as safetensors first"):
+        fuse_model(tmp_path / "model", path, tmp_path / "new")
+    assert not Path(tmp_path / "new").exists()
