@@ -23,12 +23,12 @@ from safepatch.training.trainer import train
 
 OUT = Path("runs/variants")
 CATEGORY = CATEGORIES["weapons"]
-LITE = ["patch.kind=lite", "objective.negative_guidance=0"]  # as configs/patches/lite, shorter and without the gate
+LITE = ["patch.kind=lite"]  # as configs/patches/lite, shorter and without the gate
 VARIANTS: dict[str, list[str]] = {
     "default": [],
     "paired": ["objective.supervision=paired"],
     "instruction-only": ["patch.sees=instruction"],
-    "no-negative-guidance": ["objective.negative_guidance=0"],
+    "pushed": ["objective.negative_guidance=0.5"],
     "trajectories": ["data.latents=trajectories"],
     "equal-rates": ["training.joint_rate=1"],
     "lite": LITE,

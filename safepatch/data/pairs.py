@@ -37,7 +37,7 @@ class PairsConfig:
     """
 
     pairs: int = 768
-    companions: float = 0.5
+    companions: float = 0.65
     latents: str = "scenes"
     vendor: str = "noto"
     seed: int = 0
@@ -100,7 +100,7 @@ class PairBank:
         return Batch(**{name: getattr(self.rows, name)[index] for name, index in picks.items()})
 
 
-def pair_examples(category: Category, n: int, seed: int, companions: float = 0.5) -> list[tuple[Example, Example]]:
+def pair_examples(category: Category, n: int, seed: int, companions: float = 0.65) -> list[tuple[Example, Example]]:
     """`n` aligned (unsafe, safe) examples, a share `companions` of them with a benign companion."""
     rng = random.Random(f"pairs {category.name} {seed}")
     return [_pair(category, i, rng, companions) for i in range(n)]

@@ -64,7 +64,7 @@ class TrainingConfig:
         tensorboard: also log to tensorboard (needs the extra of that name).
     """
 
-    steps: int = 700
+    steps: int = 1200
     batch_size: int = 8
     learning_rate: float | None = None
     joint_rate: float | None = None
