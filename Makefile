@@ -38,10 +38,10 @@ table: $(READY)  ## print the results table; KIND=lite for the lite patches, N=5
 merge-table: $(READY)  ## print what merging the shipped patches keeps, method by method; HEAL=300 adds a healed merge, KIND=lite
 	$(PY) -m safepatch merge-table --kind $(KIND) --n $(N) $(if $(HEAL),--heal $(HEAL))
 
-transfer-table: $(READY)  ## print what the shipped patches keep on other checkpoints
-	$(PY) -m safepatch transfer-table --n $(N)
+transfer-table: $(READY)  ## print what the shipped patches keep on other checkpoints; KIND=lite
+	$(PY) -m safepatch transfer-table --kind $(KIND) --n $(N)
 
-patches: $(READY)  ## train the shipped patches again, both kinds, with cards, index and picture (about three hours)
+patches: $(READY)  ## train the shipped patches again, both kinds, with cards, index and picture (over an hour)
 	$(PY) patches/build.py
 
 tiny: $(READY) $(ART)/.ready  ## rebuild the embedded model from the vendors' emoji (needs npm and the network)

@@ -1,8 +1,8 @@
 """Train the shipped patches and write their cards and index: `python patches/build.py [recipe ...]` (`make patches`).
 
 A recipe is `weapons`, of configs/patches/weapons.yaml, or `lite/weapons`, of the lite kind. Each patch is what
-`safepatch train` gives of its recipe in two processes, which share each batch; the category's card adds the recipes and,
-when `make table` has been run, the figures. `card:weapons` writes a card only, `picture` and `gates` the README's
+`safepatch train` gives of its recipe in two processes, which share each batch; the category's card adds the recipes
+and, when `make table` has been run, the figures. `card:weapons` writes a card only, `picture` and `gates` the README's
 pictures, and `figures` keeps what `make table` and two benchmarks measured.
 """
 

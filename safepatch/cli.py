@@ -311,16 +311,20 @@ def merge_table(
 
 @app.command("transfer-table")
 def transfer_table(
-    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of table.json.")] = Path("runs/transfer-table"),
+    out: Annotated[
+        Path | None,
+        typer.Option("-o", "--out", help="Of table.json; runs/transfer-table, or runs/transfer-table-KIND."),
+    ] = None,
     n: Annotated[int, typer.Option(help="Images per rate.")] = 200,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 20,
     categories: Annotated[str, typer.Option(help="Whose patches, separated by commas; all if not given.")] = "",
+    kind: Annotated[str, typer.Option(help="Of the shipped patches: control or lite.")] = "control",
 ) -> None:
     """Measure the shipped patches on every sibling checkpoint, rebased and with absolute weights."""
     from safepatch.transfer_table import build_transfer_table
 
     names = [name for name in categories.split(",") if name]
-    typer.echo(build_transfer_table(out, n, steps, names))
+    typer.echo(build_transfer_table(out or _usual_folder("transfer-table", kind), n, steps, names, kind))
 
 
 def _usual_folder(table: str, kind: str) -> Path:

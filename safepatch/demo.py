@@ -10,7 +10,7 @@ import torch
 from safepatch.artifact import PatchArtifact
 from safepatch.data.prompts import Prompt, benign_prompts, unsafe_prompts
 from safepatch.diffusion import save_image
-from safepatch.errors import ArtifactError
+from safepatch.errors import ArtifactError, lookup
 from safepatch.evaluation.detectors import embedded_detector, shows_any
 from safepatch.evaluation.suite import Bench, Protocol, drift, evaluate, prompt_accuracy, row, unsafe_rate
 from safepatch.merging import merge
@@ -24,6 +24,7 @@ from safepatch.training.trainer import train
 
 PATCHES = Path(__file__).parent.parent / "patches"
 TRAINED, SHIPPED, KIND = "weapons", "alcohol", "lite"
+SHIPPED_KINDS = ("control", "lite")
 SIBLING = "tiny-sd-twemoji"
 METHOD = "bundle"  # one file, nothing lost, at the run-time cost of both
 SHOWN = 8  # image pairs per section of a report
@@ -41,7 +42,12 @@ def shipped_patch(category: str, kind: str = "control") -> Path:
 
 
 def shipped_patches(kind: str = "control") -> dict[str, dict]:
-    """Category -> file, hash and training time of every shipped patch of a kind, as `patches/index.json` has them."""
+    """Category -> file, hash and training time of every shipped patch of a kind, as `patches/index.json` has them.
+
+    Raises:
+        UnknownName: for a kind of which none is shipped.
+    """
+    lookup(dict.fromkeys(SHIPPED_KINDS), kind, what="kind of shipped patches")
     index = json.loads((PATCHES / "index.json").read_text())
     entries = index if kind == "control" else index.get(kind, {})
     return {name: entries[name] for name in CATEGORIES if name in entries}

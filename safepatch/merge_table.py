@@ -13,7 +13,6 @@ from safepatch.evaluation.detectors import embedded_detector
 from safepatch.evaluation.suite import Bench, Protocol
 from safepatch.merging import METHODS, MergeRecipe, merge
 from safepatch.merging.recipe import HEALED
-from safepatch.patch import PATCH_KINDS
 from safepatch.regression import SINGLE, base_rows, by_category, merged_rows, to_markdown
 from safepatch.results import NONE, Row
 from safepatch.runtime.load import load_pipeline
@@ -45,7 +44,7 @@ class MergeTable:
         """Refuse what cannot be measured."""
         for method in self.methods:
             lookup(dict.fromkeys((*METHODS, BUNDLE)), method, what="merge method")
-        lookup(PATCH_KINDS, self.kind, what="patch kind")
+        shipped_patches(self.kind)
         if not self.methods:
             object.__setattr__(self, "methods", MEASURED if self.kind == "control" else ("cat", BUNDLE))
 

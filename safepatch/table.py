@@ -11,13 +11,11 @@ import torch
 from safepatch.artifact import PatchArtifact
 from safepatch.demo import METHOD, SHIPPED, SIBLING, TRAINED, shipped_patch, shipped_patches
 from safepatch.diffusion import Components, decode_latents, encode_images
-from safepatch.errors import lookup
 from safepatch.evaluation import suite
 from safepatch.evaluation.detectors import Detector, embedded_detector
 from safepatch.evaluation.metrics import Estimate, precision, recall
 from safepatch.evaluation.suite import Bench, Protocol
 from safepatch.merging import merge
-from safepatch.patch import PATCH_KINDS
 from safepatch.runtime.load import load_pipeline
 from safepatch.taxonomy import CATEGORIES, Category
 from safepatch.tiny.models import BASE
@@ -53,7 +51,6 @@ def build_table(out: Path, n: int, kind: str = "control") -> str:
     Writes `out/table.json`, the fields that have a target, and `out/controls.json`, what the base does beside them;
     both grow as figures are measured.
     """
-    lookup(PATCH_KINDS, kind, what="patch kind")
     shipped = shipped_patches(kind)
     patches = {name: PatchArtifact.open(shipped_patch(name, kind)) for name in shipped}
     bench = Bench(BASE, load_pipeline(BASE), embedded_detector(), Protocol(n=n))

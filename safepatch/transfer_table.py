@@ -26,7 +26,7 @@ Patches = Mapping[str, PatchArtifact | None]
 Rates = dict[str, dict[str, Estimate]]  # of one checkpoint: base, patched, patched_absolute -> category -> unsafe rate
 
 
-def build_transfer_table(out: Path, n: int, steps: int, categories: Sequence[str] = ()) -> str:
+def build_transfer_table(out: Path, n: int, steps: int, categories: Sequence[str] = (), kind: str = "control") -> str:
     """Measure the patches on their own base and on every sibling; writes `out/table.json` and returns markdown.
 
     Args:
@@ -34,15 +34,16 @@ def build_transfer_table(out: Path, n: int, steps: int, categories: Sequence[str
         n: images per rate and category.
         steps: denoising steps.
         categories: whose patches; those of all shipped ones if empty.
+        kind: of the shipped patches; only a control patch holds weights of the host's that could be absolute.
 
     Raises:
-        UnknownName: when no patch is shipped for one of `categories`.
+        UnknownName: when no patch of that kind is shipped for one of `categories`.
     """
-    index = shipped_patches()
+    index = shipped_patches(kind)
     for name in categories:
         lookup(index, name, what="shipped patch")
     names = [name for name in CATEGORIES if name in (categories or index)]
-    patches = {name: PatchArtifact.open(shipped_patch(name)) for name in names}
+    patches = {name: PatchArtifact.open(shipped_patch(name, kind)) for name in names}
     base, detector, protocol = load_pipeline(BASE), embedded_detector(), Protocol(n=n, steps=steps)
     measured = {
         BASE: _measure(Bench(BASE, base, detector, protocol), {"base": dict.fromkeys(names), "patched": patches})
@@ -50,8 +51,10 @@ def build_transfer_table(out: Path, n: int, steps: int, categories: Sequence[str
     out.mkdir(parents=True, exist_ok=True)
     for sibling in SIBLINGS:
         bench = Bench(sibling, load_pipeline(sibling), detector, protocol)
-        moved = {name: _absolute(patch, base.unet, bench.pipe.unet) for name, patch in patches.items()}
-        ways = {"base": dict.fromkeys(names), "patched": patches, "patched_absolute": moved}
+        ways: dict[str, Patches] = {"base": dict.fromkeys(names), "patched": patches}
+        if kind == ControlPatch.kind:
+            moved = {name: absolute(patch, base.unet, bench.pipe.unet) for name, patch in patches.items()}
+            ways["patched_absolute"] = moved
         measured[sibling] = _measure(bench, ways)
         record = {**_record(measured), "n": n, "steps": steps, "guidance_scale": protocol.guidance_scale}
         (out / "table.json").write_text(json.dumps(record, indent=1) + "\n")
@@ -64,11 +67,6 @@ def _measure(bench: Bench, ways: Mapping[str, Patches]) -> Rates:
         way: {name: suite.unsafe_rate(bench, CATEGORIES[name], patch) for name, patch in patches.items()}
         for way, patches in ways.items()
     }
-
-
-def _absolute(patch: PatchArtifact, base_unet: Any, host_unet: Any) -> PatchArtifact:
-    """The patch with absolute weights; the patch itself where nothing of it is the host's, so both ways are one."""
-    return absolute(patch, base_unet, host_unet) if patch.info.kind == ControlPatch.kind else patch
 
 
 def _record(measured: Mapping[str, Rates]) -> dict[str, Any]:

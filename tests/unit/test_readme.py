@@ -76,9 +76,9 @@ def mean(before: dict | float, after: dict) -> str:
 
 
 def kinds_table() -> str:
-    """Each kind with what it costs and does, means over the categories."""
+    """Each measured kind with what it costs and does, means over the categories."""
     measured, rows = json.loads(MEASURED.read_text()), []
-    for kind in PATCH_KINDS:
+    for kind in measured["costs"]:
         found, cost = figures(kind), measured["costs"][kind]
         paired = [mean(found[before], found[after]) for before, after in PAIRED.values()]
         drift = statistics.fmean(found["benign_drift"].values())
