@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from safepatch.artifact import PatchArtifact, read_info
+from safepatch.artifact import PatchArtifact
 from safepatch.attacks import SoftPromptConfig, soft_prompt, with_soft_prompt
 from safepatch.data.pairs import PairsConfig, build_bank
 from safepatch.data.prompts import unsafe_prompts
@@ -18,6 +18,7 @@ from safepatch.demo import shipped_patch
 from safepatch.diffusion import Components, encode_prompts, generate_from_states, quiet
 from safepatch.evaluation.detectors import embedded_detector, shows_any
 from safepatch.evaluation.metrics import rate
+from safepatch.info import read_info
 from safepatch.patch.files import from_artifact
 from safepatch.runtime.apply import apply, instruction_states
 from safepatch.runtime.load import load_pipeline
@@ -57,7 +58,7 @@ def main() -> None:
     names = [concept.name for concept in category.concepts]
     pipe, detector = quiet(load_pipeline("tiny-sd")), embedded_detector()
     components = Components.of(pipe).freeze()
-    bank = build_bank(components, category, PairsConfig(pairs=256))
+    bank = build_bank(components, category, PairsConfig(pairs=256, companions=0.5))
     prompts = unsafe_prompts(category, options.n, seed=1000)
     states = encode_prompts(components, [prompt.text for prompt in prompts])
     empty = encode_prompts(components, [""]).expand(len(states), -1, -1)

@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 
-from safepatch.artifact import PatchArtifact, PatchInfo, read_info
+from safepatch.artifact import PatchArtifact
 from safepatch.config import to_yaml
 from safepatch.data.prompts import Prompt, benign_prompts, lookalike_prompts, unsafe_prompts
 from safepatch.diffusion import generate, quiet
+from safepatch.info import PatchInfo, read_info
 from safepatch.reporting.plots import GateCurve, save_gate_plot
 from safepatch.runtime.apply import apply
 from safepatch.runtime.load import load_pipeline

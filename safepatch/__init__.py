@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from safepatch.artifact import PatchArtifact, PatchInfo, read_info, verify
+    from safepatch.artifact import PatchArtifact, verify
     from safepatch.errors import PatchBypassed, SafepatchError
+    from safepatch.info import PatchInfo, read_info
     from safepatch.merging import MergeRecipe, merge, split
     from safepatch.runtime.apply import apply
     from safepatch.runtime.check import Status, check, status
@@ -24,7 +25,7 @@ _HOMES: dict[str, str] = {
     "MergeRecipe": "safepatch.merging",
     "PatchArtifact": "safepatch.artifact",
     "PatchBypassed": "safepatch.errors",
-    "PatchInfo": "safepatch.artifact",
+    "PatchInfo": "safepatch.info",
     "SafepatchError": "safepatch.errors",
     "Status": "safepatch.runtime.check",
     "TrainConfig": "safepatch.training.config",
@@ -35,7 +36,7 @@ _HOMES: dict[str, str] = {
     "load_pipeline": "safepatch.runtime.load",
     "load_train_config": "safepatch.training.config",
     "merge": "safepatch.merging",
-    "read_info": "safepatch.artifact",
+    "read_info": "safepatch.info",
     "split": "safepatch.merging",
     "status": "safepatch.runtime.check",
     "train": "safepatch.training.trainer",

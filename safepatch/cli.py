@@ -226,8 +226,8 @@ def inspect(
     picture: Annotated[Path | None, typer.Option(help="Draw a merge's conflicts as a heat map, .png or .svg.")] = None,
 ) -> None:
     """Say what a patch file is, from its header alone."""
-    from safepatch.artifact import read_info
     from safepatch.describe import described
+    from safepatch.info import read_info
 
     info = described(read_info(patch))
     if picture:

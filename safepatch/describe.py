@@ -4,7 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safepatch.artifact import PatchInfo
+from safepatch.info import PatchInfo
 
 
 def described(info: PatchInfo) -> dict[str, Any]:

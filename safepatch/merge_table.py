@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safepatch.artifact import BUNDLE, PatchArtifact
+from safepatch.artifact import PatchArtifact
 from safepatch.demo import shipped_patch, shipped_patches
 from safepatch.errors import lookup
 from safepatch.evaluation.detectors import embedded_detector
 from safepatch.evaluation.suite import Bench, Protocol
+from safepatch.info import BUNDLE
 from safepatch.merging import METHODS, MergeRecipe, merge
 from safepatch.merging.recipe import HEALED
 from safepatch.regression import SINGLE, base_rows, by_category, merged_rows, to_markdown

@@ -12,9 +12,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from safepatch.artifact import BUNDLE, PatchArtifact, PatchInfo
+from safepatch.artifact import PatchArtifact
 from safepatch.container import MappedTensors, raw_bytes, read_header, write_stream
 from safepatch.errors import MergeError
+from safepatch.info import BUNDLE, PatchInfo
 from safepatch.merging.conflicts import Comparison, compare, report
 from safepatch.merging.groups import is_grouped, merged_layout
 from safepatch.merging.job import BundleJob, GroupedJob, IdentityJob, Job, Piece

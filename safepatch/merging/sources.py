@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safepatch.artifact import Factors, PatchArtifact, PatchInfo
+from safepatch.artifact import Factors, PatchArtifact
 from safepatch.container import HASH_KEY, MappedTensors, check_hash, naming, read_header
 from safepatch.errors import ArtifactError, BaseMismatch, MergeError, SafepatchError
+from safepatch.info import PatchInfo
 
 
 @dataclass(frozen=True)

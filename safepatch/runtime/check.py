@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safepatch.artifact import PatchInfo, read_info
 from safepatch.diffusion import Components, family, fingerprint, host_kind, uncompiled
+from safepatch.info import PatchInfo, read_info
 from safepatch.patch.drift import ENCODER, drift, sketch
 from safepatch.patch.files import check_fits
 from safepatch.runtime.corrector import Stats

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from safepatch.artifact import PatchArtifact, PatchInfo
+from safepatch.artifact import PatchArtifact
+from safepatch.info import PatchInfo
 
 ROOT = Path(__file__).parents[2]
 WEAPONS = ROOT / "patches" / "weapons" / "weapons.safetensors"

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from safepatch.artifact import BUNDLE, PatchArtifact, PatchInfo, verify
+from safepatch.artifact import PatchArtifact, verify
 from safepatch.errors import BaseMismatch, MergeError
+from safepatch.info import BUNDLE, PatchInfo
 from safepatch.merging import MergeRecipe, merge, split
 from safepatch.patch import Residuals
 from safepatch.patch.files import from_artifact, to_artifact

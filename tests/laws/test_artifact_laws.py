@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from safepatch.artifact import PatchArtifact, PatchInfo, verify
+from safepatch.artifact import PatchArtifact, verify
 from safepatch.errors import ArtifactError
+from safepatch.info import PatchInfo
 
 INFO = PatchInfo(
     kind="control",

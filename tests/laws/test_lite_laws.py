@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from safepatch.artifact import BUNDLE, PatchArtifact
+from safepatch.artifact import PatchArtifact
 from safepatch.errors import ConfigError, MergeError
+from safepatch.info import BUNDLE
 from safepatch.merging import merge, split
 from safepatch.patch import LitePatch
 from safepatch.patch.files import from_artifact, to_artifact

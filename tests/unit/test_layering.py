@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parents[2] / "safepatch"
 ROWS = (
     ("errors", "taxonomy", "config", "results"),
     ("diffusion", "container"),
+    ("info",),
     ("tiny", "artifact"),
     ("data", "patch", "merging", "hub", "describe"),
     ("objectives", "runtime"),
@@ -27,7 +28,7 @@ TOP = len(ROWS)  # the entry points: `__main__` calls `cli`, which calls `demo` 
 
 ONLY = {
     "reporting": {"results", "errors"},
-    "merging": {"errors", "taxonomy", "config", "results", "container", "artifact"},
+    "merging": {"errors", "taxonomy", "config", "results", "container", "info", "artifact"},
 }
 NEVER = {"evaluation": {"training", "objectives"}}
 

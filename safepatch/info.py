@@ -1,0 +1,115 @@
+"""What a patch is, without its tensors, and how a file's metadata says it."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safepatch.container import HASH_KEY, NO_HASH, canonical_json, naming, read_header
+from safepatch.errors import ArtifactError
+
+FORMAT_VERSION = 1
+BUNDLE = "bundle"  # the merge method that keeps its sources apart, as tensors `part<index>.<name>`
+JSON_FIELDS = ("instructions", "fingerprint", "base", "config", "training", "recipe", "evaluation", "shapes")
+
+
+@dataclass(frozen=True)
+class PatchInfo:
+    """What a patch is, without its tensors; JSON fields are copied and key-sorted on construction.
+
+    Attributes:
+        kind: how the patch acts on the model, e.g. `control`.
+        instructions: category name -> the safety instruction its patch reads.
+        fingerprint: architecture of the UNet the patch is for.
+        base: {"family": ..., "hash": ...} of the model it was trained on.
+        config: resolved training config, e.g. `sees`.
+        training: record of the training; its `date`, if any, becomes `modelspec.date`.
+        recipe: for a merged patch, the merge recipe with the hashes of its sources.
+        evaluation: summary of measured rates.
+        shapes: full shape of every parameter that is stored low-rank.
+        title: shown to people; made from kind and categories when empty.
+        license: SPDX expression, or empty when none was stated.
+        format_version: of the file format.
+    """
+
+    kind: str
+    instructions: dict[str, str]
+    fingerprint: dict[str, Any]
+    base: dict[str, str]
+    config: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    recipe: dict[str, Any] | None = None
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    shapes: dict[str, list[int]] = field(default_factory=dict)
+    title: str = ""
+    license: str = ""
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        """Normalize, so that equal content is equal bytes."""
+        for name in JSON_FIELDS:
+            object.__setattr__(self, name, _plain(name, getattr(self, name)))
+        object.__setattr__(self, "title", self.title or f"{self.kind} patch: {', '.join(self.categories)}")
+
+    @property
+    def categories(self) -> tuple[str, ...]:
+        """Names of the harm categories the patch covers, sorted."""
+        return tuple(self.instructions)
+
+    @property
+    def is_bundle(self) -> bool:
+        """Whether the file keeps several patches apart, to be applied together."""
+        return self.recipe is not None and self.recipe.get("method") == BUNDLE
+
+    def to_metadata(self) -> dict[str, str]:
+        """The file's `__metadata__`: ModelSpec 1.0.1 and `safepatch.*` keys; the hash is a slot of zeros."""
+        values = {
+            "modelspec.sai_model_spec": "1.0.1",
+            "modelspec.architecture": f"{self.base.get('family', 'unknown')}/{self.kind}",
+            "modelspec.implementation": "safepatch",
+            "modelspec.title": self.title,
+            "modelspec.license": self.license,
+            "modelspec.date": str(self.training.get("date", "")),
+            HASH_KEY: NO_HASH,
+            "safepatch.format_version": str(self.format_version),
+            "safepatch.kind": self.kind,
+        }
+        values |= {f"safepatch.{name}": canonical_json(getattr(self, name)) for name in JSON_FIELDS}
+        return {key: value for key, value in sorted(values.items()) if value}
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str]) -> "PatchInfo":
+        """The inverse of `to_metadata`; raises `ArtifactError` for another program's or a newer file."""
+        version = _format_version(metadata)
+        try:
+            fields = {name: json.loads(metadata[f"safepatch.{name}"]) for name in JSON_FIELDS}
+            kind, title = metadata["safepatch.kind"], metadata["modelspec.title"]
+        except (KeyError, ValueError, RecursionError) as error:
+            raise ArtifactError(f"damaged: bad or missing metadata ({error}); fetch the file again") from error
+        license_ = metadata.get("modelspec.license", "")
+        return cls(kind=kind, title=title, license=license_, format_version=version, **fields)
+
+
+def _plain(name: str, value: dict | None) -> dict | None:
+    if not isinstance(value, dict) and not (name == "recipe" and value is None):
+        raise ArtifactError(f"patch info '{name}' is a {type(value).__name__}; give a dict")
+    try:
+        return json.loads(canonical_json(value))
+    except (TypeError, ValueError) as error:
+        raise ArtifactError(f"patch info '{name}' is not plain JSON ({error}); give numbers and texts") from error
+
+
+def _format_version(metadata: Mapping[str, str]) -> int:
+    version = metadata.get("safepatch.format_version")
+    if version is None:
+        raise ArtifactError("has no safepatch metadata: a safetensors file, but not a patch; choose a patch file")
+    if version not in {str(known) for known in range(1, FORMAT_VERSION + 1)}:
+        raise ArtifactError(f"has format {version}, this safepatch reads up to {FORMAT_VERSION}; upgrade safepatch")
+    return int(version)
+
+
+def read_info(path: str | Path) -> PatchInfo:
+    """What a patch file is for, from its header alone; tensors and hash are not read."""
+    with naming(Path(path)):
+        return PatchInfo.from_metadata(read_header(Path(path)).metadata)
