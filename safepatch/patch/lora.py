@@ -5,7 +5,7 @@ then it acts beside each layer, W x + scale * up (down x), and can be taken off.
 timestep it knows what the host's layers are given.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 
 from safepatch.artifact import PatchArtifact
 from safepatch.diffusion import noise_pred
-from safepatch.errors import BaseMismatch, ConfigError
+from safepatch.errors import BaseMismatch, ConfigError, PatchBypassed
 from safepatch.patch.base import Patch, StoredPatch
 from safepatch.patch.draw import Draw
 
@@ -88,7 +88,13 @@ class LoraPatch(Patch):
         return cls(updates, rank)
 
     def forward(self, unet: Any, noisy_latents: Tensor, timesteps: Tensor, states: Tensor) -> Tensor:
-        """The host's prediction with the updates at scale 1; arguments as those of `noise_pred`."""
+        """The host's prediction with the updates at scale 1; arguments as those of `noise_pred`.
+
+        Raises:
+            ConfigError: with gradient checkpointing, whose second pass would run without the updates.
+        """
+        if self.gradient_checkpointing or getattr(unet, "is_gradient_checkpointing", False):
+            raise ConfigError("a lora patch trains through the host's own layers; turn gradient checkpointing off")
         with updated(unet, self):
             return noise_pred(unet, noisy_latents, timesteps, states)
 
@@ -135,10 +141,17 @@ class LayerHooks:
             for layer, update in pairs
         ]
 
-    def begin(self, rows: slice | None, scale: float = 1.0) -> None:
-        """The host is about to be called; `rows` of what it is given, None for none, are updated."""
+    def begin(self, rows: slice | None, scale: float = 1.0, skipped: Sequence[int] = ()) -> None:
+        """The host is about to be called.
+
+        Args:
+            rows: of what it is given, the last ones, those that are updated; None for none.
+            scale: strength.
+            skipped: transformer blocks that this call leaves out, as SD3's skip layer guidance does.
+        """
         self._rows, self._scale = rows if scale else None, scale
-        self._left = set() if self._rows is None else set(self._patch.layers)
+        out = tuple(f"transformer_blocks.{index}." for index in skipped)
+        self._left = {layer for layer in self._patch.layers if not layer.startswith(out)} if self._rows else set()
 
     @property
     def is_done(self) -> bool:
@@ -153,6 +166,8 @@ class LayerHooks:
     def _add(self, layer: str, update: Update, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         if self._rows is None:
             return None
+        if self._rows.stop not in (None, len(output)):
+            raise PatchBypassed(f"'{layer}' is run on a part of the batch, where a lora patch cannot tell rows apart")
         self._left.discard(layer)
         start, hidden = self._rows.start or 0, args[0][self._rows]
         added = self._scale * update.to(hidden.device)(hidden.to(update.dtype)).to(output.dtype)

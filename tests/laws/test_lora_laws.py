@@ -141,6 +141,24 @@ def test_a_lost_hook_on_a_layer_is_noticed(small_pipe):
             images(small_pipe)
 
 
+def test_a_layer_that_runs_on_parts_of_the_batch_is_refused(small_pipe):
+    for module in small_pipe.unet.modules():
+        if hasattr(module, "set_chunk_feed_forward"):
+            module.set_chunk_feed_forward(1, 0)
+    images(small_pipe)  # control
+    with apply(small_pipe, small_artifact("lora")), pytest.raises(PatchBypassed, match="a part of the batch"):
+        images(small_pipe)
+
+
+def test_blocks_that_sd3_skips_are_not_missed():
+    pipe = small_transformer_pipe("sd3")
+    guided = {"skip_guidance_layers": [1], "skip_layer_guidance_stop": 1.0, "skip_layer_guidance_start": 0.0}
+    base = draw(pipe, **guided)
+    assert not torch.equal(draw(pipe), base)  # control
+    with apply(pipe, awake(pipe.transformer)):
+        assert not torch.equal(draw(pipe, **guided), base)
+
+
 def test_a_copied_pipeline_has_hooks_of_its_own(small_pipe):
     with apply(small_pipe, small_artifact("lora")):
         patched = images(small_pipe)
@@ -163,6 +181,18 @@ def test_training_reaches_every_factor():
     patched_noise_pred(unet, patch, *inputs, instruction).square().sum().backward()
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in patch.parameters())
     assert not any(layer._forward_hooks for layer in unet.modules())
+
+
+def test_gradient_checkpointing_is_refused():
+    unet, inputs = new_small_unet(), (*rows(), torch.zeros(1, 3, 192))
+    patch = LoraPatch.from_unet(unet)
+    patch.gradient_checkpointing = True
+    with pytest.raises(ConfigError, match="turn gradient checkpointing off"):
+        patched_noise_pred(unet, patch, *inputs)
+    patch.gradient_checkpointing = False
+    unet.enable_gradient_checkpointing()
+    with pytest.raises(ConfigError, match="turn gradient checkpointing off"):
+        patched_noise_pred(unet, patch, *inputs)
 
 
 def test_a_file_keeps_the_factors_and_gives_the_same_module(tmp_path):
