@@ -41,7 +41,7 @@ merge-table: $(READY)  ## print what merging the shipped patches keeps, method b
 transfer-table: $(READY)  ## print what the shipped patches keep on other checkpoints; KIND=lite
 	$(PY) -m safepatch transfer-table --kind $(KIND) --n $(N)
 
-patches: $(READY)  ## train the shipped patches again, both kinds, with cards, index and picture (over an hour)
+patches: $(READY)  ## train the shipped patches again, both kinds, with cards, index and picture (two hours on one core)
 	$(PY) patches/build.py
 
 tiny: $(READY) $(ART)/.ready  ## rebuild the embedded model from the vendors' emoji (needs npm and the network)

@@ -1,15 +1,14 @@
 """Train the shipped patches and write their cards and index: `python patches/build.py [recipe ...]` (`make patches`).
 
 A recipe is `weapons`, of configs/patches/weapons.yaml, or `lite/weapons`, of the lite kind. Each patch is what
-`safepatch train` gives of its recipe in two processes, which share each batch; the category's card adds the recipes
-and, when `make table` has been run, the figures. `card:weapons` writes a card only, `picture` and `gates` the README's
-pictures, and `figures` keeps what `make table` and two benchmarks measured.
+`safepatch train` gives of its recipe; the category's card adds the recipes and, when `make table` has been run, the
+figures. `card:weapons` writes a card only, `picture` and `gates` the README's pictures, and `figures` keeps what
+`make table` and two benchmarks measured.
 """
 
 import hashlib
 import json
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -27,6 +26,7 @@ from safepatch.runtime.apply import apply
 from safepatch.runtime.load import load_pipeline
 from safepatch.taxonomy import CATEGORIES
 from safepatch.training.config import load_train_config
+from safepatch.training.trainer import train
 from safepatch.training.validation import save_grid
 
 HERE = Path(__file__).parent
@@ -35,8 +35,6 @@ TABLES = {"control": HERE.parent / "runs" / "table", "lite": HERE.parent / "runs
 COSTS = HERE.parent / "runs" / "kinds.json"  # of benchmarks/kinds.py
 ATTACKS = HERE.parent / "runs" / "attack.json"  # of benchmarks/attack.py
 FIGURES = HERE / "figures.json"
-PROCESSES = 2  # that train one patch, with one thread each
-PLAIN = ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]  # what accelerate would warn about
 SEED = 1000  # of the picture's prompts: the evaluation's own
 
 
@@ -45,20 +43,18 @@ def build(recipe: str) -> None:
     config = load_train_config(_recipe(recipe), [])
     kind, category = config.patch.kind, config.category
     start = time.monotonic()
-    shared = f"training.batch_size={config.training.batch_size // PROCESSES}"
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", f"--num_processes={PROCESSES}", *PLAIN]
-    subprocess.run([*launch, "-m", "safepatch", "train", str(_recipe(recipe)), shared], check=True)
+    trained = train(load_pipeline(config.model), config)
     minutes = round((time.monotonic() - start) / 60, 1)
     path = HERE / category / (f"{category}.safetensors" if kind == "control" else f"{category}-{kind}.safetensors")
     path.parent.mkdir(exist_ok=True)
-    shutil.copyfile(Path(config.output) / f"{category}.safetensors", path)
+    shutil.copyfile(trained, path)
     index = json.loads(INDEX.read_text()) if INDEX.is_file() else {}
     entries = index if kind == "control" else index.setdefault(kind, {})
     entries[category] = {
         "file": f"{category}/{path.name}",
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
         "train_minutes": minutes,
-        "cores": PROCESSES,
+        "cores": torch.get_num_threads(),
     }
     INDEX.write_text(json.dumps(index, indent=1, sort_keys=True) + "\n")
 

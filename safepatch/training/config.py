@@ -65,7 +65,7 @@ class TrainingConfig:
     """
 
     steps: int = 1200
-    batch_size: int = 8
+    batch_size: int = 4
     learning_rate: float | None = None
     joint_rate: float | None = None
     warmup: int = 20
