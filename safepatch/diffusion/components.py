@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_processor import AttnProcessor2_0, JointAttnProcessor2_0
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -105,14 +106,30 @@ def is_compiled(module: Any) -> bool:
 def without_image_prompts(module: nn.Module) -> nn.Module:
     """The module with plain attention where an IP-Adapter made it read image tokens too; changed in place.
 
-    An IP-Adapter's processors, the only ones that carry weights, take the last of the text tokens for an image's where
-    none are passed.
+    An IP-Adapter's processors, the only ones that carry weights, take the last of the text tokens for an image's, or
+    fail, where none are passed.
     """
     parts: list[Any] = list(module.modules())
     for part in parts:
-        if isinstance(part, Attention) and isinstance(part.processor, nn.Module):
-            part.set_processor(AttnProcessor2_0())
+        if isinstance(getattr(part, "processor", None), nn.Module):
+            part.set_processor(_plain_processor(part))
     return module
+
+
+def _plain_processor(attention: Any) -> Any:
+    if isinstance(attention, AttentionModuleMixin):
+        return attention._default_processor_cls()
+    joint = "Joint" in type(attention.processor).__name__
+    return JointAttnProcessor2_0() if joint else AttnProcessor2_0()
+
+
+def has_fused_projections(host: nn.Module) -> bool:
+    """Whether `fuse_qkv_projections()` makes some attention run on copies of its layers' weights."""
+    parts: list[Any] = [part for part in host.modules() if hasattr(part, "processor")]
+    return any(
+        part.fused_projections if isinstance(part, AttentionModuleMixin) else "Fused" in type(part.processor).__name__
+        for part in parts
+    )
 
 
 def not_supported(name: str) -> UnsupportedModel:
@@ -129,10 +146,13 @@ def calling_pipeline() -> DiffusionPipeline | None:
 def is_negative_prompt(states: Tensor) -> bool:
     """Whether the pipeline that is drawing calls its host for the negative prompt alone, with these text states.
 
-    Flux's pipelines do that under true guidance, where others put both prompts into one call.
+    Flux's pipelines do that under true guidance, where others put both prompts into one call. States that are the
+    prompt's as well count as the prompt's.
     """
     frame = _calling_frame()
-    return frame is not None and frame.f_locals.get("negative_prompt_embeds") is states
+    if frame is None or frame.f_locals.get("prompt_embeds") is states:
+        return False
+    return frame.f_locals.get("negative_prompt_embeds") is states
 
 
 def _calling_frame() -> FrameType | None:

@@ -17,7 +17,7 @@ class HostKind(NamedTuple):
     Attributes:
         noun: what messages call it.
         component: its name in a pipeline.
-        arguments: names of the leading arguments of its `forward`.
+        arguments: names of the arguments of its `forward`, in their order.
         sample, timestep, states: which of its arguments are the noisy latents, the timestep and the text states.
         conditions: names of what else of a call a patch reads, one row per sample.
         shared: the same, with no rows.
@@ -59,7 +59,21 @@ class HostKind(NamedTuple):
 UNET = HostKind(
     noun="UNet",
     component="unet",
-    arguments=("sample", "timestep", "encoder_hidden_states"),
+    arguments=(
+        "sample",
+        "timestep",
+        "encoder_hidden_states",
+        "class_labels",
+        "timestep_cond",
+        "attention_mask",
+        "cross_attention_kwargs",
+        "added_cond_kwargs",
+        "down_block_additional_residuals",
+        "mid_block_additional_residual",
+        "down_intrablock_additional_residuals",
+        "encoder_attention_mask",
+        "return_dict",
+    ),
     sample="sample",
     timestep="timestep",
     states="encoder_hidden_states",
@@ -73,15 +87,17 @@ UNET = HostKind(
     fingerprint=("block_out_channels", "down_block_types", "layers_per_block", "cross_attention_dim"),
     guidance_scale=7.5,
 )
+_LEADING = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep")
 _TRANSFORMER = UNET._replace(
     noun="transformer",
     component="transformer",
-    arguments=("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep"),
+    arguments=_LEADING,
     sample="hidden_states",
     conditions=("pooled_projections",),
 )
 _SIZES = ("num_layers", "num_attention_heads", "attention_head_dim", "joint_attention_dim", "patch_size")
 SD3 = _TRANSFORMER._replace(
+    arguments=(*_LEADING, "block_controlnet_hidden_states", "joint_attention_kwargs", "return_dict", "skip_layers"),
     residuals="block_controlnet_hidden_states",
     entry="pos_embed",
     entry_weight="pos_embed.proj.weight",
@@ -90,6 +106,17 @@ SD3 = _TRANSFORMER._replace(
     guidance_scale=7.0,
 )
 FLUX = _TRANSFORMER._replace(
+    arguments=(
+        *_LEADING,
+        "img_ids",
+        "txt_ids",
+        "guidance",
+        "joint_attention_kwargs",
+        "controlnet_block_samples",
+        "controlnet_single_block_samples",
+        "return_dict",
+        "controlnet_blocks_repeat",
+    ),
     conditions=("pooled_projections", "guidance"),
     shared=("img_ids",),
     residuals="controlnet_block_samples",
@@ -100,6 +127,7 @@ FLUX = _TRANSFORMER._replace(
     fingerprint=(*_SIZES, "guidance_embeds"),
     guidance_scale=3.5,
 )
+UNSAID: dict[str, Any] = {"dual_attention_layers": (), "guidance_embeds": False}  # of files that do not say
 TRANSFORMERS: dict[str, HostKind] = {"SD3Transformer2DModel": SD3, "FluxTransformer2DModel": FLUX}
 
 
@@ -117,7 +145,7 @@ def config_kind(config: Mapping[str, Any]) -> HostKind:
 
 def fingerprint(config: Mapping[str, Any]) -> dict[str, Any]:
     """What the configurations of two hosts must share for a patch of the one to fit the other, as plain JSON values."""
-    values = {key: config.get(key) for key in config_kind(config).fingerprint}
+    values = {key: config.get(key, UNSAID.get(key)) for key in config_kind(config).fingerprint}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 

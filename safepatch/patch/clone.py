@@ -44,6 +44,7 @@ class ClonePatch(ResidualPatch):
     def anchors(self, unet: Any) -> dict[str, Tensor]:
         """The host's own weights for the clone, zeros for its joints."""
         host, entry = dict(unet.named_parameters()), host_kind(unet).entry_weight
+        entry = entry if entry in host else entry.replace(".weight", ".base_layer.weight")  # it carries a LoRA
         host[entry] = latent_part(host[entry], unet)
         return {
             name: host[name.removeprefix("clone.")] if name.startswith("clone.") else torch.zeros_like(p)
@@ -75,6 +76,7 @@ def cloned(unet: Any, parts: Mapping[str, nn.Module], empty: bool) -> dict[str, 
     copies = {name: _copy_without_hooks(part, empty).float().requires_grad_(True) for name, part in parts.items()}
     name, *path, _ = host_kind(unet).entry_weight.split(".")
     entry: Any = copies[name].get_submodule(".".join(path))
+    entry = getattr(entry, "base_layer", entry)
     weight = latent_part(entry.weight.detach(), unet)
     if weight.shape != entry.weight.shape:
         setattr(entry, "in_features" if isinstance(entry, nn.Linear) else "in_channels", weight.shape[1])
@@ -91,9 +93,16 @@ def _copy_without_hooks(module: nn.Module, empty: bool) -> nn.Module:
     """A deep copy without the host's hooks and image prompts: the clone must run no other patch, and reads text."""
     tables = [getattr(part, name) for part in module.modules() for name in _HOOK_TABLES]
     replaced: dict[int, Any] = {id(table): OrderedDict() for table in tables}
+    replaced |= {
+        id(registry): None for part in module.modules() if (registry := getattr(part, "_diffusers_hook", None))
+    }
     if empty:
         replaced |= {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in module.parameters()}
-    return without_image_prompts(copy.deepcopy(module, replaced))
+    copied = copy.deepcopy(module, replaced)
+    for part in copied.modules():  # diffusers' own hooks (offloading, casting) stand in for a module's forward
+        if vars(part).pop("_diffusers_hook", 0) is None:
+            vars(part).pop("forward", None)
+    return without_image_prompts(copied)
 
 
 _HOOK_TABLES = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")

@@ -11,7 +11,7 @@ from safepatch.diffusion import Components, encode_prompts
 from safepatch.errors import ConfigError
 from safepatch.patch import Patch
 from safepatch.patch.files import from_artifact
-from safepatch.runtime.handle import Handle, refuse_compiled
+from safepatch.runtime.handle import Handle, refuse_compiled, refuse_fused_projections
 from safepatch.runtime.parts import ActivePart, Scale
 
 
@@ -46,7 +46,7 @@ def apply(
         BaseMismatch: when the patch was made for another architecture.
         ArtifactError: when the file is missing, damaged or altered.
         ConfigError: when scale, start or end is out of range, a scale is for a category the patch cannot tell apart, or
-            the UNet was compiled, or offloaded layer by layer, before.
+            the UNet was compiled, offloaded layer by layer, or given fused attention projections before.
         UnknownName: for a speed, or a scale's category, that there is not.
     """
     components = Components.of(pipe)
@@ -55,6 +55,7 @@ def apply(
         raise ConfigError(
             "the UNet's weights are offloaded layer by layer, none is there to add to; use enable_model_cpu_offload()"
         )
+    refuse_fused_projections(components.unet)
     artifact = patch if isinstance(patch, PatchArtifact) else PatchArtifact.open(patch)
     if gate_threshold is not None and not 0 <= gate_threshold <= 1:
         raise ConfigError(f"gate_threshold must be within [0, 1], not {gate_threshold}")

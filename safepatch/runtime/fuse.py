@@ -4,29 +4,80 @@ What is fused acts in every row of every call and cannot be taken off, scaled or
 negative prompt that names the unsafe concept is answered by the patched model too, where `apply` leaves it alone.
 """
 
+import json
 import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from safepatch.artifact import PatchArtifact
-from safepatch.container import canonical_json
+from safepatch.artifact import Part, PatchArtifact
 from safepatch.diffusion import Components, denoiser_entry, original_names, read_json
-from safepatch.errors import ConfigError, ModelNotFound, SafepatchError
+from safepatch.errors import BaseMismatch, ConfigError, ModelNotFound, SafepatchError
 from safepatch.patch import LoraPatch
 from safepatch.patch.files import check_fits
 from safepatch.runtime.check import require_fit
-from safepatch.runtime.checkpoint import open_checkpoint
+from safepatch.runtime.handle import refuse_fused_projections
 from safepatch.runtime.load import load_tiny
 from safepatch.tiny.models import MODELS
 
-NOTE = "fused.safepatch"  # metadata key of a fused file, and name of the note in a fused folder
+NOTE = "fused.safepatch"  # metadata key of a fused file; a fused folder has a file of that name, and .json
+OTHER_WEIGHTS = ("*.bin", "*.bin.index*.json", "*.msgpack", "*.h5", "*.ckpt", "*.pth")  # none of them would be patched
+
+
+class Update(NamedTuple):
+    """What a lora patch, or a bundle of such, adds to a host.
+
+    Attributes:
+        parts: the patches.
+        scale: strength of all.
+    """
+
+    parts: tuple[Part, ...]
+    scale: float
+
+    @classmethod
+    def of(cls, artifact: PatchArtifact, scale: float) -> "Update":
+        """The update that `artifact` stands for; raises `ConfigError` for another kind or a scale below 0."""
+        if not 0 <= scale < float("inf"):
+            raise ConfigError(f"scale must be 0 or more, not {scale}")
+        for part in artifact.parts():
+            kind = part.artifact.info.kind
+            if kind != LoraPatch.kind:
+                raise ConfigError(f"a {kind} patch is a network of its own and has no weights to fuse; use apply")
+        return cls(artifact.parts(), scale)
+
+    @property
+    def names(self) -> set[str]:
+        """The weights of the host that change."""
+        return {name.removeprefix("lora.") for part in self.parts for name in part.artifact.parameter_names()}
+
+    def delta(self, name: str) -> Tensor:
+        """What is added to weight `name`, (out, in) float32."""
+        own = f"lora.{name}"
+        held = [part for part in self.parts if own in part.artifact.parameter_names()]
+        return sum((self.scale * part.weight * part.artifact.delta(own) for part in held), torch.zeros(()))
+
+    def added(self, name: str, weight: Tensor) -> Tensor:
+        """`weight`, the host's of that name, with the update: summed in float32, rounded once."""
+        delta = self.delta(name).to(weight.device)
+        return (weight.float() + delta.reshape(weight.shape)).to(weight.dtype).contiguous()
+
+    def require(self, weights: Mapping[str, Tensor]) -> None:
+        """Raise, before anything is written, unless every weight is there and can take a small difference."""
+        missing = sorted(self.names - weights.keys())
+        if missing:
+            raise BaseMismatch(f"this patch changes '{missing[0]}', which this model lacks; use it on its own family")
+        for name in sorted(self.names):
+            weight = weights[name]
+            if weight.is_meta or not weight.is_floating_point() or weight.dtype.itemsize < 2:
+                where = "offloaded layer by layer" if weight.is_meta else f"stored as {weight.dtype}"
+                raise ConfigError(f"'{name}' is {where} and cannot take a patch; fuse before offloading or quantizing")
 
 
 @torch.no_grad()
@@ -39,21 +90,27 @@ def fuse(pipe: Any, patch: str | Path | PatchArtifact, scale: float = 1.0) -> No
         scale: strength, 0 or more.
 
     Raises:
-        ConfigError: for a patch of another kind, which is a network of its own, or a scale below 0.
+        ConfigError: for a patch of another kind, a scale below 0, or weights that cannot be written; none is then.
         BaseMismatch: when the patch was made for another architecture.
     """
     artifact = patch if isinstance(patch, PatchArtifact) else PatchArtifact.open(patch)
-    host = Components.of(pipe).unet
+    host: Any = Components.of(pipe).unet
     check_fits(artifact.info, host.config)
+    refuse_fused_projections(host)
+    update = Update.of(artifact, scale)
     weights = {name.replace(".base_layer", ""): weight for name, weight in host.named_parameters()}
-    for name, delta in layer_deltas(artifact, scale).items():
-        weights[name].copy_(_sum(weights[name], delta))
+    update.require(weights)
+    for name in update.names:
+        weights[name].copy_(update.added(name, weights[name]))
 
 
 def fuse_model(
     model: str | Path, patch: str | Path, out: str | Path, scale: float = 1.0, allow_pickle: bool = False
 ) -> Path:
     """A copy of a model with a lora patch in its weights; everything else in it stays byte for byte.
+
+    Left out of the copy, because they would be unpatched: weights of the same component in other formats than
+    safetensors, and a single file's second, averaged UNet (`model_ema`).
 
     Args:
         model: an embedded model, a diffusers folder, or a single file in the original layout.
@@ -66,48 +123,28 @@ def fuse_model(
         ConfigError: as `fuse`.
         BaseMismatch: when the patch was made for another architecture.
         ModelNotFound: when there is no such model here; a Hub id has to be downloaded first.
-        SafepatchError: when `out` is no place for it.
+        SafepatchError: when `out` is no place for it, or the patch was fused into the model before.
     """
     model, out = Path(model), Path(out)
+    if str(model) not in MODELS and not model.exists():
+        raise ModelNotFound(f"no folder or file at {model}; download a Hub model first, then give its folder")
     _, config = require_fit(str(model), patch, allow_pickle)
     artifact = PatchArtifact.open(patch)
-    deltas = layer_deltas(artifact, scale)
+    update = Update.of(artifact, scale)
     note = {"title": artifact.info.title, "categories": artifact.info.categories, "scale": scale}
-    note = canonical_json({**note, "hash": artifact.content_hash})
+    note["hash"] = artifact.content_hash
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
         if model.is_file():
-            return _fuse_file(model, out, deltas, note, config, allow_pickle)
+            return _fuse_file(model, out, update, note, config)
         if out.exists():
             raise SafepatchError(f"{out} exists already; give a new folder")
-        out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent) as folder:
-            copy = _copied(model, Path(folder) / "model")
-            (copy / f"{NOTE}.json").write_text(note + "\n", encoding="utf-8")
-            component, _ = denoiser_entry(read_json(copy / "model_index.json"))
-            _fuse_folder(copy / component, deltas)
-            return copy.rename(out)
+            return _fuse_folder(_copied(model, Path(folder) / "model"), update, note).rename(out)
     except OSError as error:
         raise SafepatchError(f"cannot write {out} ({error.strerror or error}); choose another -o") from error
-
-
-def layer_deltas(artifact: PatchArtifact, scale: float) -> dict[str, Tensor]:
-    """What a lora patch, or a bundle of such, adds to each weight of the host, by name, (out, in) float32."""
-    if not scale >= 0:
-        raise ConfigError(f"scale must be 0 or more, not {scale}")
-    deltas: dict[str, Tensor] = {}
-    for part in artifact.parts():
-        kind = part.artifact.info.kind
-        if kind != LoraPatch.kind:
-            raise ConfigError(f"a {kind} patch is a network of its own and has no weights to fuse; use apply")
-        for name, delta in part.artifact.deltas().items():
-            own = name.removeprefix(f"{kind}.")
-            deltas[own] = deltas.get(own, 0) + scale * part.weight * delta
-    return deltas
-
-
-def _sum(weight: Tensor, delta: Tensor) -> Tensor:
-    """In float32, rounded once; 1 x 1 convolutions of the original layout keep their shape."""
-    return (weight.float() + delta.to(weight.device).reshape(weight.shape)).to(weight.dtype)
+    except SafetensorError as error:
+        raise SafepatchError(f"{model} holds a damaged file ({error}); fetch it again") from error
 
 
 def _copied(model: Path, target: Path) -> Path:
@@ -115,47 +152,63 @@ def _copied(model: Path, target: Path) -> Path:
     if str(model) in MODELS:
         load_tiny(str(model)).save_pretrained(target)
         return target
-    if not model.is_dir():
-        raise ModelNotFound(f"no folder or file at {model}; download a Hub model first, then give its folder")
-    return Path(shutil.copytree(model, target))
+    return Path(shutil.copytree(model, target, copy_function=shutil.copyfile))
 
 
-def _fuse_folder(component: Path, deltas: Mapping[str, Tensor]) -> None:
-    """Change the component's weight files in place."""
-    left = dict(deltas)
-    for path in sorted(component.glob("*.safetensors")):
-        tensors, metadata = _read(path)
-        found = {name: left.pop(name) for name in left.keys() & tensors.keys()}
-        if found:
-            save_file(
-                {**tensors, **{name: _sum(tensors[name], delta) for name, delta in found.items()}}, path, metadata
-            )
-    if left:
-        raise SafepatchError(f"{component} holds no '{min(left)}' as .safetensors; save the model as safetensors first")
+def _fuse_folder(folder: Path, update: Update, note: dict[str, Any]) -> Path:
+    """Change the weights of the component that denoises, in every variant of them that is there."""
+    component, _ = denoiser_entry(read_json(folder / "model_index.json"))
+    for pattern in OTHER_WEIGHTS:
+        for path in (folder / component).glob(pattern):
+            path.unlink()
+    variants: dict[str, dict[Path, dict[str, Tensor]]] = {}
+    for path in sorted((folder / component).glob("*.safetensors")):
+        variants.setdefault(_variant(path), {})[path] = _read(path)[0]
+    if not variants:
+        raise SafepatchError(f"{component}/ holds no .safetensors weights; save the model as safetensors first")
+    for files in variants.values():
+        update.require({name: tensor for tensors in files.values() for name, tensor in tensors.items()})
+        for path, tensors in files.items():
+            changed = {name: update.added(name, tensors[name]) for name in update.names & tensors.keys()}
+            save_file({**tensors, **changed}, path, _read(path)[1])
+    path = folder / f"{NOTE}.json"
+    path.write_text(_with_note(path.read_text("utf-8") if path.is_file() else "[]", note) + "\n", "utf-8")
+    return folder
 
 
-def _fuse_file(
-    model: Path, out: Path, deltas: Mapping[str, Tensor], note: str, config: Mapping[str, Any], allow_pickle: bool
-) -> Path:
+def _variant(path: Path) -> str:
+    """`fp16` of `model.fp16.safetensors` and of `model.fp16-00001-of-00002.safetensors`; empty for plain weights."""
+    middle = path.name.split(".")[1:-1]
+    return middle[0].partition("-")[0] if middle else ""
+
+
+def _fuse_file(model: Path, out: Path, update: Update, note: dict[str, Any], config: Mapping[str, Any]) -> Path:
     if out.suffix != ".safetensors" or out.resolve() == model.resolve():
         raise SafepatchError(f"a single file is fused into another .safetensors file, not {out}; choose another -o")
-    open_checkpoint(model, allow_pickle)
     tensors, metadata = _read(model)
-    names = original_names(tensors, config)
-    fused = {names[name]: _sum(tensors[names[name]], delta) for name, delta in deltas.items()}
-    out.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("model_ema.")}
+    names = {name: original for name, original in original_names(tensors, config).items() if name in update.names}
+    update.require({name: tensors[original] for name, original in names.items()})
+    changed = {original: update.added(name, tensors[original]) for name, original in names.items()}
+    metadata = {**metadata, NOTE: _with_note(metadata.get(NOTE, "[]"), note)}
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
-        save_file({**tensors, **fused}, Path(folder) / out.name, {**metadata, NOTE: note})
+        save_file({**tensors, **changed}, Path(folder) / out.name, metadata)
         return (Path(folder) / out.name).replace(out)
+
+
+def _with_note(notes: str, note: dict[str, Any]) -> str:
+    """The notes of what was fused so far, and this one; raises `SafepatchError` when it is among them."""
+    earlier = json.loads(notes)
+    if any(each["hash"] == note["hash"] for each in earlier):
+        raise SafepatchError(f"'{note['title']}' was fused into this model already; fuse it into the original")
+    return json.dumps([*earlier, note], sort_keys=True)
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if path.suffix != ".safetensors":
         tensors = torch.load(path, map_location="cpu", weights_only=True)
         tensors = tensors.get("state_dict", tensors)
-        return {name: tensor.clone() for name, tensor in tensors.items() if isinstance(tensor, Tensor)}, {
-            "format": "pt"
-        }
+        kept = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+        return {name: tensor.clone().contiguous() for name, tensor in kept.items()}, {"format": "pt"}
     with safe_open(path, "pt") as file:
-        names = list(file.keys())
-        return {name: file.get_tensor(name) for name in names}, file.metadata() or {"format": "pt"}
+        return {name: file.get_tensor(name) for name in list(file.keys())}, file.metadata() or {"format": "pt"}

@@ -19,6 +19,7 @@ from safepatch.diffusion import (
     Components,
     calling_pipeline,
     denoiser,
+    has_fused_projections,
     host_kind,
     is_compiled,
     is_negative_prompt,
@@ -185,7 +186,7 @@ class Handle:
         self._call = self._begun(args, kwargs)
         made = self._corrector.early(self._call, self._settings) if self._call else None
         for hooks, part in self._layers:
-            skipped = kwargs.get("skip_layers") or ()
+            skipped = self._kind.bind(args, kwargs).get("skip_layers") or ()
             hooks.begin(self._call and self._call.rows, float(part.scales(self.scale)), skipped)
         changed = made and with_residuals(made, unet, args, kwargs)
         self.stats.patched_calls += 1
@@ -240,8 +241,10 @@ class Handle:
 
     def _end_call(self, unet: nn.Module, args: tuple, output: object) -> None:
         ended, self._call, self._prepared = self._call, None, False
-        watched = [hooks for hooks in (self._host, *(hooks for hooks, _ in self._layers)) if hooks is not None]
-        if ended and self._fail_closed and output is not None and not all(hooks.is_done for hooks in watched):
+        done = [hooks.is_done for hooks, _ in self._layers] + [self._host is None or self._host.is_done]
+        for hooks, _ in self._layers:
+            hooks.begin(None)  # whoever calls the host's forward next does so without the patch
+        if ended and self._fail_closed and output is not None and not all(done):
             raise PatchBypassed(
                 f"the {self._kind.noun} ran without its patch: hooks inside it are lost; apply the patch again"
             )
@@ -253,8 +256,8 @@ class Handle:
             raise PatchBypassed(
                 f"pipe.{self._kind.component} was replaced after the patch was applied; apply the patch again"
             )
-        drawn_with = caller and uncompiled(denoiser(caller) or self._unet)
-        if drawn_with and not attached(drawn_with):
+        drawn_with = None if caller is None else uncompiled(denoiser(caller))
+        if drawn_with is not None and not attached(drawn_with):
             raise PatchBypassed(
                 f"{type(caller).__name__} shares this VAE but its {host_kind(drawn_with).noun} carries no patch; apply "
                 "the patch to it too"
@@ -267,6 +270,12 @@ def refuse_compiled(pipe: Any) -> None:
     if is_compiled(host):
         name = host_kind(uncompiled(host)).component
         raise ConfigError(f"pipe.{name} is compiled already; apply the patch to the pipeline first, then compile")
+
+
+def refuse_fused_projections(host: nn.Module) -> None:
+    """Raise `ConfigError` if attention runs on fused copies of the weights that patches are differences to."""
+    if has_fused_projections(host):
+        raise ConfigError("attention runs on fused projections; call unfuse_qkv_projections() first, fuse them never")
 
 
 def attached(module: Any) -> list[Handle]:

@@ -98,9 +98,10 @@ def padded(residual: Tensor, rows: slice, sample: Tensor) -> Tensor:
 def with_residuals(residuals: Residuals, host: Any, args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, dict]:
     """The arguments of a call of `host` with our residuals added to what a ControlNet or another patch put there."""
     kind = host_kind(host)
+    given = kind.bind(args, kwargs)
     if kind is UNET:
-        return args, {**kwargs, **_for_unet(residuals, kwargs)}
-    return (), _for_transformer(residuals, kind, len(host.transformer_blocks), kind.bind(args, kwargs))
+        return (), {**given, **_for_unet(residuals, given)}
+    return (), _for_transformer(residuals, kind, len(host.transformer_blocks), given)
 
 
 def _for_unet(residuals: Residuals, kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import diffusers
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 import safepatch
@@ -21,9 +22,16 @@ from safepatch.patch import LoraPatch
 from safepatch.patch.files import from_artifact, to_artifact
 from safepatch.patch.host import patched_noise_pred
 from safepatch.runtime.apply import apply
-from safepatch.runtime.fuse import NOTE, fuse, fuse_model, layer_deltas
+from safepatch.runtime.fuse import NOTE, Update, fuse, fuse_model
 from safepatch.runtime.load import load_pipeline
-from tests.families import draw, small_family_pipe, small_transformer_pipe, tokenizer_folder, write_original
+from tests.families import (
+    draw,
+    original_layout,
+    small_family_pipe,
+    small_transformer_pipe,
+    tokenizer_folder,
+    write_original,
+)
 from tests.small import (
     INSTRUCTION,
     awaken,
@@ -43,6 +51,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't
 def awake(host: Any, seed: int = 0, rank: int = 4, category: str = "weapons") -> PatchArtifact:
     patch = awaken(LoraPatch.from_unet(host, rank=rank), seed, size=0.05)
     return to_artifact(patch, host, {category: INSTRUCTION})
+
+
+def layer_deltas(artifact: PatchArtifact, scale: float) -> dict[str, Tensor]:
+    update = Update.of(artifact, scale)
+    return {name: update.delta(name) for name in update.names}
 
 
 @torch.no_grad()
@@ -120,17 +133,35 @@ def test_it_acts_on_every_family(name):
     assert torch.equal(draw(pipe), base)
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
 def test_a_host_that_carries_a_lora_is_updated_beside_it(small_pipe):
     from peft import LoraConfig
 
     artifact, inputs = small_artifact("lora"), rows()
-    small_pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights="gaussian"))
+    for name in ("one", "two"):
+        small_pipe.unet.add_adapter(
+            LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False), adapter_name=name
+        )
+    small_pipe.unet.set_adapters(["one", "two"])
     base = predicted(small_pipe.unet, *inputs)
+    assert not torch.equal(base, predicted(new_small_pipe().unet, *inputs))  # control: the user's adapters act
     with apply(small_pipe, artifact):
         patched = predicted(small_pipe.unet, *inputs)
-    assert not torch.equal(patched, base)
     again = to_artifact(LoraPatch.from_unet(small_pipe.unet, rank=4), small_pipe.unet, {"weapons": INSTRUCTION})
     assert again.parameter_names() == artifact.parameter_names()
+    fuse(small_pipe, artifact)
+    torch.testing.assert_close(patched, predicted(small_pipe.unet, *inputs), atol=1e-5, rtol=1e-4)
+    assert (patched - base).abs().max() > 0.01  # control
+
+
+def test_after_a_call_the_hooks_rest(small_pipe):
+    inputs = rows()
+    base = predicted(small_pipe.unet, *inputs)
+    with apply(small_pipe, small_artifact("lora"), fail_closed=False) as handle:
+        predicted(small_pipe.unet, *inputs)
+        handle.scale = 0
+        with torch.no_grad():
+            assert torch.equal(small_pipe.unet.forward(*inputs).sample, base)
 
 
 def test_a_lost_hook_on_a_layer_is_noticed(small_pipe):
@@ -273,7 +304,7 @@ def test_a_fused_folder_loads_in_plain_diffusers(small_pipe, tmp_path):
     fuse(pipe, small_artifact("lora"), scale=0.5)
     for ours, theirs in zip(pipe.unet.parameters(), loaded.unet.parameters(), strict=True):
         assert torch.equal(ours, theirs)
-    note = json.loads((out / f"{NOTE}.json").read_text())
+    (note,) = json.loads((out / f"{NOTE}.json").read_text())
     assert note["categories"] == ["weapons"]
     assert note["hash"] == PatchArtifact.open(path).content_hash
     names = [f.relative_to(tmp_path / "model") for f in sorted((tmp_path / "model").rglob("*")) if f.is_file()]
@@ -296,7 +327,65 @@ def test_a_fused_single_file_keeps_its_layout(name, tmp_path):
     with safe_open(out, "pt") as new, safe_open(model, "pt") as old:
         assert list(new.keys()) == list(old.keys())
         assert new.metadata()["modelspec.title"] == "theirs"
-        assert json.loads(new.metadata()[NOTE])["scale"] == 1.0
+        assert [note["scale"] for note in json.loads(new.metadata()[NOTE])] == [1.0]
+
+
+def test_every_variant_and_shard_of_a_folder_is_fused(small_pipe, tmp_path):
+    small_pipe.save_pretrained(tmp_path / "model")
+    small_pipe.save_pretrained(tmp_path / "model", variant="fp16")
+    small_pipe.unet.save_pretrained(tmp_path / "model" / "unet", variant="cut", max_shard_size="500KB")
+    torch.save(small_pipe.unet.state_dict(), tmp_path / "model" / "unet" / "diffusion_pytorch_model.bin")
+    path = small_artifact("lora").save(tmp_path / "w.safetensors")
+    out = fuse_model(tmp_path / "model", path, tmp_path / "safe")
+    fuse(small_pipe, path)
+    assert len(list((out / "unet").glob("*cut-*.safetensors"))) > 1
+    assert not list((out / "unet").glob("*.bin"))
+    for variant in (None, "fp16", "cut"):
+        loaded = diffusers.UNet2DConditionModel.from_pretrained(out, subfolder="unet", variant=variant)
+        pairs = zip(small_pipe.unet.parameters(), loaded.parameters(), strict=True)
+        assert all(torch.equal(ours, theirs) for ours, theirs in pairs), variant
+
+
+def test_what_was_fused_is_remembered_and_not_fused_twice(small_pipe, tmp_path):
+    small_pipe.save_pretrained(tmp_path / "model")
+    first, second = (awake(small_pipe.unet, i).save(tmp_path / f"{i}.safetensors") for i in range(2))
+    once = fuse_model(tmp_path / "model", first, tmp_path / "once")
+    with pytest.raises(SafepatchError, match="was fused into this model already"):
+        fuse_model(once, first, tmp_path / "again")
+    both = fuse_model(once, second, tmp_path / "both")
+    assert len(json.loads((both / f"{NOTE}.json").read_text())) == 2
+    assert not (tmp_path / "again").exists()
+
+
+def test_an_averaged_unet_in_a_single_file_is_left_out(tmp_path):
+    pipe = small_family_pipe("sd1")
+    tensors = original_layout(pipe, "sd1")
+    averaged = {f"model_ema.{name.replace('.', '')}": tensor.clone() for name, tensor in list(tensors.items())[:3]}
+    save_file({**tensors, **averaged}, tmp_path / "model.safetensors")
+    path = awake(pipe.unet).save(tmp_path / "w.safetensors")
+    with safe_open(fuse_model(tmp_path / "model.safetensors", path, tmp_path / "out.safetensors"), "pt") as file:
+        assert set(file.keys()) == set(tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_weights_that_cannot_take_it_are_refused_and_none_is_written(small_pipe, dtype):
+    weight = small_pipe.unet.get_submodule(LoraPatch.from_unet(small_pipe.unet).layers[-1]).weight
+    weight.requires_grad_(False)
+    weight.data = weight.data.to(dtype)
+    before = [each.clone() for each in small_pipe.unet.parameters()]
+    with pytest.raises(ConfigError, match="cannot take a patch"):
+        fuse(small_pipe, small_artifact("lora"))
+    assert all(torch.equal(a, b) for a, b in zip(before, small_pipe.unet.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["control", "lora"])
+def test_fused_projections_are_refused(small_pipe, kind):
+    small_pipe.unet.fuse_qkv_projections()
+    for use in (apply, fuse) if kind == "lora" else (apply,):
+        with pytest.raises(ConfigError, match=r"unfuse_qkv_projections\(\) first"):
+            use(small_pipe, small_artifact(kind))
+    small_pipe.unet.unfuse_qkv_projections()
+    apply(small_pipe, small_artifact(kind)).remove()
 
 
 def test_an_embedded_sibling_can_be_fused(tmp_path):
