@@ -25,6 +25,7 @@ class ClonePatch(ResidualPatch):
 
     Args:
         clone: the copied parts by their name in the host.
+        latent_channels: of what the host is given, the first ones, which the clone reads.
         sees: `instruction`, or `instruction+prompt`.
     """
 
@@ -33,12 +34,13 @@ class ClonePatch(ResidualPatch):
     learning_rate = 1e-3
     joint_rate = 10.0
 
-    def __init__(self, clone: Mapping[str, nn.Module], sees: str) -> None:
+    def __init__(self, clone: Mapping[str, nn.Module], latent_channels: int, sees: str) -> None:
         super().__init__()
         if sees not in SEES:
             raise ConfigError(f"a control patch cannot see '{sees}'; choose one of: {', '.join(SEES)}")
         self.sees = sees
         self.layout = {}
+        self.latent_channels = latent_channels
         self.clone = nn.ModuleDict(dict(clone))
 
     def anchors(self, unet: Any) -> dict[str, Tensor]:
@@ -84,9 +86,14 @@ def cloned(unet: Any, parts: Mapping[str, nn.Module], empty: bool) -> dict[str, 
     return copies
 
 
+def latent_channels(unet: Any) -> int:
+    """How many channels the host's latents have, as it is given them: for Flux those of packed tokens."""
+    return unet.config.get("out_channels") or unet.config["in_channels"]
+
+
 def latent_part(entry_weight: Tensor, unet: Any) -> Tensor:
     """The part of the host's first weight (out, in, ...) that reads the latents."""
-    return entry_weight[:, : unet.config.get("out_channels") or unet.config["in_channels"]]
+    return entry_weight[:, : latent_channels(unet)]
 
 
 def _copy_without_hooks(module: nn.Module, empty: bool) -> nn.Module:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from safepatch.diffusion import UNET, host_kind
 from safepatch.errors import ConfigError
 from safepatch.patch.base import Features, Residuals, row_timesteps
-from safepatch.patch.clone import ClonePatch, cloned
+from safepatch.patch.clone import ClonePatch, cloned, latent_channels
 from safepatch.patch.transformer import TransformerControlPatch
 
 
@@ -18,12 +18,15 @@ class ControlPatch(ClonePatch):
 
     Args:
         clone: the copied encoder parts by their name in the UNet.
+        latent_channels: of the sample, the first ones, which the clone reads.
         channels: channels of each skip connection, in encoder order, and last of the mid block.
         sees: `instruction`, or `instruction+prompt`.
     """
 
-    def __init__(self, clone: Mapping[str, nn.Module], channels: tuple[int, ...], sees: str) -> None:
-        super().__init__(clone, sees)
+    def __init__(
+        self, clone: Mapping[str, nn.Module], latent_channels: int, channels: tuple[int, ...], sees: str
+    ) -> None:
+        super().__init__(clone, latent_channels, sees)
         self.zero_down = nn.ModuleList(_zero_conv(width) for width in channels[:-1])
         self.zero_mid = _zero_conv(channels[-1])
 
@@ -41,7 +44,7 @@ class ControlPatch(ClonePatch):
             raise ConfigError(f"a control patch has no '{min(layout)}'; its layout is the host's")
         parts = {name: getattr(unet, name, None) for name in UNET.encoder}  # a host has only some of the embeddings
         parts = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
-        patch = cls(cloned(unet, parts, empty), skip_channels(unet), sees)
+        patch = cls(cloned(unet, parts, empty), latent_channels(unet), skip_channels(unet), sees)
         if gate:
             patch.add_gate(unet, gate)
         return patch
@@ -58,7 +61,7 @@ class ControlPatch(ClonePatch):
     ) -> Residuals:
         """Residuals of shape (B, C_i, h_i, w_i) for every skip, and for the mid block."""
         clone: Any = self.clone
-        hidden = clone["conv_in"](sample[:, : clone["conv_in"].in_channels])
+        hidden = clone["conv_in"](sample[:, : self.latent_channels])
         embedding = self._embed_time(row_timesteps(timesteps, sample), hidden.dtype, conditions)
         states = self.context(prompt_states, instruction_states)
         skips = [hidden]

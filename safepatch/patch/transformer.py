@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from safepatch.diffusion import host_kind
 from safepatch.errors import ConfigError
 from safepatch.patch.base import Features, Residuals, require_unet, row_timesteps
-from safepatch.patch.clone import ClonePatch, cloned
+from safepatch.patch.clone import ClonePatch, cloned, latent_channels
 
 
 class TransformerControlPatch(ClonePatch):
@@ -22,13 +22,14 @@ class TransformerControlPatch(ClonePatch):
 
     Args:
         clone: the copied parts by their name in the transformer.
+        latent_channels: of the sample, the first ones, which the clone reads.
         width: channels of its tokens.
         depth: how many blocks were copied.
         sees: `instruction`, or `instruction+prompt`.
     """
 
-    def __init__(self, clone: Mapping[str, nn.Module], width: int, depth: int, sees: str) -> None:
-        super().__init__(clone, sees)
+    def __init__(self, clone: Mapping[str, nn.Module], latent_channels: int, width: int, depth: int, sees: str) -> None:
+        super().__init__(clone, latent_channels, sees)
         self.layout = {"depth": depth}
         self.zero = nn.ModuleList(_zero_linear(width) for _ in range(depth))
 
@@ -53,7 +54,7 @@ class TransformerControlPatch(ClonePatch):
             raise ConfigError(f"depth must be within [1, {blocks}], the transformer's blocks, not {depth}")
         parts = {name: getattr(unet, name) for name in host_kind(unet).encoder}
         parts["transformer_blocks"] = unet.transformer_blocks[:depth]
-        return cls(cloned(unet, parts, empty), unet.inner_dim, depth, sees)
+        return cls(cloned(unet, parts, empty), latent_channels(unet), unet.inner_dim, depth, sees)
 
     def forward(
         self,
@@ -103,9 +104,9 @@ class TransformerControlPatch(ClonePatch):
         """The image's tokens (B, tokens, width) and, for Flux, where all tokens are; those of text are nowhere."""
         clone: Any = self.clone
         if "x_embedder" not in clone:
-            return clone["pos_embed"](sample[:, : clone["pos_embed"].proj.in_channels]).contiguous(), {}
+            return clone["pos_embed"](sample[:, : self.latent_channels]).contiguous(), {}
         places = torch.cat((given["img_ids"].new_zeros(states.shape[1], 3), given["img_ids"]))
-        hidden = clone["x_embedder"](sample[..., : clone["x_embedder"].in_features])
+        hidden = clone["x_embedder"](sample[..., : self.latent_channels])
         return hidden, {"image_rotary_emb": clone["pos_embed"](places)}
 
     def _embed_time(self, timesteps: Tensor, given: Mapping[str, Tensor]) -> Tensor:

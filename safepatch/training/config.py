@@ -111,9 +111,7 @@ class TrainConfig:
         """Fill in what depends on the kind, and refuse what it cannot have."""
         kind = lookup(PATCH_KINDS, self.patch.kind, what="patch kind")
         if self.patch.gate and not issubclass(kind, ResidualPatch):
-            raise ConfigError(
-                f"a {kind.kind} patch acts before a gate could judge; leave patch.gate out"
-            )
+            raise ConfigError(f"a {kind.kind} patch acts before a gate could judge; leave patch.gate out")
         rates = {name: getattr(self.training, name) for name in ("learning_rate", "joint_rate")}
         rates = {name: getattr(kind, name) if rate is None else rate for name, rate in rates.items()}
         object.__setattr__(self, "training", replace(self.training, **rates))

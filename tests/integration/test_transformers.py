@@ -1,6 +1,7 @@
 """A control patch on small random transformers with the structure of Stable Diffusion 3 and of Flux."""
 
 import copy
+import json
 from typing import Any
 
 import diffusers
@@ -141,6 +142,21 @@ def test_a_negative_prompt_of_flux_is_left_alone(flux):
     assert len(seen) == 2
 
 
+def test_states_that_are_both_prompts_count_as_the_prompts(flux):
+    with torch.no_grad():
+        states, pooled, _ = flux.pipe.encode_prompt("a knife", prompt_2=None, max_sequence_length=16)
+    given = {"prompt_embeds": states, "pooled_prompt_embeds": pooled}
+    given |= {f"negative_{name}": value for name, value in given.items()}
+    options = {"num_inference_steps": 1, "height": 64, "width": 64, "output_type": "latent"}
+
+    def drawn() -> Tensor:
+        return flux.pipe(**given, **options, generator=torch.Generator().manual_seed(0)).images
+
+    base = drawn()
+    with apply(flux.pipe, flux.artifact):
+        assert not torch.equal(drawn(), base)
+
+
 @pytest.mark.parametrize("theirs", [1, 2, 3, 4])
 @pytest.mark.parametrize("name", NAMES)
 def test_residuals_of_a_controlnet_and_a_patch_add_up(name, theirs):
@@ -178,6 +194,15 @@ def test_arguments_by_position_are_understood(host):
         by_name = call(host.pipe, **given)
         leading = [given.pop(name) for name in names]
         assert torch.equal(call(host.pipe, *leading, **given), by_name)
+
+
+def test_a_controlnets_residuals_may_come_by_position(sd3):
+    given, theirs = inputs(sd3.pipe), [torch.full((1, 64, 32), 0.3)]
+    names = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep")
+    with apply(sd3.pipe, sd3.artifact):
+        by_name = call(sd3.pipe, **given, block_controlnet_hidden_states=theirs)
+        assert torch.equal(call(sd3.pipe, *(given[name] for name in names), theirs), by_name)
+        assert not torch.equal(call(sd3.pipe, **given), by_name)  # control
 
 
 def test_a_patch_that_sees_the_instruction_only_is_blind_to_the_prompt(host):
@@ -254,6 +279,48 @@ def test_gradient_checkpointing_changes_no_gradient(host):
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_a_host_whose_first_layer_carries_a_lora_takes_a_patch(name):
+    from peft import LoraConfig
+
+    pipe = small_transformer_pipe(name)
+    artifact = awake_artifact(pipe)
+    with apply(pipe, artifact):
+        patched = draw(pipe)
+    entry = {"sd3": "proj", "flux": "x_embedder"}[name]
+    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=[entry]))  # fresh, so it changes nothing yet
+    with apply(pipe, artifact):
+        torch.testing.assert_close(draw(pipe), patched)
+
+
+def test_a_clone_leaves_an_ip_adapter_to_the_host(host):
+    from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
+    from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
+
+    pipe = small_transformer_pipe(host.name)
+    for block in pipe.transformer.transformer_blocks:
+        if host.name == "flux":
+            block.attn.set_processor(FluxIPAdapterAttnProcessor(32, 48, num_tokens=(2,)))
+        else:
+            block.attn.set_processor(SD3IPAdapterJointAttnProcessor2_0(32, 16, 2))
+    patch, plain = from_artifact(host.artifact, pipe.transformer), from_artifact(host.artifact, host.pipe.transformer)
+    given = inputs(pipe)
+    ordered = [given[name] for name in ("hidden_states", "timestep", "encoder_hidden_states")]
+    with torch.no_grad():
+        ours, theirs = (each(*ordered, given["encoder_hidden_states"], given) for each in (patch, plain))
+    assert torch.equal(ours.mid, theirs.mid)
+    assert any(isinstance(block.attn.processor, torch.nn.Module) for block in pipe.transformer.transformer_blocks)
+
+
+def test_diffusers_own_hooks_stay_with_the_host(host):
+    pipe = copy.deepcopy(host.pipe)
+    pipe.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    base = draw(pipe)
+    with apply(pipe, host.artifact):
+        assert not torch.equal(draw(pipe), base)
+    assert torch.equal(draw(pipe), base)
+
+
 @pytest.mark.parametrize("kind", ["StableDiffusion3Img2ImgPipeline", "FluxImg2ImgPipeline"])
 def test_image_to_image(kind, sd3, flux):
     host = flux if "Flux" in kind else sd3
@@ -321,6 +388,15 @@ def test_a_folder_is_checked_loaded_and_patched(host, tmp_path):
     with apply(host.pipe, host.artifact):
         torch.testing.assert_close(draw(host.pipe), patched)  # loaded weights lie otherwise in memory
     assert (patched - host.base).abs().max() > 0.01
+
+
+def test_a_configuration_that_does_not_say_is_the_one_with_the_defaults(sd3, tmp_path):
+    sd3.pipe.save_pretrained(tmp_path / "model")
+    sd3.artifact.save(tmp_path / "weapons.safetensors")
+    path = tmp_path / "model" / "transformer" / "config.json"
+    said = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in said.items() if k not in ("dual_attention_layers", "qk_norm")}))
+    assert check(tmp_path / "model", tmp_path / "weapons.safetensors").family == "sd3"
 
 
 def test_patches_of_other_families_are_refused(sd3, flux, small_pipe):

@@ -24,6 +24,7 @@ from safepatch.patch.host import patched_noise_pred
 from safepatch.runtime.apply import apply
 from safepatch.runtime.fuse import NOTE, Update, fuse, fuse_model
 from safepatch.runtime.load import load_pipeline
+from safepatch.training.config import load_train_config
 from tests.families import (
     draw,
     original_layout,
@@ -277,6 +278,8 @@ def test_layouts_it_cannot_have_are_refused(layout, message):
 
 
 def test_no_gate_can_be_fitted_to_it():
+    with pytest.raises(ConfigError, match=r"leave patch\.gate out"):
+        load_train_config(None, ["category=weapons", "patch.kind=lora", "patch.gate=4"])
     with pytest.raises(ConfigError, match="before a gate could judge"):
         new_patch(new_small_unet(), "lora").add_gate(new_small_unet(), 4)
 
