@@ -143,11 +143,11 @@ def calling_pipeline() -> DiffusionPipeline | None:
     return frame and frame.f_locals["self"]
 
 
+@torch.compiler.disable
 def is_negative_prompt(states: Tensor) -> bool:
     """Whether the pipeline that is drawing calls its host for the negative prompt alone, with these text states.
 
-    Flux's pipelines do that under true guidance, where others put both prompts into one call. States that are the
-    prompt's as well count as the prompt's.
+    States that are the prompt's as well count as the prompt's.
     """
     frame = _calling_frame()
     if frame is None or frame.f_locals.get("prompt_embeds") is states:

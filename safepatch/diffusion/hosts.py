@@ -28,6 +28,7 @@ class HostKind(NamedTuple):
         encoder: the parts that a control patch clones, in the order they run; a host may lack some.
         fingerprint: what two configurations must share for a patch of the one to fit the other.
         guidance_scale: that suits its models.
+        calls_apart: whether its pipelines call it once more for the negative prompt, instead of with more rows.
     """
 
     noun: str
@@ -45,6 +46,7 @@ class HostKind(NamedTuple):
     encoder: tuple[str, ...]
     fingerprint: tuple[str, ...]
     guidance_scale: float
+    calls_apart: bool = False
 
     def bind(self, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments of a call by name, however they were given."""
@@ -126,6 +128,7 @@ FLUX = _TRANSFORMER._replace(
     encoder=("x_embedder", "pos_embed", "time_text_embed", "context_embedder", "transformer_blocks"),
     fingerprint=(*_SIZES, "guidance_embeds"),
     guidance_scale=3.5,
+    calls_apart=True,
 )
 UNSAID: dict[str, Any] = {"dual_attention_layers": (), "guidance_embeds": False}  # of files that do not say
 TRANSFORMERS: dict[str, HostKind] = {"SD3Transformer2DModel": SD3, "FluxTransformer2DModel": FLUX}

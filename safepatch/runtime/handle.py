@@ -222,7 +222,7 @@ class Handle:
         # A pipeline keeps its guidance after its call ends, and others may use the UNet, so its word is not enough:
         # the parts must also hold the same latents. In doubt every row is corrected.
         sample, pipe, batch = call.sample, self._pipe(), len(call.sample)
-        if is_negative_prompt(call.prompt_states):
+        if self._kind.calls_apart and is_negative_prompt(call.prompt_states):
             return slice(batch, batch)
         parts = 3 if getattr(pipe, "do_perturbed_attention_guidance", False) else 2
         rows = batch // parts

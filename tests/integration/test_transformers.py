@@ -142,6 +142,19 @@ def test_a_negative_prompt_of_flux_is_left_alone(flux):
     assert len(seen) == 2
 
 
+@pytest.mark.slow
+def test_a_patch_that_was_attached_first_is_compiled_with_the_transformer():
+    host = Host("flux")
+    guided = {"num_inference_steps": 1, "true_cfg_scale": 2.0, "negative_prompt": "a knife"}
+    base = draw(host.pipe, **guided)
+    with apply(host.pipe, host.artifact):
+        patched = draw(host.pipe, **guided)
+        host.pipe.transformer = torch.compile(host.pipe.transformer, backend="eager")
+        compiled = draw(host.pipe, **guided)
+    torch.testing.assert_close(compiled, patched, rtol=0, atol=1e-3)
+    assert (patched - base).abs().max() > 0.01  # control
+
+
 def test_states_that_are_both_prompts_count_as_the_prompts(flux):
     with torch.no_grad():
         states, pooled, _ = flux.pipe.encode_prompt("a knife", prompt_2=None, max_sequence_length=16)
