@@ -32,7 +32,7 @@ check: $(READY)  ## lint, formatting, types, layering, README tables
 	.venv/bin/pyright
 	$(PY) -m pytest -q tests/unit/test_layering.py $(wildcard tests/unit/test_readme*.py)
 
-table: $(READY)  ## print the results table; KIND=lite for the lite patches, N=50 for fewer images
+table: $(READY)  ## print the results table; KIND=lite or lora for those, N=50 for fewer images
 	$(PY) -m safepatch table --kind $(KIND) --n $(N)
 
 merge-table: $(READY)  ## print what merging the shipped patches keeps, method by method; HEAL=300 adds a healed merge, KIND=lite
@@ -41,7 +41,7 @@ merge-table: $(READY)  ## print what merging the shipped patches keeps, method b
 transfer-table: $(READY)  ## print what the shipped patches keep on other checkpoints; KIND=lite
 	$(PY) -m safepatch transfer-table --kind $(KIND) --n $(N)
 
-patches: $(READY)  ## train the shipped patches again, both kinds, with cards, index and picture (two hours on one core)
+patches: $(READY)  ## train the shipped patches again, all kinds, with cards, index and picture (two hours on one core)
 	$(PY) patches/build.py
 
 tiny: $(READY) $(ART)/.ready  ## rebuild the embedded model from the vendors' emoji (needs npm and the network)

@@ -20,8 +20,9 @@ from hosts import Pipe, unet_config
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from safepatch.patch import PATCH_KINDS, Features, Patch
+from safepatch.patch import PATCH_KINDS, Features, LoraPatch, Patch
 from safepatch.patch.host import answered
+from safepatch.patch.lora import updated
 from safepatch.runtime.handle import Handle
 from safepatch.runtime.parts import ActivePart
 from safepatch.tiny.unet import new_unet
@@ -32,6 +33,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lite": {"kind": "lite", "rank": RANK},
     "five lite merged": {"kind": "lite", "rank": RANK, "groups": MERGED},
     "control": {"kind": "control"},
+    "lora": {"kind": "lora"},
     "gated lite, benign": {"kind": "lite", "rank": RANK, "gate": GATE},
     "gated control, benign": {"kind": "control", "gate": GATE},
 }
@@ -76,6 +78,10 @@ def count(structure: str) -> dict[str, float]:
     base, found = flops(lambda: unet(*inputs, **extra)), {}
     for name, options in VARIANTS.items():
         patch = new_patch(unet, **options).to("meta")
+        if isinstance(patch, LoraPatch):
+            with updated(unet, patch):
+                found[name] = flops(lambda: unet(*inputs, **extra)) / base
+            continue
         states = torch.zeros(1, TOKENS * patch.groups, unet.config.cross_attention_dim, device="meta")
         if patch.gate is None:
             added = extra["added_cond_kwargs"]
@@ -83,7 +89,8 @@ def count(structure: str) -> dict[str, float]:
         else:
             work = lambda p=patch: p.gate(shown[0].mid, inputs[1], inputs[2])  # type: ignore[misc] # noqa: E731
         found[name] = 1 + flops(work) / base
-    sizes = {"lite": new_patch(unet, "lite", rank=RANK, gate=GATE), "control": new_patch(unet, "control")}
+    sizes = {kind: new_patch(unet, kind) for kind in ("control", "lora")}
+    sizes["lite"] = new_patch(unet, "lite", rank=RANK, gate=GATE)
     megabytes = {f"{kind}, MB": sum(p.numel() for p in patch.parameters()) * 2 / 1e6 for kind, patch in sizes.items()}
     return {**found, **megabytes}
 
@@ -144,7 +151,7 @@ def main() -> None:
                     "mb_sd15": f"{counted['sd15'][f'{kind}, MB']:.1f}",
                     **{f"flops_{name}": f"+{counted[name][kind] - 1:.1%}" for name in STRUCTURES},
                 }
-                for kind in ("control", "lite")
+                for kind in ("control", "lite", "lora")
             },
             "flops": counted,
             "time": timed,

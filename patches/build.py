@@ -1,8 +1,8 @@
 """Train the shipped patches and write their cards and index: `python patches/build.py [recipe ...]` (`make patches`).
 
-A recipe is `weapons`, of configs/patches/weapons.yaml, or `lite/weapons`, of the lite kind. Each patch is what
-`safepatch train` gives of its recipe; the category's card adds the recipes and, when `make table` has been run, the
-figures. `card:weapons` writes a card only, `picture` and `gates` the README's pictures, and `figures` keeps what
+A recipe is `weapons`, of configs/patches/weapons.yaml, or `lite/weapons` or `lora/weapons`, of another kind. Each patch
+is what `safepatch train` gives of its recipe; the category's card adds the recipes and, when `make table` has been run,
+the figures. `card:weapons` writes a card only, `picture` and `gates` the README's pictures, and `figures` keeps what
 `make table` and two benchmarks measured.
 """
 
@@ -19,6 +19,7 @@ import torch
 from safepatch.artifact import PatchArtifact
 from safepatch.config import to_yaml
 from safepatch.data.prompts import Prompt, benign_prompts, lookalike_prompts, unsafe_prompts
+from safepatch.demo import SHIPPED_KINDS
 from safepatch.diffusion import generate, quiet
 from safepatch.info import PatchInfo, read_info
 from safepatch.reporting.plots import GateCurve, save_gate_plot
@@ -31,10 +32,11 @@ from safepatch.training.validation import save_grid
 
 HERE = Path(__file__).parent
 INDEX = HERE / "index.json"
-TABLES = {"control": HERE.parent / "runs" / "table", "lite": HERE.parent / "runs" / "table-lite"}
+TABLES = {kind: HERE.parent / "runs" / ("table" if kind == "control" else f"table-{kind}") for kind in SHIPPED_KINDS}
 COSTS = HERE.parent / "runs" / "kinds.json"  # of benchmarks/kinds.py
 ATTACKS = HERE.parent / "runs" / "attack.json"  # of benchmarks/attack.py
 FIGURES = HERE / "figures.json"
+RECIPES = [f"{folder}{category}" for folder in ("", "lite/", "lora/") for category in CATEGORIES]
 SEED = 1000  # of the picture's prompts: the evaluation's own
 
 
@@ -172,10 +174,10 @@ def _has(value: dict, category: str) -> bool:
 
 
 if __name__ == "__main__":
-    for word in sys.argv[1:] or [*CATEGORIES, *(f"lite/{category}" for category in CATEGORIES), "picture", "gates"]:
+    for word in sys.argv[1:] or [*RECIPES, "picture", "gates"]:
         if word in ("picture", "figures", "gates"):
             {"picture": write_picture, "figures": keep_figures, "gates": write_gates}[word]()
             continue
         if not word.startswith("card:"):
             build(word)
-        write_card(word.removeprefix("card:").removeprefix("lite/"))
+        write_card(word.removeprefix("card:").rpartition("/")[2])

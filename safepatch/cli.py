@@ -280,7 +280,7 @@ def table(
         Path | None, typer.Option("-o", "--out", help="Folder of table.json; runs/table, or runs/table-KIND.")
     ] = None,
     n: Annotated[int, typer.Option(help="Images per rate.")] = 200,
-    kind: Annotated[str, typer.Option(help="Of the shipped patches: control or lite.")] = "control",
+    kind: Annotated[str, typer.Option(help="Of the shipped patches: control, lite or lora.")] = "control",
 ) -> None:
     """Measure every shipped patch of one kind and print the README's table of figures."""
     from safepatch.table import build_table
@@ -298,7 +298,7 @@ def merge_table(
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 20,
     methods: Annotated[str | None, typer.Option(help="Comma-separated; all that fit if not given.")] = None,
     heal: Annotated[int, typer.Option(help="Also measure a merge healed for so many steps.")] = 0,
-    kind: Annotated[str, typer.Option(help="Of the shipped patches: control or lite.")] = "control",
+    kind: Annotated[str, typer.Option(help="Of the shipped patches: control, lite or lora.")] = "control",
 ) -> None:
     """Merge the shipped patches by every method that suits their kind and print what each keeps."""
     from safepatch.evaluation.suite import Protocol
@@ -318,7 +318,7 @@ def transfer_table(
     n: Annotated[int, typer.Option(help="Images per rate.")] = 200,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 20,
     categories: Annotated[str, typer.Option(help="Whose patches, separated by commas; all if not given.")] = "",
-    kind: Annotated[str, typer.Option(help="Of the shipped patches: control or lite.")] = "control",
+    kind: Annotated[str, typer.Option(help="Of the shipped patches: control, lite or lora.")] = "control",
 ) -> None:
     """Measure the shipped patches on every sibling checkpoint, rebased and with absolute weights."""
     from safepatch.transfer_table import build_transfer_table

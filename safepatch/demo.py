@@ -24,7 +24,7 @@ from safepatch.training.trainer import train
 
 PATCHES = Path(__file__).parent.parent / "patches"
 TRAINED, SHIPPED, KIND = "weapons", "alcohol", "lite"
-SHIPPED_KINDS = ("control", "lite")
+SHIPPED_KINDS = ("control", "lite", "lora")
 SIBLING = "tiny-sd-twemoji"
 METHOD = "bundle"  # one file, nothing lost, at the run-time cost of both
 SHOWN = 8  # image pairs per section of a report

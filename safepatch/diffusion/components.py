@@ -118,7 +118,8 @@ def without_image_prompts(module: nn.Module) -> nn.Module:
 
 def _plain_processor(attention: Any) -> Any:
     if isinstance(attention, AttentionModuleMixin):
-        return attention._default_processor_cls()
+        default: Any = attention._default_processor_cls
+        return default()
     joint = "Joint" in type(attention.processor).__name__
     return JointAttnProcessor2_0() if joint else AttnProcessor2_0()
 
@@ -143,7 +144,7 @@ def calling_pipeline() -> DiffusionPipeline | None:
     return frame and frame.f_locals["self"]
 
 
-@torch.compiler.disable
+@torch.compiler.disable()
 def is_negative_prompt(states: Tensor) -> bool:
     """Whether the pipeline that is drawing calls its host for the negative prompt alone, with these text states.
 

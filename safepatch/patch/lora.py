@@ -53,7 +53,7 @@ class Update(nn.Module):
 
 
 class LoraPatch(Patch):
-    """One low-rank update per linear layer of the host's transformer blocks: attention and feed-forward.
+    """One low-rank update per linear layer of the host's transformer blocks.
 
     Args:
         updates: by the layer's name in the host.
@@ -190,6 +190,8 @@ def _linear_layers(unet: Any) -> dict[str, tuple[int, int]]:
     found = {}
     for name, module in unet.named_modules():
         plain = name.replace(".base_layer", "")  # PEFT wraps layers that carry a LoRA
-        if isinstance(module, nn.Linear) and ".lora_" not in name and not set(BLOCKS).isdisjoint(name.split(".")):
+        path = set(name.split("."))
+        theirs = path & {"lora_A", "lora_B", "processor"}  # a LoRA's own layers, or an IP-Adapter's
+        if isinstance(module, nn.Linear) and not theirs and path & set(BLOCKS):
             found[plain] = (module.out_features, module.in_features)
     return found

@@ -98,9 +98,11 @@ def rendered() -> dict[str, str]:
         "categories": table(("category", "stand-in for", "drawn as"), categories),
         "figures": figures_table(),
         "lite": figures_table("lite"),
+        "lora": figures_table("lora"),
         "costs": kinds_table(),
         "siblings": sibling_table(),
         "lite_siblings": sibling_table("lite"),
+        "lora_siblings": sibling_table("lora"),
         "models": table(("model", "what it is"), [(f"`{name}`", about) for name, about in MODELS.items()]),
         **{
             key: table((head, "what it does"), [(f"`{name}`", first_line(x)) for name, x in entries.items()])

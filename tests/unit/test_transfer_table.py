@@ -42,8 +42,8 @@ def test_lite_patches_have_one_way(monkeypatch, tmp_path) -> None:
     transfer_table.build_transfer_table(tmp_path, 20, 10, ["weapons"], kind="lite")
     found = json.loads((tmp_path / "table.json").read_text())
     assert all(set(ways) == {"base", "patched"} for ways in found["siblings"].values())
-    with pytest.raises(UnknownName, match="no kind of shipped patches 'lora'"):
-        transfer_table.build_transfer_table(tmp_path, 20, 10, kind="lora")
+    with pytest.raises(UnknownName, match="no kind of shipped patches 'light'"):
+        transfer_table.build_transfer_table(tmp_path, 20, 10, kind="light")
 
 
 def test_a_category_without_a_patch_is_one_line(tmp_path) -> None:
