@@ -1,6 +1,6 @@
 """What gradient steps on four free text states bring back: `python benchmarks/attack.py [--category weapons] [--n 40]`.
 
-Rows: the shipped control patch, the shipped lite patch without its gate, and with it (the attacker then aims at the
+Rows: the shipped control and lora patches, the shipped lite patch without its gate, and with it (the attacker then aims at the
 gate as well; the worse of the two counts). The base beside them is the control.
 """
 
@@ -26,6 +26,7 @@ from safepatch.taxonomy import CATEGORIES
 
 TARGETS = {  # name: kind, gate at run time, what the attacker aims at
     "control": ("control", "off", "patch"),
+    "lora": ("lora", "off", "patch"),
     "lite": ("lite", "off", "patch"),
     "lite + gate, patch attacked": ("lite", "hard", "patch"),
     "lite + gate, gate attacked": ("lite", "hard", "gate"),
