@@ -1,7 +1,7 @@
 """What gradient steps on four free text states bring back: `python benchmarks/attack.py [--category weapons] [--n 40]`.
 
-Rows: the shipped control and lora patches, the shipped lite patch without its gate, and with it (the attacker then aims at the
-gate as well; the worse of the two counts). The base beside them is the control.
+Rows: the shipped control and lora patches, the shipped lite patch without its gate, and with it (the attacker then aims
+at the gate as well; the worse of the two counts). The base beside them is the control.
 """
 
 import argparse

@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 
 from safepatch.artifact import PatchArtifact
 from safepatch.diffusion import noise_pred
-from safepatch.errors import BaseMismatch, ConfigError, PatchBypassed
+from safepatch.errors import BaseMismatch, ConfigError
 from safepatch.patch.base import Patch, StoredPatch
 from safepatch.patch.draw import Draw
 
@@ -166,10 +166,10 @@ class LayerHooks:
     def _add(self, layer: str, update: Update, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         if self._rows is None:
             return None
-        if self._rows.stop not in (None, len(output)):
-            raise PatchBypassed(f"'{layer}' is run on a part of the batch, where a lora patch cannot tell rows apart")
         self._left.discard(layer)
-        start, hidden = self._rows.start or 0, args[0][self._rows]
+        is_whole = self._rows.stop in (None, len(output))  # else, as in PAG, rows cannot be told apart: all are updated
+        start = (self._rows.start or 0) if is_whole else 0
+        hidden = args[0][start:]
         added = self._scale * update.to(hidden.device)(hidden.to(update.dtype)).to(output.dtype)
         return torch.cat((output[:start], output[start:] + added)) if start else output + added
 

@@ -23,7 +23,7 @@ from safepatch.diffusion import Components, generate
 from safepatch.errors import SafepatchError, UnknownName
 from safepatch.objectives import OBJECTIVES, SafeControlConfig
 from safepatch.objectives.safe_control import new_adversaries
-from safepatch.patch import PATCH_KINDS, control
+from safepatch.patch import PATCH_KINDS, clone
 from safepatch.runtime.apply import apply
 from safepatch.runtime.load import load_pipeline
 from safepatch.taxonomy import CATEGORIES
@@ -147,8 +147,8 @@ def assert_nearly_equal(left: PatchArtifact, right: PatchArtifact, tolerance: fl
 
 
 def test_gradient_checkpointing_costs_no_accuracy(uninterrupted, bank, tmp_path, monkeypatch):
-    used, checkpoint = [], control.checkpoint
-    monkeypatch.setattr(control, "checkpoint", lambda *args, **kwargs: used.append(1) or checkpoint(*args, **kwargs))
+    used, checkpoint = [], clone.checkpoint
+    monkeypatch.setattr(clone, "checkpoint", lambda *args, **kwargs: used.append(1) or checkpoint(*args, **kwargs))
     saving = run(tmp_path, bank, gradient_checkpointing=True)
     assert used  # control: it was on
     assert_nearly_equal(saving, uninterrupted, 1e-2)
