@@ -266,7 +266,7 @@ def verify(patch: PatchFile) -> None:
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the report.")] = Path("runs/demo"),
-    steps: Annotated[int, typer.Option(help="Training steps of the demo's own patch.")] = 200,
+    steps: Annotated[int, typer.Option(help="Training steps of the demo's own patch.")] = 400,
 ) -> None:
     """The whole job in a few minutes: train, merge, load onto a sibling checkpoint, generate, score, report."""
     from safepatch.demo import run_demo

@@ -23,7 +23,7 @@ from safepatch.training.config import load_train_config
 from safepatch.training.trainer import train
 
 PATCHES = Path(__file__).parent.parent / "patches"
-TRAINED, SHIPPED, KIND = "weapons", "alcohol", "lite"
+TRAINED, SHIPPED, KIND = "weapons", "alcohol", "lora"
 SHIPPED_KINDS = ("control", "lite", "lora")
 SIBLING = "tiny-sd-twemoji"
 METHOD = "bundle"  # one file, nothing lost, at the run-time cost of both
@@ -56,8 +56,7 @@ def shipped_patches(kind: str = "control") -> dict[str, dict]:
 def run_demo(out: Path, steps: int) -> Path:
     """Run the demo into `out` and return the path of its `index.html`."""
     overrides = [f"category={TRAINED}", f"output={out}/train", f"training.steps={steps}", "data.pairs=384"]
-    overrides += [f"patch.kind={KIND}", "training.batch_size=8", "data.companions=0.5"]
-    overrides += ["objective.negative_guidance=0.5"]  # a push, in place of more steps
+    overrides += [f"patch.kind={KIND}"]
     config = load_train_config(None, overrides)
     print(f"1/4 training a {KIND} patch for {TRAINED} from scratch ({steps} steps)")
     trained = train(load_pipeline("tiny-sd"), config)
