@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from safepatch.merging import MergeRecipe, merge, split
     from safepatch.runtime.apply import apply
     from safepatch.runtime.check import Status, check, status
-    from safepatch.runtime.fuse import fuse
+    from safepatch.runtime.fuse import fuse, fuse_model
     from safepatch.runtime.handle import Handle
     from safepatch.runtime.load import load_pipeline
     from safepatch.training.config import TrainConfig, load_train_config
@@ -32,6 +32,7 @@ _HOMES: dict[str, str] = {
     "apply": "safepatch.runtime.apply",
     "check": "safepatch.runtime.check",
     "fuse": "safepatch.runtime.fuse",
+    "fuse_model": "safepatch.runtime.fuse",
     "heal": "safepatch.training.healing",
     "load_pipeline": "safepatch.runtime.load",
     "load_train_config": "safepatch.training.config",
@@ -55,6 +56,7 @@ __all__ = [
     "apply",
     "check",
     "fuse",
+    "fuse_model",
     "heal",
     "load_pipeline",
     "load_train_config",

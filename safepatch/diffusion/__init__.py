@@ -14,7 +14,6 @@ from safepatch.diffusion.components import (
 from safepatch.diffusion.hosts import (
     UNET,
     HostKind,
-    config_kind,
     family,
     fingerprint,
     host_kind,
@@ -56,7 +55,6 @@ __all__ = [
     "add_noise",
     "alphas",
     "calling_pipeline",
-    "config_kind",
     "decode_latents",
     "denoiser",
     "denoiser_entry",

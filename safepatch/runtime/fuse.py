@@ -161,16 +161,17 @@ def _fuse_folder(folder: Path, update: Update, note: dict[str, Any]) -> Path:
     for pattern in OTHER_WEIGHTS:
         for path in (folder / component).glob(pattern):
             path.unlink()
-    variants: dict[str, dict[Path, dict[str, Tensor]]] = {}
+    variants: dict[str, list[Path]] = {}
     for path in sorted((folder / component).glob("*.safetensors")):
-        variants.setdefault(_variant(path), {})[path] = _read(path)[0]
+        variants.setdefault(_variant(path), []).append(path)
     if not variants:
         raise SafepatchError(f"{component}/ holds no .safetensors weights; save the model as safetensors first")
-    for files in variants.values():
-        update.require({name: tensor for tensors in files.values() for name, tensor in tensors.items()})
-        for path, tensors in files.items():
+    for paths in variants.values():
+        files = {path: _read(path) for path in paths}
+        update.require({name: tensor for tensors, _ in files.values() for name, tensor in tensors.items()})
+        for path, (tensors, metadata) in files.items():
             changed = {name: update.added(name, tensors[name]) for name in update.names & tensors.keys()}
-            save_file({**tensors, **changed}, path, _read(path)[1])
+            save_file({**tensors, **changed}, path, metadata)
     path = folder / f"{NOTE}.json"
     path.write_text(_with_note(path.read_text("utf-8") if path.is_file() else "[]", note) + "\n", "utf-8")
     return folder

@@ -125,12 +125,18 @@ def test_instructions_are_encoded_as_the_pipeline_encodes_prompts(host):
 
 
 def test_only_rows_that_carry_the_prompt_are_corrected(sd3):
-    seen = []
+    seen, given = [], []
+    keep = sd3.pipe.transformer.register_forward_pre_hook(
+        lambda _, args, kwargs: given.append(kwargs["encoder_hidden_states"]), with_kwargs=True
+    )
     with apply(sd3.pipe, sd3.artifact) as handle:
-        handle._corrector.parts[0].patch.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+        handle._corrector.parts[0].patch.register_forward_pre_hook(lambda _, args: seen.append(args[2]))
         draw(sd3.pipe, guidance_scale=4.0)
         draw(sd3.pipe, guidance_scale=1.0)
-    assert seen == [1] * 4
+    keep.remove()
+    assert [len(states) for states in given] == [2, 2, 1, 1]
+    assert not torch.equal(given[0][0], given[0][1])  # control: the negative prompt's row comes first and is another
+    assert all(torch.equal(ours, theirs[-1:]) for ours, theirs in zip(seen, given, strict=True))
 
 
 def test_a_negative_prompt_of_flux_is_left_alone(flux):
