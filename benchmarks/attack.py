@@ -1,7 +1,7 @@
 """What gradient steps on four free text states bring back: `python benchmarks/attack.py [--category weapons] [--n 40]`.
 
-Rows: the shipped control and lora patches, the shipped lite patch without its gate, and with it (the attacker then aims
-at the gate as well; the worse of the two counts). The base beside them is the control.
+Rows: the shipped control patch, the shipped lora and lite patches without their gates, and with them (the attacker then
+aims at the gate as well; the worse of the two counts). The base beside them is the control.
 """
 
 import argparse
@@ -27,6 +27,8 @@ from safepatch.taxonomy import CATEGORIES
 TARGETS = {  # name: kind, gate at run time, what the attacker aims at
     "control": ("control", "off", "patch"),
     "lora": ("lora", "off", "patch"),
+    "lora + gate, patch attacked": ("lora", "hard", "patch"),
+    "lora + gate, gate attacked": ("lora", "hard", "gate"),
     "lite": ("lite", "off", "patch"),
     "lite + gate, patch attacked": ("lite", "hard", "patch"),
     "lite + gate, gate attacked": ("lite", "hard", "gate"),

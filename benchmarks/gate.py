@@ -1,4 +1,4 @@
-"""How many harmless images the shipped lite patches leave bit-identical: `python benchmarks/gate.py [--n 500]`.
+"""How many harmless images the shipped gated patches leave bit-identical: `python benchmarks/gate.py [--kind lora]`.
 
 An image is the base's, bit for bit, when no gate opened for it at any step (tests/laws/test_gate_laws.py), so all
 patches are attached at once and their gates watched; the first batch is compared with the base's to be sure. Beside
@@ -65,19 +65,21 @@ def left_alone(pipe: Any, prompts: Sequence[Prompt], patches: dict[str, PatchArt
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--kind", default="lite", choices=("lite", "lora"))
     parser.add_argument("--n", type=int, default=500, help="benign prompts; look-alikes: a fifth for each category")
     parser.add_argument("--unsafe", type=int, default=40, help="unsafe prompts per category, with the gate and without")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     options = parser.parse_args()
     pipe, detector = quiet(load_pipeline("tiny-sd")), embedded_detector()
-    patches = {name: PatchArtifact.open(shipped_patch(name, "lite")) for name in shipped_patches("lite")}
+    patches = {name: PatchArtifact.open(shipped_patch(name, options.kind)) for name in shipped_patches(options.kind)}
     benign = {name: rate(flags) for name, flags in left_alone(pipe, benign_prompts(options.n, SEED), patches).items()}
     print(
         "| patch | benign bit-identical | look-alikes bit-identical | unsafe, gate hard | gate off |\n"
         + "|---" * 5
         + "|"
     )
-    figures: dict[str, Any] = {"n": options.n, "steps": STEPS, "all": {"benign_identical": benign["all"].value}}
+    figures: dict[str, Any] = {"kind": options.kind, "n": options.n, "steps": STEPS}
+    figures["all"] = {"benign_identical": benign["all"].value}
     for name, patch in patches.items():
         category = CATEGORIES[name]
         prompts = lookalike_prompts(category, max(options.n // 5, 1), SEED)

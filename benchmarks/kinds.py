@@ -36,6 +36,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lora": {"kind": "lora"},
     "gated lite, benign": {"kind": "lite", "rank": RANK, "gate": GATE},
     "gated control, benign": {"kind": "control", "gate": GATE},
+    "gated lora, benign": {"kind": "lora", "gate": GATE},
 }
 
 
@@ -78,7 +79,7 @@ def count(structure: str) -> dict[str, float]:
     base, found = flops(lambda: unet(*inputs, **extra)), {}
     for name, options in VARIANTS.items():
         patch = new_patch(unet, **options).to("meta")
-        if isinstance(patch, LoraPatch):
+        if isinstance(patch, LoraPatch) and not patch.gate:
             with updated(unet, patch):
                 found[name] = flops(lambda: unet(*inputs, **extra)) / base
             continue

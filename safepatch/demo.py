@@ -56,7 +56,7 @@ def shipped_patches(kind: str = "control") -> dict[str, dict]:
 def run_demo(out: Path, steps: int) -> Path:
     """Run the demo into `out` and return the path of its `index.html`."""
     overrides = [f"category={TRAINED}", f"output={out}/train", f"training.steps={steps}", "data.pairs=384"]
-    overrides += [f"patch.kind={KIND}"]
+    overrides += [f"patch.kind={KIND}", "patch.gate=32"]
     config = load_train_config(None, overrides)
     print(f"1/4 training a {KIND} patch for {TRAINED} from scratch ({steps} steps)")
     trained = train(load_pipeline("tiny-sd"), config)

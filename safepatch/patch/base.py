@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from safepatch.artifact import PatchArtifact
 from safepatch.diffusion import UNET, host_kind
 from safepatch.errors import BaseMismatch, ConfigError
-from safepatch.patch.gate import Gate
+from safepatch.patch.gate import Gate, TextGate
 
 
 class Residuals(NamedTuple):
@@ -80,7 +80,7 @@ class Patch(nn.Module, ABC):
     sees: str
     layout: dict[str, Any]
     gradient_checkpointing: bool
-    gate: Gate | None
+    gate: TextGate | None
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,8 +93,18 @@ class Patch(nn.Module, ABC):
         return self.layout.get("groups", 1)
 
     def add_gate(self, unet: Any, width: int) -> None:
-        """Give the patch a fresh gate of `width` channels; raises `ConfigError` where the kind can have none."""
-        raise ConfigError(f"a {self.kind} patch acts in the encoder, before a gate could judge; leave the gate out")
+        """Give the patch a fresh gate of `width` channels, which opens for everything at a threshold of 0.5.
+
+        Raises:
+            ConfigError: for a width below 1, or a host that is no UNet.
+        """
+        require_unet(unet, "a gate")
+        self.gate = self.new_gate(unet, width)
+        self.layout = {**self.layout, "gate": width}
+
+    @abstractmethod
+    def new_gate(self, unet: Any, width: int) -> TextGate:
+        """A fresh gate that reads what there is when the patch has to act."""
 
     @classmethod
     @abstractmethod
@@ -137,15 +147,11 @@ class ResidualPatch(Patch):
 
     reads_features: ClassVar[bool]
 
-    def add_gate(self, unet: Any, width: int) -> None:
-        """Give the patch a fresh gate of `width` channels, which opens for everything at a threshold of 0.5."""
-        if width < 1:
-            raise ConfigError(f"a gate needs a width of at least 1, not {width}")
-        require_unet(unet, "a gate")
+    def new_gate(self, unet: Any, width: int) -> Gate:
+        """A fresh gate that reads the text and the mid block's output."""
         channels = unet.mid_block.resnets[-1].out_channels
         sizes = (channels, unet.config["cross_attention_dim"], unet.config["norm_num_groups"])
-        self.gate = Gate(*sizes, width, self.groups)
-        self.layout = {**self.layout, "gate": width}
+        return Gate(*sizes, width, self.groups)
 
     @abstractmethod
     def forward(

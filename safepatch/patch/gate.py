@@ -6,17 +6,56 @@ behind a prompt's own cannot lower what its text says. Appended words are not qu
 end-of-text states were.
 """
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import group_norm, relu, silu, softplus
 
+from safepatch.errors import ConfigError
 from safepatch.patch.draw import TIME_WIDTH, Draw, sinusoids
 
 MODES = ("off", "soft", "hard")
 
 
-class Gate(nn.Module):
-    """The probability, per group, that a row is one the patch is for.
+class TextGate(nn.Module):
+    """The probability, per group, that a row is one the patch is for, by its text alone.
+
+    For patches that must know before the host has made anything of the prompt.
+
+    Args:
+        text_width: of the host's text states.
+        width: channels of the gate itself.
+        groups: categories; the first dimension of every parameter.
+        draw: what fresh weights come from.
+    """
+
+    reads_features: ClassVar[bool] = False
+
+    def __init__(self, text_width: int, width: int, groups: int, draw: Draw | None = None) -> None:
+        super().__init__()
+        if width < 1:
+            raise ConfigError(f"a gate needs a width of at least 1, not {width}")
+        draw = draw or Draw(seed=1)
+        self.detect = draw.normal(groups, width, text_width)
+        self.detect_bias = nn.Parameter(torch.zeros(groups, width))
+        self.weigh = nn.Parameter(torch.full((groups, width), -3.0))  # of each detector, before softplus
+        self.bias = nn.Parameter(torch.zeros(groups))
+
+    def forward(self, mid: Tensor | None, timesteps: Tensor, prompt_states: Tensor) -> Tensor:
+        """Logits (B, groups); each row's depend on that row alone.
+
+        Args:
+            mid: the host's mid block's output, (B, C, h, w), where the gate reads features.
+            timesteps: (B,).
+            prompt_states: (B, tokens, width).
+        """
+        detected = torch.einsum("btw,grw->bgrt", prompt_states, self.detect).amax(-1) + self.detect_bias
+        return torch.einsum("bgr,gr->bg", relu(detected), softplus(self.weigh)) + self.bias
+
+
+class Gate(TextGate):
+    """The probability, per group, that a row is one the patch is for, by its text and what the host makes of it.
 
     Args:
         channels: of the mid block's output.
@@ -26,32 +65,23 @@ class Gate(nn.Module):
         groups: categories; the first dimension of every parameter.
     """
 
+    reads_features: ClassVar[bool] = True
+
     def __init__(self, channels: int, text_width: int, norm_groups: int, width: int, groups: int) -> None:
-        super().__init__()
         draw = Draw(seed=1)
+        super().__init__(text_width, width, groups, draw)
         self.norm_groups = norm_groups
-        self.detect = draw.normal(groups, width, text_width)
-        self.detect_bias = nn.Parameter(torch.zeros(groups, width))
-        self.weigh = nn.Parameter(torch.full((groups, width), -3.0))  # of each detector, before softplus
         self.look = draw.normal(groups, width, channels)
         self.time = draw.normal(groups, width, TIME_WIDTH)
         self.hidden = draw.normal(groups, width, 2 * width)
         self.decide = nn.Parameter(torch.zeros(groups, width))
-        self.bias = nn.Parameter(torch.zeros(groups))
 
-    def forward(self, mid: Tensor, timesteps: Tensor, prompt_states: Tensor) -> Tensor:
-        """Logits (B, groups); each row's depend on that row alone.
-
-        Args:
-            mid: the host's mid block's output, (B, C, h, w).
-            timesteps: (B,).
-            prompt_states: (B, tokens, width).
-        """
-        detected = torch.einsum("btw,grw->bgrt", prompt_states, self.detect).amax(-1) + self.detect_bias
-        text = torch.einsum("bgr,gr->bg", relu(detected), softplus(self.weigh))
+    def forward(self, mid: Tensor | None, timesteps: Tensor, prompt_states: Tensor) -> Tensor:
+        """Logits (B, groups); see `TextGate.forward`."""
+        assert mid is not None, "this gate reads features"
         seen = silu(torch.einsum("bcp,grc->bgrp", group_norm(mid, self.norm_groups).flatten(2), self.look))
         time = torch.einsum("bt,grt->bgr", sinusoids(timesteps).to(self.time.dtype), self.time)
         read = torch.cat((seen.mean(-1), seen.amax(-1)), dim=-1)
         hidden = silu(torch.einsum("bgi,gri->bgr", read, self.hidden) + time)
         image = softplus(torch.einsum("bgr,gr->bg", hidden, self.decide))
-        return text + image + self.bias
+        return super().forward(mid, timesteps, prompt_states) + image

@@ -2,7 +2,8 @@
 
 It is the kind that needs nothing beside the host at run time: `safepatch.fuse` adds it to the host's weights. Until
 then it acts beside each layer, W x + scale * up (down x), and can be taken off. It reads no instruction; of prompt and
-timestep it knows what the host's layers are given.
+timestep it knows what the host's layers are given. It acts from the first layer on, so a gate in front of it judges by
+the prompt's text.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,9 @@ from safepatch.diffusion import noise_pred
 from safepatch.errors import BaseMismatch, ConfigError
 from safepatch.patch.base import Patch, StoredPatch
 from safepatch.patch.draw import Draw
+from safepatch.patch.gate import TextGate
 
+GATE = "lora.gate."  # what the names of a gate's tensors begin with
 BLOCKS = ("attentions", "transformer_blocks", "single_transformer_blocks")  # where the layers are
 
 
@@ -75,17 +78,22 @@ class LoraPatch(Patch):
         cls, unet: Any, sees: str = "prompt", gate: int = 0, empty: bool = False, rank: int = 16, **layout: Any
     ) -> "LoraPatch":
         """A fresh patch: `up` is zero; what it `sees` is the host's business, and there is nothing to leave `empty`."""
-        if gate:
-            raise ConfigError("a lora patch acts in the encoder, before a gate could judge; leave the gate out")
         if layout:
-            raise ConfigError(f"a lora patch has no '{min(layout)}', only a rank")
+            raise ConfigError(f"a lora patch has no '{min(layout)}', only a rank and a gate")
         if rank < 1:
             raise ConfigError(f"a lora patch needs a rank of at least 1, not {rank}")
         draw, updates = Draw(seed=0), {}
         for name, (out, width) in _linear_layers(unet).items():
             down = draw.normal(1, min(rank, out, width), width)[0].detach().clone()
             updates[name] = Update(torch.zeros(out, len(down)), down)
-        return cls(updates, rank)
+        patch = cls(updates, rank)
+        if gate:
+            patch.add_gate(unet, gate)
+        return patch
+
+    def new_gate(self, unet: Any, width: int) -> TextGate:
+        """A fresh gate that reads the text."""
+        return TextGate(unet.config["cross_attention_dim"], width, groups=1)
 
     def forward(self, unet: Any, noisy_latents: Tensor, timesteps: Tensor, states: Tensor) -> Tensor:
         """The host's prediction with the updates at scale 1; arguments as those of `noise_pred`.
@@ -103,8 +111,9 @@ class LoraPatch(Patch):
         return [parameter for name, parameter in self.updates.named_parameters() if name.endswith(".up")]
 
     def stored(self, unet: Any) -> StoredPatch:
-        """The factors of each layer's update."""
-        tensors, shapes = {}, {}
+        """The factors of each layer's update, and the gate's weights."""
+        gate, shapes = self.gate.named_parameters() if self.gate else (), {}
+        tensors = {f"{GATE}{name}.delta": p.detach().float().cpu() for name, p in gate}
         for layer, update in zip(self.layers, self.updates, strict=True):
             weights = {form: p.detach().float().cpu() for form, p in update.named_parameters()}
             tensors |= {f"lora.{layer}.weight.{form}": weight for form, weight in weights.items()}
@@ -119,12 +128,21 @@ class LoraPatch(Patch):
             BaseMismatch: when one is for a layer that this host lacks.
         """
         known, updates = _linear_layers(unet), {}
-        for name in artifact.parameter_names():
-            layer = name.removeprefix("lora.").removesuffix(".weight")
+        if self.gate:  # it stays in float32: its threshold was found so
+            values = {name: artifact.delta(f"{GATE}{name}") for name, _ in self.gate.named_parameters()}
+            self.gate.load_state_dict(values, assign=True)
+        for name in updated_weights(artifact):
+            layer = name.removesuffix(".weight")
             if layer not in known:
                 raise BaseMismatch(f"this patch changes '{layer}', which this model lacks; use it on its own family")
-            updates[layer] = Update(**{form: tensor.to(dtype) for form, tensor in artifact.stored(name).items()})
+            stored = artifact.stored(f"lora.{name}")
+            updates[layer] = Update(**{form: tensor.to(dtype) for form, tensor in stored.items()})
         self.layers, self.updates = tuple(updates), nn.ModuleList(updates.values())
+
+
+def updated_weights(artifact: PatchArtifact) -> list[str]:
+    """Names of the host's weights that a lora patch is for."""
+    return [name.removeprefix("lora.") for name in artifact.parameter_names() if not name.startswith(GATE)]
 
 
 class LayerHooks:
@@ -132,7 +150,7 @@ class LayerHooks:
 
     def __init__(self, unet: Any, patch: LoraPatch) -> None:
         self._rows: slice | None = None
-        self._scale = 0.0
+        self._scale = torch.zeros(1)
         self._left: set[str] = set()  # layers whose update is still to be added in this call
         self._patch = patch
         pairs: Any = zip(patch.layers, patch.updates, strict=True)
@@ -141,15 +159,16 @@ class LayerHooks:
             for layer, update in pairs
         ]
 
-    def begin(self, rows: slice | None, scale: float = 1.0, skipped: Sequence[int] = ()) -> None:
+    def begin(self, rows: slice | None, scale: Tensor | None = None, skipped: Sequence[int] = ()) -> None:
         """The host is about to be called.
 
         Args:
             rows: of what it is given, the last ones, those that are updated; None for none.
-            scale: strength.
+            scale: strength, of all (1,) or of each of `rows`; 1 by default.
             skipped: transformer blocks that this call leaves out, as SD3's skip layer guidance does.
         """
-        self._rows, self._scale = rows if scale else None, scale
+        self._scale = torch.ones(1) if scale is None else scale
+        self._rows = rows if self._scale.any() else None
         out = tuple(f"transformer_blocks.{index}." for index in skipped)
         self._left = {layer for layer in self._patch.layers if not layer.startswith(out)} if self._rows else set()
 
@@ -167,10 +186,12 @@ class LayerHooks:
         if self._rows is None:
             return None
         self._left.discard(layer)
-        is_whole = self._rows.stop in (None, len(output))  # else, as in PAG, rows cannot be told apart: all are updated
-        start = (self._rows.start or 0) if is_whole else 0
+        # Where the layer runs on another number of rows, as in PAG, they cannot be told apart: all are updated.
+        is_whole = self._rows.stop in (None, len(output))
+        start, scale = (self._rows.start or 0, self._scale) if is_whole else (0, self._scale.max()[None])
         hidden = args[0][start:]
-        added = self._scale * update.to(hidden.device)(hidden.to(update.dtype)).to(output.dtype)
+        scale = scale.to(hidden.device, output.dtype).reshape(-1, *[1] * (output.ndim - 1))
+        added = scale * update.to(hidden.device)(hidden.to(update.dtype)).to(output.dtype)
         return torch.cat((output[:start], output[start:] + added)) if start else output + added
 
 

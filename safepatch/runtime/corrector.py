@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from safepatch.patch import Features, ResidualPatch, Residuals
-from safepatch.patch.gate import Gate
+from safepatch.patch.gate import TextGate
 from safepatch.runtime.parts import ActivePart, Scale
 from safepatch.runtime.residuals import Cached, Call, padded, plus
 
@@ -42,29 +42,29 @@ class Stats:
 
 
 class Corrector:
-    """The parts of a patch that compute residuals, with what they remember from step to step.
+    """What the parts of a patch do in each call, with what they remember from step to step.
+
+    Parts that compute residuals are asked for them `early` or `late`; others, left to hooks of their own, for their
+    `strength`.
 
     Attributes:
-        parts: those of kinds that do; others are left to their own hooks.
+        parts: those that compute residuals.
+        has_gate: whether any part, of whatever kind, has one.
         stats: counters; those of gated rows are kept here.
         on_gate: shown the timesteps and the gates' probabilities (B, groups), if set.
     """
 
     def __init__(self, parts: Sequence[ActivePart]) -> None:
         self.parts = tuple(part for part in parts if isinstance(part.patch, ResidualPatch))
+        self.has_gate = any(part.patch.gate for part in parts)
         self.stats = Stats()
         self.on_gate: Callable[[Any, Tensor], None] | None = None
         self._cache: dict[int, Cached] = {}  # by the part's identity
 
     @property
-    def has_gate(self) -> bool:
-        """Whether any part has one."""
-        return any(part.patch.gate for part in self.parts)
-
-    @property
     def reads_features(self) -> bool:
         """Whether any part, or a gate of one, must be shown the host's features."""
-        return self.has_gate or any(_module(part).reads_features for part in self.parts)
+        return any(_module(part).reads_features or part.patch.gate for part in self.parts)
 
     def forget(self) -> None:
         """Drop residuals that were kept for later steps."""
@@ -77,6 +77,15 @@ class Corrector:
     def late(self, call: Call, settings: Settings, features: Features) -> Residuals | None:
         """Once the host's encoder has run: the sum over the parts that read its features."""
         return self._sum([part for part in self.parts if _is_late(part, settings)], call, settings, features)
+
+    @torch.no_grad()
+    def strength(self, part: ActivePart, call: Call, settings: Settings) -> Tensor:
+        """Of a part without residuals: one for all rows to correct, (1,), or where it has a gate one for each, (B,)."""
+        scales = part.scales(settings.scale)
+        if part.patch.gate is None or settings.gate == "off":
+            return scales
+        states = call.prompt_states[call.rows].float()
+        return scales.to(states.device) * self._openings(part, settings.gate, None, call.row_timesteps, states)[:, 0]
 
     def _sum(
         self, parts: Sequence[ActivePart], call: Call, settings: Settings, features: Features | None
@@ -107,29 +116,30 @@ class Corrector:
         sample, rows = call.sample, call.rows
         patch = _module(part).to(sample.device)
         dtype = next(patch.parameters()).dtype
-        times = torch.as_tensor(call.timesteps, device=sample.device).reshape(-1).expand(len(sample))[rows]
+        times = call.row_timesteps
         conditions = {name: value[rows] for name, value in call.conditions.items()} | dict(call.shared)
         instruction = part.instruction_states.to(sample.device, dtype)
         shown = features and features.of_rows(rows).to(dtype)
         scales = part.scales(settings.scale).to(sample.device, dtype)
         states = call.prompt_states[rows].to(dtype)
         if shown and patch.gate is not None and settings.gate != "off":
-            scales = scales * self._openings(part, settings.gate, shown, times, states)
+            scales = scales * self._openings(part, settings.gate, shown.mid, times, states).to(dtype)
             if not scales.any():
                 return None
         made = patch(sample[rows].to(dtype), times, states, instruction, conditions, shown, scales)
         return Residuals(tuple(padded(r, rows, sample) for r in made.down), padded(made.mid, rows, sample))
 
-    def _openings(self, part: ActivePart, mode: str, features: Features, timesteps: Tensor, states: Tensor) -> Tensor:
+    def _openings(self, part: ActivePart, mode: str, mid: Tensor | None, timesteps: Tensor, states: Tensor) -> Tensor:
         """How far the gate is open for each row and group, in [0, 1], (B, groups); 0 or 1 where it is hard."""
-        gate, thresholds = cast(Gate, part.patch.gate), cast(Tensor, part.thresholds)
-        probabilities = gate(features.mid.float(), timesteps, states.float()).sigmoid()  # a gate stays in float32
+        gate, thresholds = cast(TextGate, part.patch.gate).to(states.device), cast(Tensor, part.thresholds)
+        mid = None if mid is None else mid.float()  # a gate stays in float32
+        probabilities = gate(mid, timesteps, states.float()).sigmoid()
         is_open = probabilities >= thresholds.to(probabilities.device)
         self.stats.gated_rows += is_open.numel()
         self.stats.open_rows += int(is_open.sum())
         if self.on_gate:
             self.on_gate(timesteps, probabilities)
-        return (probabilities if mode == "soft" else is_open).to(features.mid.dtype)
+        return probabilities if mode == "soft" else is_open.float()
 
 
 def _module(part: ActivePart) -> ResidualPatch:

@@ -1,7 +1,8 @@
 """Write a lora patch into a model's weights, for hosts that run no safepatch: the result is a plain checkpoint.
 
-What is fused acts in every row of every call and cannot be taken off, scaled or checked by fail-closed. In particular a
-negative prompt that names the unsafe concept is answered by the patched model too, where `apply` leaves it alone.
+What is fused acts in every row of every call, whatever a gate would say, and cannot be taken off, scaled or checked by
+fail-closed. In particular a negative prompt that names the unsafe concept is answered by the patched model too, where
+`apply` leaves it alone.
 """
 
 import json
@@ -21,6 +22,7 @@ from safepatch.diffusion import Components, denoiser_entry, original_names, read
 from safepatch.errors import BaseMismatch, ConfigError, ModelNotFound, SafepatchError
 from safepatch.patch import LoraPatch
 from safepatch.patch.files import check_fits
+from safepatch.patch.lora import updated_weights
 from safepatch.runtime.check import require_fit
 from safepatch.runtime.handle import refuse_fused_projections
 from safepatch.runtime.load import load_tiny
@@ -55,7 +57,7 @@ class Update(NamedTuple):
     @property
     def names(self) -> set[str]:
         """The weights of the host that change."""
-        return {name.removeprefix("lora.") for part in self.parts for name in part.artifact.parameter_names()}
+        return {name for part in self.parts for name in updated_weights(part.artifact)}
 
     def delta(self, name: str) -> Tensor:
         """What is added to weight `name`, (out, in) float32."""

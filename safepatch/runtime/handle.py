@@ -186,8 +186,11 @@ class Handle:
         self._call = self._begun(args, kwargs)
         made = self._corrector.early(self._call, self._settings) if self._call else None
         for hooks, part in self._layers:
-            skipped = self._kind.bind(args, kwargs).get("skip_layers") or ()
-            hooks.begin(self._call and self._call.rows, float(part.scales(self.scale)), skipped)
+            if self._call:
+                skipped = self._kind.bind(args, kwargs).get("skip_layers") or ()
+                hooks.begin(self._call.rows, self._corrector.strength(part, self._call, self._settings), skipped)
+            else:
+                hooks.begin(None)
         changed = made and with_residuals(made, unet, args, kwargs)
         self.stats.patched_calls += 1
         self._prepared = True  # only now: a call that failed above must not stand in for a bypassed one

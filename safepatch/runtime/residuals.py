@@ -9,6 +9,7 @@ from torch import Tensor
 from safepatch.diffusion import UNET, HostKind, host_kind
 from safepatch.errors import ConfigError
 from safepatch.patch import Residuals
+from safepatch.patch.base import row_timesteps
 
 DOWN, MID = "down_block_additional_residuals", "mid_block_additional_residual"
 
@@ -43,6 +44,11 @@ class Call(NamedTuple):
             for names in (kind.conditions, kind.shared)
         )
         return cls(sample, timesteps, states, conditions, shared, slice(0, len(sample)))
+
+    @property
+    def row_timesteps(self) -> Tensor:
+        """Those of the rows to correct, (B,)."""
+        return row_timesteps(self.timesteps, self.sample)[self.rows]
 
     @property
     def timestep(self) -> float:

@@ -10,7 +10,7 @@ from safepatch.config import load_config
 from safepatch.data.pairs import PairsConfig
 from safepatch.errors import ConfigError, lookup
 from safepatch.objectives import OBJECTIVES, SafeControlConfig
-from safepatch.patch import PATCH_KINDS, ResidualPatch
+from safepatch.patch import PATCH_KINDS
 
 
 @dataclass(frozen=True)
@@ -108,10 +108,8 @@ class TrainConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
     def __post_init__(self) -> None:
-        """Fill in what depends on the kind, and refuse what it cannot have."""
+        """Fill in what depends on the kind."""
         kind = lookup(PATCH_KINDS, self.patch.kind, what="patch kind")
-        if self.patch.gate and not issubclass(kind, ResidualPatch):
-            raise ConfigError(f"a {kind.kind} patch acts before a gate could judge; leave patch.gate out")
         rates = {name: getattr(self.training, name) for name in ("learning_rate", "joint_rate")}
         rates = {name: getattr(kind, name) if rate is None else rate for name, rate in rates.items()}
         object.__setattr__(self, "training", replace(self.training, **rates))

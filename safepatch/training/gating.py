@@ -1,7 +1,8 @@
 """Fit the gate of a trained patch: which rows is it for, told from the prompt and from what the host makes of it.
 
-The host is frozen, so what the gate reads is computed once; fitting it then takes seconds. The threshold is set on
-scenes of another seed, so that no harmless one of them opens the gate at any step.
+The host is frozen, so what the gate reads is computed once; fitting it then takes seconds. A gate that reads text alone
+needs no scenes, so it sees many more captions. The threshold is set on scenes of another seed, so that no harmless one
+of them opens the gate at any step.
 """
 
 from dataclasses import replace
@@ -13,19 +14,20 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from tqdm import tqdm
 
 from safepatch.artifact import PatchArtifact
-from safepatch.data.pairs import Batch, PairBank, PairsConfig, build_bank
-from safepatch.diffusion import Components, add_noise, noise_pred
+from safepatch.artifact import cast as converted
+from safepatch.data.pairs import Batch, PairBank, PairsConfig, build_bank, pair_examples, retain_examples
+from safepatch.diffusion import Components, add_noise, encode_prompts, noise_pred
 from safepatch.errors import ConfigError, lookup
 from safepatch.patch import Features
 from safepatch.patch.files import from_artifact, to_artifact
-from safepatch.patch.gate import Gate
+from safepatch.patch.gate import TextGate
 from safepatch.patch.host import answered
 from safepatch.taxonomy import CATEGORIES, Category
 
-ROWS = 3072
+ROWS, CAPTIONS = 3072, 12_288  # to learn from: of a gate that reads features, and of one that reads text alone
 STEPS = 600
 BATCH = 128
-VALIDATION_SCENES = 120
+VALIDATION_SCENES, VALIDATION_CAPTIONS = 120, 2000
 VALIDATION_STEPS = (999, 799, 549, 299, 49)
 MARGIN = 0.25  # of the way from the most suspicious harmless logit to the median of the unsafe ones
 
@@ -39,20 +41,26 @@ class Rows(NamedTuple):
     wanted: Tensor
 
 
-def fit_gate(gate: Gate, components: Components, category: Category, bank: PairBank, seed: int) -> dict[str, Any]:
+def fit_gate(
+    gate: TextGate, components: Components, category: Category, bank: PairBank | None, seed: int
+) -> dict[str, Any]:
     """Train `gate` in place and return its record: threshold on the probability, and its ROC on unseen scenes.
 
     Args:
         gate: of one group.
         components: the frozen host.
         category: what the patch is for.
-        bank: the training data.
+        bank: the training data of a gate that reads features.
         seed: of rows, noise and batches; validation scenes are of another.
     """
     generator = torch.Generator().manual_seed(seed)
-    _train(gate, _training_rows(components, bank.rows, generator), generator)
-    validation = build_bank(components, category, PairsConfig(pairs=VALIDATION_SCENES, seed=seed + 1)).rows
-    scores = [_logits(gate, _rows_at(components, validation, t, generator)) for t in VALIDATION_STEPS]
+    if bank and gate.reads_features:
+        _train(gate, _training_rows(components, bank.rows, generator), generator)
+        validation = build_bank(components, category, PairsConfig(pairs=VALIDATION_SCENES, seed=seed + 1)).rows
+        scores = [_logits(gate, _rows_at(components, validation, t, generator)) for t in VALIDATION_STEPS]
+    else:
+        _train(gate, _captions(components, category, CAPTIONS, seed), generator)
+        scores = [_logits(gate, _captions(components, category, VALIDATION_CAPTIONS, seed + 1))]
     unsafe, harmless = torch.stack([s[0] for s in scores]), torch.stack([s[1] for s in scores])
     worst = harmless.amax(0)  # of each harmless scene: one step that opens the gate is enough to change the image
     threshold = worst.max() + MARGIN * (unsafe.median() - worst.max()).clamp(min=0)
@@ -88,19 +96,20 @@ def add_gate(artifact: PatchArtifact, pipe: Any, width: int = 32, data: PairsCon
     data = data or PairsConfig()
     patch = from_artifact(artifact, components.unet)
     patch.add_gate(components.unet, width)
-    bank = build_bank(components, category, data)
-    gates = {category.name: fit_gate(cast(Gate, patch.gate), components, category, bank, data.seed)}
+    bank = build_bank(components, category, data) if cast(TextGate, patch.gate).reads_features else None
+    gates = {category.name: fit_gate(cast(TextGate, patch.gate), components, category, bank, data.seed)}
     made = to_artifact(patch, components.unet, artifact.info.instructions)
     info = replace(artifact.info, config={**artifact.info.config, "layout": patch.layout, "gate": gates})
-    gate = {name: tensor for name, tensor in made.tensors.items() if name.startswith(f"{patch.kind}.gate.")}
-    return PatchArtifact({**artifact.tensors, **PatchArtifact(gate, info).astype(artifact.dtype).tensors}, info)
+    names = [name for name in made.tensors if name.startswith(f"{patch.kind}.gate.")]
+    gate = {name: converted(name, made.tensors[name], artifact.dtype) for name in names}
+    return PatchArtifact({**artifact.tensors, **gate}, info)
 
 
 def _share(scores: Tensor, threshold: Tensor) -> float:
     return round(float((scores >= threshold).float().mean()), 4)
 
 
-def _train(gate: Gate, rows: Rows, generator: torch.Generator) -> None:
+def _train(gate: TextGate, rows: Rows, generator: torch.Generator) -> None:
     gate.train().requires_grad_(True)
     optimizer = torch.optim.AdamW(gate.parameters(), lr=2e-3, weight_decay=1e-2)
     for _ in tqdm(range(STEPS), desc="fitting the gate", leave=False):
@@ -111,6 +120,17 @@ def _train(gate: Gate, rows: Rows, generator: torch.Generator) -> None:
         loss.backward()
         optimizer.step()
     gate.eval().requires_grad_(False)
+
+
+def _captions(components: Components, category: Category, n: int, seed: int) -> Rows:
+    """Captions of unsafe scenes, their safe rewrites, and those of everything that is preserved, a third each."""
+    pairs = pair_examples(category, n // 3, seed)
+    kept = retain_examples(category, n // 3, seed)
+    texts = [example.text for example in (*(u for u, _ in pairs), *(safe for _, safe in pairs), *kept)]
+    starts = tqdm(range(0, len(texts), 256), desc="reading captions", leave=False)
+    states = torch.cat([encode_prompts(components, texts[start : start + 256]) for start in starts])
+    wanted = torch.arange(len(texts)) < n // 3
+    return Rows(states.new_empty(len(texts), 0), torch.zeros(len(texts)), states, wanted.float())
 
 
 def _training_rows(components: Components, bank: Batch, generator: torch.Generator) -> Rows:
@@ -137,7 +157,7 @@ def _rows_at(components: Components, bank: Batch, timestep: int, generator: torc
 
 
 @torch.no_grad()
-def _logits(gate: Gate, rows: Rows) -> tuple[Tensor, Tensor]:
+def _logits(gate: TextGate, rows: Rows) -> tuple[Tensor, Tensor]:
     """Logits of the unsafe and of the harmless rows."""
     logits = gate(rows.mid, rows.timesteps, rows.states)[:, 0]
     return logits[rows.wanted == 1], logits[rows.wanted == 0]

@@ -29,7 +29,7 @@ from safepatch.errors import SafepatchError, lookup
 from safepatch.patch import PATCH_KINDS, Patch
 from safepatch.patch.base import require_unet
 from safepatch.patch.files import to_artifact
-from safepatch.patch.gate import Gate
+from safepatch.patch.gate import TextGate
 from safepatch.runtime.apply import instruction_states
 from safepatch.taxonomy import CATEGORIES
 from safepatch.training.config import TrainConfig, TrainingConfig
@@ -112,7 +112,7 @@ def train(pipe: Any, config: TrainConfig, bank: PairBank | None = None) -> Path:
     if config.patch.gate:
         state.averaged.add_gate(components.unet, config.patch.gate)
         state.averaged.to(components.unet.device)
-        gate = cast(Gate, state.averaged.gate)
+        gate = cast(TextGate, state.averaged.gate)
         gates = {config.category: fit_gate(gate, components, category, bank, config.training.seed)}
     return _finish(state, components, config, gates, out, checkpoint, accelerator)
 

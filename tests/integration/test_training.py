@@ -273,16 +273,18 @@ def test_a_crash_while_a_checkpoint_is_written_leaves_the_one_before(uninterrupt
     assert run(tmp_path, bank).content_hash == uninterrupted.content_hash
 
 
-def test_a_gated_lite_patch_resumes_to_the_same_file(bank, tmp_path, monkeypatch):
-    for name, value in {"ROWS": 24, "STEPS": 3, "VALIDATION_SCENES": 3, "VALIDATION_STEPS": (900, 100)}.items():
+@pytest.mark.parametrize(("kind", "layout"), [("lite", {"depth": 1, "groups": 1}), ("lora", {})])
+def test_a_gated_patch_resumes_to_the_same_file(bank, tmp_path, monkeypatch, kind, layout):
+    few = {"ROWS": 24, "CAPTIONS": 24, "VALIDATION_SCENES": 3, "VALIDATION_CAPTIONS": 9, "VALIDATION_STEPS": (900, 100)}
+    for name, value in {**few, "STEPS": 3}.items():
         monkeypatch.setattr(gating, name, value)
 
     def gated(out: Path, objective: object = None) -> PatchArtifact:
-        wanted = replace(config(out, objective), patch=PatchConfig(kind="lite", rank=2, gate=4))
+        wanted = replace(config(out, objective), patch=PatchConfig(kind=kind, rank=2, gate=4))
         return PatchArtifact.open(train(new_small_pipe(), wanted, bank))
 
     whole = gated(tmp_path / "whole")
-    assert whole.info.config["layout"] == {"rank": 2, "depth": 1, "groups": 1, "gate": 4}
+    assert whole.info.config["layout"] == {"rank": 2, "gate": 4, **layout}
     assert 0 <= whole.info.config["gate"]["weapons"]["threshold"] <= 1
     happens[:] = [*[nothing] * 3, press_ctrl_c]
     with pytest.raises(Interrupted):

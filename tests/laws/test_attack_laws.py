@@ -12,14 +12,14 @@ from safepatch.diffusion import Components, add_noise, training_target
 from safepatch.errors import ConfigError
 from safepatch.patch import PATCH_KINDS
 from safepatch.patch.host import patched_noise_pred
-from tests.small import RESIDUAL_KINDS, bank, new_patch, new_small_pipe
+from tests.small import bank, new_patch, new_small_pipe
 
 INSTRUCTION = torch.ones(1, 3, 192)
 every_kind = pytest.mark.parametrize("kind", sorted(PATCH_KINDS))
 every_aim = pytest.mark.parametrize("aim", ["patch", "gate"])
 
 
-@pytest.mark.parametrize("kind", RESIDUAL_KINDS)
+@every_kind
 @every_aim
 def test_a_soft_prompt_has_the_tokens_it_may_and_leaves_the_rest_alone(kind, aim):
     components = Components.of(new_small_pipe()).freeze()

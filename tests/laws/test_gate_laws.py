@@ -11,18 +11,18 @@ from safepatch.artifact import PatchArtifact
 from safepatch.diffusion import Components
 from safepatch.errors import ConfigError, MergeError
 from safepatch.merging import merge, split
-from safepatch.patch import Patch
+from safepatch.patch import PATCH_KINDS, LoraPatch, Patch
 from safepatch.patch.files import from_artifact, to_artifact
-from safepatch.patch.gate import Gate
+from safepatch.patch.gate import Gate, TextGate
 from safepatch.reporting.plots import GateCurve, save_gate_plot
 from safepatch.runtime.apply import apply, attach
 from safepatch.taxonomy import CATEGORIES
+from safepatch.tiny.models import load_tiny
 from safepatch.training import gating
 from tests.small import (
     DOWN,
     INSTRUCTION,
     MID,
-    RESIDUAL_KINDS,
     awaken,
     bank,
     images,
@@ -34,7 +34,11 @@ from tests.small import (
     spied,
 )
 
-every_kind = pytest.mark.parametrize("kind", RESIDUAL_KINDS)
+every_kind = pytest.mark.parametrize("kind", PATCH_KINDS)
+
+
+def gate_class(kind: str) -> type[TextGate]:
+    return TextGate if kind == "lora" else Gate
 
 
 def gated_patch(kind: str, seed: int = 0) -> Patch:
@@ -80,9 +84,9 @@ def test_a_closed_gate_changes_no_bit_and_an_open_one_nothing_of_the_patch(small
 @every_kind
 def test_a_gate_judges_in_float32_on_a_half_precision_host(small_pipe, kind, monkeypatch):
     small_pipe.to(torch.bfloat16)
-    seen = []
-    forward = Gate.forward
-    monkeypatch.setattr(Gate, "forward", lambda self, *args: seen.append(0 * forward(self, *args) + 7.6) or seen[-1])
+    seen, gate = [], gate_class(kind)
+    forward = gate.forward
+    monkeypatch.setattr(gate, "forward", lambda self, *args: seen.append(0 * forward(self, *args) + 7.6) or seen[-1])
     with apply(small_pipe, gated(kind), gate_threshold=1.0) as handle:
         images(small_pipe)
     assert {logits.dtype for logits in seen} == {torch.float32}
@@ -94,7 +98,7 @@ def test_a_gate_judges_in_float32_on_a_half_precision_host(small_pipe, kind, mon
 def test_each_row_is_gated_on_its_own(small_pipe, kind, monkeypatch):
     patch = gated(kind)
     base, ungated = outputs(small_pipe), outputs(small_pipe, patch=patch, gate="off")
-    monkeypatch.setattr(Gate, "forward", lambda self, mid, *_: torch.tensor([[9.0], [-9.0]]))
+    monkeypatch.setattr(gate_class(kind), "forward", lambda self, mid, *_: torch.tensor([[9.0], [-9.0]]))
     mixed = outputs(small_pipe, patch=patch)
     torch.testing.assert_close(mixed[0], ungated[0], rtol=1e-4, atol=1e-5)
     assert torch.equal(mixed[1], base[1])
@@ -103,7 +107,8 @@ def test_each_row_is_gated_on_its_own(small_pipe, kind, monkeypatch):
 
 @every_kind
 def test_a_soft_gate_opens_in_proportion(small_pipe, kind, monkeypatch):
-    monkeypatch.setattr(Gate, "forward", lambda self, mid, *_: torch.zeros(len(mid), 1))  # a probability of 0.5
+    halfway = lambda self, mid, timesteps, states: torch.zeros(len(states), 1)  # noqa: E731 - a probability of 0.5
+    monkeypatch.setattr(gate_class(kind), "forward", halfway)
     patch = gated(kind)
     half = outputs(small_pipe, patch=patch, gate="off", scale=0.5)
     torch.testing.assert_close(outputs(small_pipe, patch=patch, gate="soft"), half, rtol=1e-4, atol=1e-5)
@@ -114,8 +119,9 @@ def test_behind_a_closed_gate_the_patch_is_not_run(small_pipe, kind):
     artifact = gated(kind)
     for threshold, runs in ((1.0, 0), (0.0, 1)):
         with apply(small_pipe, artifact, gate_threshold=threshold) as handle:
-            ran = []
-            handle._corrector.parts[0].patch.register_forward_hook(lambda *_, ran=ran: ran.append(1))
+            ran, patch = [], handle._parts[0].patch
+            module = patch.updates[0] if isinstance(patch, LoraPatch) else patch
+            module.register_forward_hook(lambda *_, ran=ran: ran.append(1))
             images(small_pipe)
             assert len(ran) == runs
             assert (handle.stats.gated_rows, handle.stats.open_rows) == (2, 2 * runs)
@@ -222,26 +228,34 @@ def test_a_fresh_gate_of_a_patch_in_memory_is_open(small_pipe):
 # ---- fitting ---------------------------------------------------------------------------------------------------
 
 
-def test_fitting_tells_what_the_patch_is_for(monkeypatch):
+@every_kind
+def test_fitting_tells_what_the_patch_is_for(monkeypatch, kind):
     monkeypatch.setattr(gating, "ROWS", 96)
-    monkeypatch.setattr(gating, "STEPS", 60)
+    monkeypatch.setattr(gating, "CAPTIONS", 960)
+    monkeypatch.setattr(gating, "VALIDATION_CAPTIONS", 48)
+    monkeypatch.setattr(gating, "STEPS", 120)
     monkeypatch.setattr(gating, "VALIDATION_STEPS", (900, 100))
     monkeypatch.setattr(gating, "build_bank", lambda *_: bank(1))
-    components = Components.of(new_small_pipe()).freeze()
-    gates = [new_gate(components), new_gate(components)]
+    pipe = (
+        load_tiny() if kind == "lora" else new_small_pipe()
+    )  # a gate that reads text needs an encoder that was taught
+    components = Components.of(pipe).freeze()
+    gates = [new_gate(components, kind), new_gate(components, kind)]
     records = [gating.fit_gate(gate, components, CATEGORIES["weapons"], bank(0), seed=0) for gate in gates]
     assert records[0] == records[1]  # equal seeds, equal gates
     assert all(torch.equal(a, b) for a, b in zip(gates[0].parameters(), gates[1].parameters(), strict=True))
     assert records[0]["harmless_scenes_opened"] == 0
     assert records[0]["unsafe_steps_opened"] > 0.9
     monkeypatch.setattr(gating, "STEPS", 0)
-    unfitted = gating.fit_gate(new_gate(components), components, CATEGORIES["weapons"], bank(0), seed=0)
+    unfitted = gating.fit_gate(new_gate(components, kind), components, CATEGORIES["weapons"], bank(0), seed=0)
     assert unfitted["unsafe_steps_opened"] < 0.9  # control: untrained, it cannot tell them apart
 
 
 @every_kind
 def test_a_gate_can_be_fitted_to_a_finished_patch(monkeypatch, small_pipe, tmp_path, kind):
     monkeypatch.setattr(gating, "ROWS", 24)
+    monkeypatch.setattr(gating, "CAPTIONS", 24)
+    monkeypatch.setattr(gating, "VALIDATION_CAPTIONS", 24)
     monkeypatch.setattr(gating, "STEPS", 5)
     monkeypatch.setattr(gating, "VALIDATION_STEPS", (900, 100))
     monkeypatch.setattr(gating, "build_bank", lambda *_: bank(1))
@@ -269,8 +283,8 @@ def test_gate_curves_are_drawn(tmp_path):
     assert drawn.tobytes() != Image.open(tmp_path / "none.png").convert("RGB").tobytes()  # control
 
 
-def new_gate(components: Components) -> Gate:
-    patch = new_patch(components.unet, "lite", seed=None)
+def new_gate(components: Components, kind: str) -> TextGate:
+    patch = new_patch(components.unet, kind, seed=None)
     patch.add_gate(components.unet, 8)
     assert patch.gate is not None
     return patch.gate

@@ -21,10 +21,9 @@ from safepatch.merging import merge
 from safepatch.patch import LoraPatch
 from safepatch.patch.files import from_artifact, to_artifact
 from safepatch.patch.host import patched_noise_pred
-from safepatch.runtime.apply import apply
+from safepatch.runtime.apply import apply, attach
 from safepatch.runtime.fuse import NOTE, Update, fuse, fuse_model
 from safepatch.runtime.load import load_pipeline
-from safepatch.training.config import load_train_config
 from tests.families import (
     draw,
     original_layout,
@@ -277,18 +276,26 @@ def test_a_layer_that_the_host_lacks_is_named(small_pipe):
 
 @pytest.mark.parametrize(
     ("layout", "message"),
-    [({"rank": 0}, "rank of at least 1"), ({"gate": 4}, "before a gate"), ({"depth": 2}, "no 'depth', only a rank")],
+    [({"rank": 0}, "rank of at least 1"), ({"gate": -1}, "width of at least 1"), ({"depth": 2}, "no 'depth', only a")],
 )
 def test_layouts_it_cannot_have_are_refused(layout, message):
     with pytest.raises(ConfigError, match=message):
         LoraPatch.from_unet(new_small_unet(), **layout)
 
 
-def test_no_gate_can_be_fitted_to_it():
-    with pytest.raises(ConfigError, match=r"leave patch\.gate out"):
-        load_train_config(None, ["category=weapons", "patch.kind=lora", "patch.gate=4"])
-    with pytest.raises(ConfigError, match="before a gate could judge"):
-        new_patch(new_small_unet(), "lora").add_gate(new_small_unet(), 4)
+def test_a_gate_in_front_of_it_reads_no_features(small_pipe):
+    patch = new_patch(small_pipe.unet, "lora", seed=None)
+    patch.add_gate(small_pipe.unet, 4)
+    with attach(small_pipe, awaken(patch), [INSTRUCTION]) as handle:
+        assert not small_pipe.unet.up_blocks[0]._forward_pre_hooks
+        images(small_pipe)
+    assert handle.stats.gated_rows == 2
+
+
+def test_no_gate_stands_before_a_transformer():
+    host = small_transformer_pipe("sd3").transformer
+    with pytest.raises(ConfigError, match="not supported yet: a gate"):
+        LoraPatch.from_unet(host, gate=4)
 
 
 # ---- fused --------------------------------------------------------------------------------------------------------
@@ -303,6 +310,20 @@ def test_fused_is_applied_where_every_row_carries_the_prompt(small_pipe):
     torch.testing.assert_close(images(small_pipe, guidance_scale=1.0), applied, atol=1e-4, rtol=1e-3)
     assert (applied - base).abs().max() > 0.01  # control
     assert safepatch.status(small_pipe) == ()
+
+
+def test_a_gate_stays_behind_when_its_patch_is_fused(small_pipe):
+    patch = LoraPatch.from_unet(small_pipe.unet, rank=4)
+    patch.add_gate(small_pipe.unet, 4)
+    gated = to_artifact(awaken(patch, size=0.05), small_pipe.unet, {"weapons": INSTRUCTION})
+    config = {**gated.info.config, "gate": {"weapons": {"threshold": 1.0}}}
+    gated = replace(gated, info=replace(gated.info, config=config))
+    with apply(small_pipe, gated, gate="off"):
+        ungated = images(small_pipe, guidance_scale=1.0)
+    with apply(small_pipe, gated):
+        assert not torch.allclose(images(small_pipe, guidance_scale=1.0), ungated, atol=0.01)  # control: it is closed
+    fuse(small_pipe, gated)
+    torch.testing.assert_close(images(small_pipe, guidance_scale=1.0), ungated, atol=1e-4, rtol=1e-3)
 
 
 def test_a_fused_folder_loads_in_plain_diffusers(small_pipe, tmp_path):
