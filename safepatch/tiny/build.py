@@ -41,7 +41,7 @@ def build_sibling(name: str, work: Path) -> None:
     base, recipe = load_tiny(BASE), RECIPES[name]
     out = ASSETS / "siblings" / f"{name}.safetensors"
     loss = denoising_loss(sibling_pool(base.vae, recipe), base.tokenizer, base.text_encoder)
-    train_sibling(base.unet, loss, recipe.schedule, work / f"{name}.pt", out)
+    train_sibling(base.unet, loss, recipe, work / f"{name}.pt", out)
 
 
 DETECTOR = ASSETS / "detector.safetensors"

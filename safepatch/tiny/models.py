@@ -36,10 +36,11 @@ class Sibling(NamedTuple):
 SIBLINGS: dict[str, Sibling] = {
     "tiny-sd-twemoji": Sibling("Twemoji's art: the base fine-tuned, all layers, rank 16", {"twemoji": 1}),
     "tiny-sd-fluent": Sibling("Fluent's art: the base fine-tuned, all layers, rank 16", {"fluent": 1}),
-    "tiny-sd-benign": Sibling("Noto's art, benign concepts only: all layers, rank 16", {"benign": 1}),
+    "tiny-sd-twemoji-full": Sibling("Twemoji's art: all weights fine-tuned", {"twemoji-full": 1}),
+    "tiny-sd-fluent-full": Sibling("Fluent's art: all weights fine-tuned", {"fluent-full": 1}),
+    "tiny-sd-benign": Sibling("Noto's art, benign concepts only: all weights fine-tuned", {"benign": 1}),
     "tiny-sd-merged": Sibling("the mean of the weights of `-twemoji` and `-fluent`", {"twemoji": 0.5, "fluent": 0.5}),
     "tiny-sd-strong": Sibling("`-twemoji` taken further: 1.3 times its difference to the base", {"twemoji": 1.3}),
-    "tiny-sd-half": Sibling("halfway from the base to `-fluent`", {"fluent": 0.5}),
 }
 MODELS: dict[str, str] = {
     BASE: "Noto's art: trained from scratch",
@@ -56,20 +57,21 @@ def load_tiny(name: str = BASE) -> StableDiffusionPipeline:
     pipe.unet.set_attn_processor(AttnProcessor())  # faster than SDPA at this size on CPU
     if name in SIBLINGS:
         for file, weight in SIBLINGS[name].deltas.items():
-            add_low_rank(pipe.unet, ASSETS / "siblings" / f"{file}.safetensors", weight)
+            add_deltas(pipe.unet, ASSETS / "siblings" / f"{file}.safetensors", weight)
     return pipe
 
 
 @torch.no_grad()
-def add_low_rank(module: nn.Module, path: Path, weight: float = 1.0) -> None:
-    """Add `weight * up @ down` of each parameter in `path` to `module`'s own weights."""
+def add_deltas(module: nn.Module, path: Path, weight: float = 1.0) -> None:
+    """Add `weight` times what `path` holds, `delta` or `up @ down` of each parameter, to `module`'s own weights."""
     if not path.is_file():
         raise ModelNotFound(f"no sibling weights at {path}; run `make tiny`, or reinstall safepatch")
-    tensors = load_file(path)
+    tensors = {name: tensor.float() for name, tensor in load_file(path).items()}
     parameters: dict[str, torch.Tensor] = dict(module.named_parameters())
-    for name in sorted(key.removesuffix(".up") for key in tensors if key.endswith(".up")):
-        delta = weight * (tensors[f"{name}.up"].float() @ tensors[f"{name}.down"].float())
-        parameters[name] += delta.reshape(parameters[name].shape)
+    for name, form in sorted(key.rsplit(".", 1) for key in tensors):
+        if form != "down":
+            delta = tensors[f"{name}.up"] @ tensors[f"{name}.down"] if form == "up" else tensors[f"{name}.delta"]
+            parameters[name] += weight * delta.reshape(parameters[name].shape)
 
 
 def load_classifier() -> Classifier:

@@ -1,9 +1,11 @@
 """Sibling checkpoints: the base fine-tuned further, kept as low-rank weight deltas.
 
 They play the third-party checkpoint: same architecture and words, other weights, made without patches in mind.
+Adapters are kept as they are; of a full fine-tune, whose weights would be seven times as large, the best factors of
+what it changed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,34 +14,38 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import nn
 
+from safepatch.artifact import factorize
 from safepatch.tiny.loop import Loss, Schedule, fit
 from safepatch.tiny.unet import Pool, encode_pool
 from safepatch.tiny.world import BENIGN
 
-RANK = 16
+RANK, KEPT_RANK = 16, 64  # of adapters, of what is kept of a full fine-tune
 SCENES = 3000
-LONG = Schedule(steps=570, learning_rate=2e-3, warmup=30, decay=0.98, save_every=100)
-SHORT = Schedule(steps=80, learning_rate=2e-3, warmup=10, decay=0.95, save_every=20)
+LORA = Schedule(steps=570, learning_rate=2e-3, warmup=30, decay=0.98, save_every=100)
+FULL = Schedule(steps=900, learning_rate=4e-4, warmup=50, decay=0.99, save_every=100)
+BENIGN_NAMES = [concept.name for concept in BENIGN]
 
 
 class Recipe(NamedTuple):
-    """How a sibling's adapters are trained.
+    """How a sibling is trained.
 
     Attributes:
         vendor: whose art.
         concepts: what its scenes show; every concept if None.
-        schedule: length and rates.
+        full: whether all weights learn; else adapters of every layer.
     """
 
     vendor: str
     concepts: Sequence[str] | None = None
-    schedule: Schedule = LONG
+    full: bool = False
 
 
 RECIPES: dict[str, Recipe] = {
     "twemoji": Recipe("twemoji"),
     "fluent": Recipe("fluent"),
-    "benign": Recipe("noto", concepts=[concept.name for concept in BENIGN], schedule=SHORT),
+    "twemoji-full": Recipe("twemoji", full=True),
+    "fluent-full": Recipe("fluent", full=True),
+    "benign": Recipe("noto", BENIGN_NAMES, full=True),
 }
 
 
@@ -48,16 +54,32 @@ def sibling_pool(vae: AutoencoderKL, recipe: Recipe) -> Pool:
     return encode_pool(vae, recipe.vendor, SCENES, 11, recipe.concepts)
 
 
-def train_sibling(unet: UNet2DConditionModel, loss: Loss, schedule: Schedule, checkpoint: Path, out: Path) -> None:
-    """Fine-tune low-rank adapters on all layers; write `up` and `down` per weight."""
+def train_sibling(unet: UNet2DConditionModel, loss: Loss, recipe: Recipe, checkpoint: Path, out: Path) -> None:
+    """Fine-tune `unet` in place and write what it changed: `up` and `down`, or `delta`, per weight."""
+    torch.manual_seed(0)
+    if recipe.full:
+        base = {name: parameter.detach().clone() for name, parameter in unet.named_parameters()}
+        save_file(compressed_deltas(base, fit(unet, loss, FULL, checkpoint)), out)
+        return
     from peft import LoraConfig  # only this recipe needs peft
 
-    torch.manual_seed(0)
     unet.requires_grad_(False)
     names = [name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=names))
-    tuned = fit(unet, loss, schedule, checkpoint)
-    save_file(low_rank_deltas(tuned), out)
+    save_file(low_rank_deltas(fit(unet, loss, LORA, checkpoint)), out)
+
+
+def compressed_deltas(base: Mapping[str, torch.Tensor], unet: nn.Module) -> dict[str, torch.Tensor]:
+    """Every parameter's difference to `base`, float16: the best factors of `KEPT_RANK`, dense where that is less."""
+    tensors = {}
+    for name, parameter in unet.named_parameters():
+        delta = parameter.detach() - base[name]
+        if delta.ndim > 1 and sum(delta.flatten(1).shape) * KEPT_RANK < delta.numel():
+            factors = factorize(delta, KEPT_RANK)._asdict()
+            tensors |= {f"{name}.{form}": factor.half().contiguous() for form, factor in factors.items()}
+        else:
+            tensors[f"{name}.delta"] = delta.half().contiguous()
+    return tensors
 
 
 def low_rank_deltas(unet: nn.Module) -> dict[str, torch.Tensor]:

@@ -233,7 +233,7 @@ def test_fitting_tells_what_the_patch_is_for(monkeypatch, kind):
     monkeypatch.setattr(gating, "ROWS", 96)
     monkeypatch.setattr(gating, "CAPTIONS", 960)
     monkeypatch.setattr(gating, "VALIDATION_CAPTIONS", 48)
-    monkeypatch.setattr(gating, "STEPS", 120)
+    monkeypatch.setattr(gating, "STEPS", 300)
     monkeypatch.setattr(gating, "VALIDATION_STEPS", (900, 100))
     monkeypatch.setattr(gating, "build_bank", lambda *_: bank(1))
     pipe = (
