@@ -180,7 +180,8 @@ def measure_loading(unet: Any, folder: Path, rounds: int) -> dict[str, float]:
 
 def load(path: Path, unet: Any, dtype: torch.dtype) -> Patch:
     """The patch of a file, on `unet`."""
-    return from_artifact(PatchArtifact.open(path), unet, dtype)
+    with PatchArtifact.opened(path) as artifact:
+        return from_artifact(artifact, unet, dtype)
 
 
 def clocked_cold(path: Path, job: Callable[[], Any]) -> tuple[float, Any]:
