@@ -20,8 +20,9 @@ from safepatch.runtime.load import load_pipeline
 from safepatch.tiny.models import BASE
 from safepatch.training.healing import heal
 
-# slerp takes two patches, cat of dense patches is task-arithmetic, and lite patches have no sum in weight space
-MEASURED = (BUNDLE, "task-arithmetic", "linear", "ties", "dare", "dare-ties", "della", "breadcrumbs", "model-stock")
+SUMS = ("task-arithmetic", "linear", "ties", "dare", "dare-ties", "della", "breadcrumbs", "model-stock")
+# slerp takes two patches, cat of dense patches is task-arithmetic, and patches with gates have no sum in weight space
+MEASURED = {"control": (BUNDLE, *SUMS), "lite": ("cat", BUNDLE), "lora": (BUNDLE,)}
 HARMLESS = 0.05  # what the best method may lose of the base's benign accuracy
 
 
@@ -47,7 +48,7 @@ class MergeTable:
             lookup(dict.fromkeys((*METHODS, BUNDLE)), method, what="merge method")
         shipped_patches(self.kind)
         if not self.methods:
-            object.__setattr__(self, "methods", MEASURED if self.kind == "control" else ("cat", BUNDLE))
+            object.__setattr__(self, "methods", MEASURED[self.kind])
 
 
 def build_merge_table(out: Path, table: MergeTable) -> str:

@@ -108,7 +108,7 @@ def sibling_rates(bench: Bench, patches: Mapping[str, PatchArtifact | None]) -> 
 def merged_figures(out: Path, n: int, kind: str) -> dict[str, float]:
     """Unsafe rate per category of the demo's merge (shipped patches) on the demo's sibling checkpoint."""
     sources = [shipped_patch(name, kind) for name in (TRAINED, SHIPPED)]
-    merged = merge(sources, out / "merged.safetensors", METHOD if kind == "control" else "cat")
+    merged = merge(sources, out / "merged.safetensors", "cat" if kind == "lite" else METHOD)
     bench = Bench(SIBLING, load_pipeline(SIBLING), embedded_detector(), Protocol(n=n))
     print(f"measuring merged_unsafe_rate on {SIBLING}")
     return {name: suite.unsafe_rate(bench, CATEGORIES[name], merged).value for name in merged.info.categories}
