@@ -180,8 +180,7 @@ def measure_loading(unet: Any, folder: Path, rounds: int) -> dict[str, float]:
 
 def load(path: Path, unet: Any, dtype: torch.dtype) -> Patch:
     """The patch of a file, on `unet`."""
-    with PatchArtifact.opened(path) as artifact:
-        return from_artifact(artifact, unet, dtype)
+    return from_artifact(PatchArtifact.open(path), unet, dtype)
 
 
 def clocked_cold(path: Path, job: Callable[[], Any]) -> tuple[float, Any]:

@@ -1,9 +1,6 @@
 """A patch as one file: tensors that are deltas (zero = no effect) and everything that says what they are for."""
 
 import math
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
@@ -181,25 +178,12 @@ class PatchArtifact:
     @classmethod
     def open(cls, path: str | Path) -> "PatchArtifact":
         """Read a patch; raises `ArtifactError` when it is damaged, altered, or not a patch."""
-        with cls.opened(path) as artifact:
-            return artifact
-
-    @classmethod
-    @contextmanager
-    def opened(cls, path: str | Path) -> "Iterator[PatchArtifact]":
-        """`open`, its hash computed while the block does what it does with the patch.
-
-        Until the block has been left without an error, the patch must not be trusted.
-        """
         path = Path(path)
-        with naming(path), ThreadPoolExecutor(1) as pool:
+        with naming(path):
             header = read_header(path)
             info = PatchInfo.from_metadata(header.metadata)
-            checked = pool.submit(check_hash, path, header)
-            try:
-                yield cls(load_file(path), info)
-            finally:
-                checked.result()  # an altered file is the reason for whatever else went wrong
+            check_hash(path, header)
+            return cls(load_file(path), info)
 
 
 class Part(NamedTuple):

@@ -1,6 +1,5 @@
 """Attach a patch to somebody's pipeline; the `Handle` takes it off again, bit for bit."""
 
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +56,10 @@ def apply(
             "the UNet's weights are offloaded layer by layer, none is there to add to; use enable_model_cpu_offload()"
         )
     refuse_fused_projections(components.unet)
+    artifact = patch if isinstance(patch, PatchArtifact) else PatchArtifact.open(patch)
     if gate_threshold is not None and not 0 <= gate_threshold <= 1:
         raise ConfigError(f"gate_threshold must be within [0, 1], not {gate_threshold}")
-    with nullcontext(patch) if isinstance(patch, PatchArtifact) else PatchArtifact.opened(patch) as artifact:
-        parts = [activate(part, components, gate_threshold) for part in artifact.parts()]
+    parts = [activate(part, components, gate_threshold) for part in artifact.parts()]
     if gate_threshold is not None and not any(part.patch.gate for part in parts):
         raise ConfigError("this patch has no gate; fit one with `safepatch gate`, or leave gate_threshold out")
     return Handle(pipe, parts, scale, fail_closed, (start, end), gate, speed)
