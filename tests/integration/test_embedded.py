@@ -10,6 +10,7 @@ from diffusers import StableDiffusionPipeline
 
 from safepatch.artifact import PatchArtifact, verify
 from safepatch.data.prompts import unsafe_prompts
+from safepatch.demo import SHIPPED_KINDS, shipped_patches
 from safepatch.diffusion import generate
 from safepatch.evaluation.detectors import embedded_detector, shows_any
 from safepatch.evaluation.suite import Bench, Protocol, drift, other_unsafe_rate, prompt_accuracy, unsafe_rate
@@ -21,7 +22,7 @@ from safepatch.tiny.models import ASSETS, SIBLINGS
 
 PATCHES = Path(__file__).parents[2] / "patches"
 INDEX = json.loads((PATCHES / "index.json").read_text())
-ENTRIES = [INDEX[name] for name in CATEGORIES] + list(INDEX.get("lite", {}).values())
+ENTRIES = [entry for kind in SHIPPED_KINDS for entry in shipped_patches(kind).values()]
 
 
 @pytest.fixture(scope="module")
