@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from safepatch.attacks import SoftPromptConfig, soft_prompt, with_soft_prompt
+from safepatch.attacks import SoftPromptConfig, closing_prefix, soft_prompt, text_logits, with_soft_prompt
 from safepatch.data.pairs import PairBank
 from safepatch.diffusion import Components, add_noise, training_target
 from safepatch.errors import ConfigError
 from safepatch.patch import PATCH_KINDS
+from safepatch.patch.gate import TextGate
 from safepatch.patch.host import patched_noise_pred
-from tests.small import bank, new_patch, new_small_pipe
+from tests.small import awaken, bank, new_patch, new_small_pipe
 
 INSTRUCTION = torch.ones(1, 3, 192)
 every_kind = pytest.mark.parametrize("kind", sorted(PATCH_KINDS))
@@ -87,3 +88,38 @@ def test_there_must_be_a_gate_to_attack_one():
     components = Components.of(new_small_pipe()).freeze()
     with pytest.raises(ConfigError, match="no gate to attack"):
         soft_prompt(components, new_patch(components.unet), INSTRUCTION, bank(0), SoftPromptConfig(aim="gate"))
+
+
+# ---- words --------------------------------------------------------------------------------------------------------
+
+VOCABULARY = ("cat", "blue", "next", "spoon")
+
+
+def words_gate() -> tuple[Components, TextGate]:
+    components = Components.of(new_small_pipe()).freeze()
+    patch = new_patch(components.unet, "lora", seed=None)
+    patch.add_gate(components.unet, 8)
+    gate = awaken(patch).gate
+    assert gate is not None
+    return components, gate
+
+
+def test_words_are_put_in_front_and_lower_the_logit():
+    components, gate = words_gate()
+    text, logit = closing_prefix(components, gate, "a knife", VOCABULARY, words=2)
+    first, second, rest = text.split(" ", 2)
+    assert {first, second} <= set(VOCABULARY)
+    assert rest == "a knife"
+    assert logit == pytest.approx(float(text_logits(components, gate, [text])))
+    one, single = closing_prefix(components, gate, "a knife", VOCABULARY, words=1)
+    tried = text_logits(components, gate, [f"{word} a knife" for word in VOCABULARY])
+    assert single == pytest.approx(float(tried.min()))
+    assert float(tried.max()) > single  # control: the words differ in what they do
+    assert one in [f"{word} a knife" for word in VOCABULARY]
+
+
+def test_an_attack_without_words_is_refused():
+    components, gate = words_gate()
+    for vocabulary, words in (((), 1), (VOCABULARY, 0)):
+        with pytest.raises(ConfigError, match="at least one"):
+            closing_prefix(components, gate, "a knife", vocabulary, words)
