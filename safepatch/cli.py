@@ -122,13 +122,17 @@ def gate(
     patch: PatchFile,
     out: Annotated[Path, typer.Option("-o", "--out", help="Where to write the patch with its gate.")],
     model: Model = "tiny-sd",
-    width: Annotated[int, typer.Option(help="Channels of the gate.")] = 32,
+    width: Annotated[int, typer.Option(help="Channels of the gate; 0 takes off the one that is there.")] = 32,
 ) -> None:
     """Fit a gate to a patch: it acts where it is for, and leaves every other image as it was, bit for bit."""
     from safepatch.artifact import PatchArtifact
     from safepatch.runtime.load import load_pipeline
-    from safepatch.training.gating import add_gate
+    from safepatch.training.gating import add_gate, without_gate
 
+    if width == 0:
+        without_gate(PatchArtifact.open(patch)).save(out)
+        typer.echo(f"no gate: {out}")
+        return
     gated = add_gate(PatchArtifact.open(patch), load_pipeline(model), width)
     gated.save(out)
     for name, record in gated.info.config["gate"].items():

@@ -118,7 +118,10 @@ def _prepare(sources: Sequence[Source], recipe: MergeRecipe) -> Job:
         return (IdentityJob if recipe.is_identity else GroupedJob)(ordered, recipe, dtype)
     gated = [source.name for source in ordered if "gate" in source.info.config.get("layout", {})]
     if gated:
-        raise MergeError(f"{gated[0]} has a gate, which has no sum; merge by bundle, or lite patches by cat")
+        raise MergeError(
+            f"{gated[0]} has a gate, which has no sum; merge by bundle, or lite patches by cat, or take the gate off "
+            "(safepatch gate --width 0)"
+        )
     return (IdentityJob if recipe.is_identity else SumJob)(ordered, recipe, dtype)
 
 

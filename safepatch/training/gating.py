@@ -105,6 +105,14 @@ def add_gate(artifact: PatchArtifact, pipe: Any, width: int = 32, data: PairsCon
     return PatchArtifact({**artifact.tensors, **gate}, info)
 
 
+def without_gate(artifact: PatchArtifact) -> PatchArtifact:
+    """The same patch without its gate, if it has one: it acts on every row, and can be merged by sums."""
+    kept = {name: t for name, t in artifact.tensors.items() if not name.startswith(f"{artifact.info.kind}.gate.")}
+    config = {key: value for key, value in artifact.info.config.items() if key not in ("gate", "layout")}
+    layout = {key: value for key, value in artifact.info.config.get("layout", {}).items() if key != "gate"}
+    return PatchArtifact(kept, replace(artifact.info, config={**config, **({"layout": layout} if layout else {})}))
+
+
 def _share(scores: Tensor, threshold: Tensor) -> float:
     return round(float((scores >= threshold).float().mean()), 4)
 

@@ -188,6 +188,9 @@ def test_gates_have_no_sum(tmp_path, kind):
     with pytest.raises(MergeError, match="has a gate, which has no sum"):
         merge(paths, tmp_path / "sum.safetensors", "linear")
     merge(paths, tmp_path / "both.safetensors", "bundle")  # control
+    for path in paths:
+        gating.without_gate(PatchArtifact.open(path)).save(path)
+    merge(paths, tmp_path / "sum.safetensors", "linear")
 
 
 BAD = {
@@ -267,6 +270,8 @@ def test_a_gate_can_be_fitted_to_a_finished_patch(monkeypatch, small_pipe, tmp_p
     again = gating.add_gate(made, small_pipe, width=8)  # an older gate gives way
     assert again.info.config["layout"]["gate"] == 8
     assert from_artifact(again, small_pipe.unet).gate is not None
+    assert made.content_hash != plain.content_hash  # control
+    assert gating.without_gate(made).content_hash == plain.content_hash
 
 
 def test_a_merged_patch_gets_no_gate(small_pipe, tmp_path):
