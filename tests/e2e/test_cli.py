@@ -146,3 +146,10 @@ def test_scale_by_category_and_a_window_reach_the_patch(tmp_path: Path) -> None:
 
 def test_an_unwritable_output_is_one_line() -> None:
     assert "cannot write" in run("generate", "--prompt", "a cat", "--steps", "1", "-o", "/proc/nowhere/x.png", expect=2)
+
+
+def test_a_gate_can_be_taken_off(tmp_path: Path) -> None:
+    gated = ROOT / "patches" / "weapons" / "weapons-lora.safetensors"
+    assert '"gate"' in run("inspect", gated, "--json")  # control
+    run("gate", gated, "-o", tmp_path / "plain.safetensors", "--width", 0)
+    assert PatchArtifact.open(tmp_path / "plain.safetensors").info.config["layout"] == {"rank": 16}
