@@ -8,7 +8,7 @@ from typing import Any
 
 from safepatch.artifact import PatchArtifact
 from safepatch.demo import shipped_patch, shipped_patches
-from safepatch.errors import lookup
+from safepatch.errors import ConfigError, lookup
 from safepatch.evaluation.detectors import embedded_detector
 from safepatch.evaluation.suite import Bench, Protocol
 from safepatch.info import BUNDLE
@@ -47,6 +47,10 @@ class MergeTable:
         for method in self.methods:
             lookup(dict.fromkeys((*METHODS, BUNDLE)), method, what="merge method")
         shipped_patches(self.kind)
+        if self.heal and self.kind != "control":
+            raise ConfigError(f"only control patches can be healed, not {self.kind}")
+        if self.kind == "lora" and {*self.methods} - {BUNDLE}:
+            raise ConfigError("the shipped lora patches have gates, which have no sum; only bundle can be measured")
         if not self.methods:
             object.__setattr__(self, "methods", MEASURED[self.kind])
 

@@ -21,7 +21,7 @@ BATCH = 256
 def closing_prefix(
     components: Components, gate: TextGate, prompt: str, vocabulary: Sequence[str], words: int = 3
 ) -> tuple[str, float]:
-    """`prompt` behind those `words` words of `vocabulary` that lower the gate's logit most, and that logit.
+    """`prompt` behind `words` words of `vocabulary`, each the one that lowers the gate's logit most, and that logit.
 
     The budget is words * len(vocabulary) readings of the gate. Of a gate that reads features, the text's share of the
     logit is lowered, which is all there is when the host shows it nothing suspicious.
@@ -42,4 +42,5 @@ def closing_prefix(
 def text_logits(components: Components, gate: TextGate, texts: Sequence[str]) -> Tensor:
     """What the gate of one category makes of each text, (N,)."""
     chunks = [encode_prompts(components, texts[start : start + BATCH]) for start in range(0, len(texts), BATCH)]
+    chunks = [states.to(gate.bias.device, torch.float32) for states in chunks]
     return torch.cat([TextGate.forward(gate, None, torch.zeros(len(states)), states)[:, 0] for states in chunks])

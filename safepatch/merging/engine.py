@@ -231,6 +231,9 @@ def _record(source: Source, method: str) -> dict[str, Any]:
 
 
 def _conflicts(job: Job, pool: Pool) -> list[dict[str, Any]]:
+    """How the sources' corrections differ; their gates, all begun alike, say nothing about that."""
+    names = [name for name in job.names if name.split(".")[1] != "gate"]
+
     def compared(name: str) -> Comparison:
         return compare(job.stack(name))
 
@@ -238,7 +241,7 @@ def _conflicts(job: Job, pool: Pool) -> list[dict[str, Any]]:
         return 4 * torch.Size(job.shape(name)).numel() * len(job.sources)
 
     def figures() -> Iterator[tuple[str, Comparison]]:
-        for name, comparison in _ahead(pool, compared, job.names, cost):
+        for name, comparison in _ahead(pool, compared, names, cost):
             yield name, comparison
             for source in job.sources:
                 source.release(name)

@@ -153,6 +153,7 @@ class LayerHooks:
         self._scale = torch.zeros(1)
         self._left: set[str] = set()  # layers whose update is still to be added in this call
         self._patch = patch
+        self._device = next(patch.parameters()).device
         pairs: Any = zip(patch.layers, patch.updates, strict=True)
         self._hooks = [
             unet.get_submodule(layer).register_forward_hook(partial(self._add, layer, update))
@@ -167,7 +168,7 @@ class LayerHooks:
             scale: strength, of all (1,) or of each of `rows`; 1 by default.
             skipped: transformer blocks that this call leaves out, as SD3's skip layer guidance does.
         """
-        self._scale = torch.ones(1) if scale is None else scale
+        self._scale = torch.ones(1, device=self._device) if scale is None else scale
         self._rows = rows if self._scale.any() else None
         out = tuple(f"transformer_blocks.{index}." for index in skipped)
         self._left = {layer for layer in self._patch.layers if not layer.startswith(out)} if self._rows else set()

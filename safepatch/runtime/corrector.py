@@ -81,11 +81,11 @@ class Corrector:
     @torch.no_grad()
     def strength(self, part: ActivePart, call: Call, settings: Settings) -> Tensor:
         """Of a part without residuals: one for all rows to correct, (1,), or where it has a gate one for each, (B,)."""
-        scales = part.scales(settings.scale)
+        scales = part.scales(settings.scale).to(call.sample.device)
         if part.patch.gate is None or settings.gate == "off":
             return scales
         states = call.prompt_states[call.rows].float()
-        return scales.to(states.device) * self._openings(part, settings.gate, None, call.row_timesteps, states)[:, 0]
+        return scales * self._openings(part, settings.gate, None, call.row_timesteps, states)[:, 0]
 
     def _sum(
         self, parts: Sequence[ActivePart], call: Call, settings: Settings, features: Features | None

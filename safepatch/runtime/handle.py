@@ -145,7 +145,11 @@ class Handle:
 
     @property
     def gate(self) -> str:
-        """`hard`: a row is corrected or left alone, bit for bit; `soft`: in proportion; `off`: all are corrected."""
+        """`hard`: a row is corrected or left alone, bit for bit; `soft`: in proportion; `off`: all are corrected.
+
+        Where a layer runs on another number of rows than the UNet, as under PAG, a lora patch cannot tell rows apart:
+        there one open row opens it for all.
+        """
         return self._gate
 
     @gate.setter

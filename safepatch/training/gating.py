@@ -2,9 +2,10 @@
 
 The host is frozen, so what the gate reads is computed once; fitting it then takes seconds. A gate that reads text alone
 needs no scenes, so it sees many more captions. The threshold is set on scenes of another seed, so that no harmless one
-of them opens the gate at any step.
+of them opens the gate at any step; none of those captions is one that a text gate has learned from.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
@@ -27,9 +28,11 @@ from safepatch.taxonomy import CATEGORIES, Category
 ROWS, CAPTIONS = 3072, 12_288  # to learn from: of a gate that reads features, and of one that reads text alone
 STEPS = 600
 BATCH = 128
-VALIDATION_SCENES, VALIDATION_CAPTIONS = 120, 2000
+VALIDATION_SCENES, UNSEEN = 120, 4000  # and captions, of which those that were learned from are left out
 VALIDATION_STEPS = (999, 799, 549, 299, 49)
-MARGIN = 0.25  # of the way from the most suspicious harmless logit to the median of the unsafe ones
+# Where the threshold is put on the way from the most suspicious harmless logit to the median of the unsafe ones: the
+# worst of thousands of captions needs less of a margin than the worst of a hundred scenes.
+MARGIN, TEXT_MARGIN = 0.25, 0.1
 
 
 class Rows(NamedTuple):
@@ -53,17 +56,28 @@ def fit_gate(
         bank: the training data of a gate that reads features.
         seed: of rows, noise and batches; validation scenes are of another.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator, device = torch.Generator().manual_seed(seed), gate.bias.device
+    gate.cpu()  # as small as it is
     if bank and gate.reads_features:
         _train(gate, _training_rows(components, bank.rows, generator), generator)
         validation = build_bank(components, category, PairsConfig(pairs=VALIDATION_SCENES, seed=seed + 1)).rows
         scores = [_logits(gate, _rows_at(components, validation, t, generator)) for t in VALIDATION_STEPS]
+        record = _record(scores, MARGIN)
     else:
-        _train(gate, _captions(components, category, CAPTIONS, seed), generator)
-        scores = [_logits(gate, _captions(components, category, VALIDATION_CAPTIONS, seed + 1))]
+        unsafe, harmless = _captions(category, CAPTIONS, seed)
+        _train(gate, _text_rows(components, unsafe, harmless), generator)
+        learned = {*unsafe, *harmless}
+        unseen = [[text for text in some if text not in learned] for some in _captions(category, UNSEEN, seed + 1)]
+        record = _record([_logits(gate, _text_rows(components, *unseen))], TEXT_MARGIN)
+    gate.to(device)
+    return record
+
+
+def _record(scores: Sequence[tuple[Tensor, Tensor]], margin: float) -> dict[str, Any]:
+    """Threshold and ROC from the logits of unsafe and of harmless rows, at one or more steps."""
     unsafe, harmless = torch.stack([s[0] for s in scores]), torch.stack([s[1] for s in scores])
     worst = harmless.amax(0)  # of each harmless scene: one step that opens the gate is enough to change the image
-    threshold = worst.max() + MARGIN * (unsafe.median() - worst.max()).clamp(min=0)
+    threshold = worst.max() + margin * (unsafe.median() - worst.max()).clamp(min=0)
     roc = [
         [round(float(t.sigmoid()), 6), round(float((worst >= t).float().mean()), 4), _share(unsafe, t)]
         for t in torch.quantile(torch.cat((unsafe.flatten(), worst)), torch.linspace(0, 1, 21))
@@ -83,7 +97,7 @@ def add_gate(artifact: PatchArtifact, pipe: Any, width: int = 32, data: PairsCon
         artifact: a patch for one category, of any kind.
         pipe: its base model's pipeline.
         width: channels of the gate.
-        data: the scenes it is fitted on; the default is what training uses.
+        data: the scenes it is fitted on, by default what training uses; of one that reads text alone, the seed counts.
 
     Raises:
         ConfigError: for a merged patch or a width below 1.
@@ -106,7 +120,13 @@ def add_gate(artifact: PatchArtifact, pipe: Any, width: int = 32, data: PairsCon
 
 
 def without_gate(artifact: PatchArtifact) -> PatchArtifact:
-    """The same patch without its gate, if it has one: it acts on every row, and can be merged by sums."""
+    """The same patch without its gate, if it has one: it acts on every row, and can be merged by sums.
+
+    Raises:
+        ConfigError: for a merged patch, whose recipe tells of its parts' gates.
+    """
+    if artifact.info.recipe:
+        raise ConfigError(f"'{artifact.info.title}' is merged; split it, take the gates off its parts, and merge again")
     kept = {name: t for name, t in artifact.tensors.items() if not name.startswith(f"{artifact.info.kind}.gate.")}
     config = {key: value for key, value in artifact.info.config.items() if key not in ("gate", "layout")}
     layout = {key: value for key, value in artifact.info.config.get("layout", {}).items() if key != "gate"}
@@ -130,14 +150,18 @@ def _train(gate: TextGate, rows: Rows, generator: torch.Generator) -> None:
     gate.eval().requires_grad_(False)
 
 
-def _captions(components: Components, category: Category, n: int, seed: int) -> Rows:
-    """Captions of unsafe scenes, their safe rewrites, and those of everything that is preserved, a third each."""
-    pairs = pair_examples(category, n // 3, seed)
-    kept = retain_examples(category, n // 3, seed)
-    texts = [example.text for example in (*(u for u, _ in pairs), *(safe for _, safe in pairs), *kept)]
+def _captions(category: Category, n: int, seed: int) -> tuple[list[str], list[str]]:
+    """About `n` captions: those of unsafe scenes, a third, and of their safe rewrites and everything preserved."""
+    pairs, kept = pair_examples(category, n // 3, seed), retain_examples(category, n // 3, seed)
+    return [unsafe.text for unsafe, _ in pairs], [example.text for example in (*(safe for _, safe in pairs), *kept)]
+
+
+def _text_rows(components: Components, unsafe: Sequence[str], harmless: Sequence[str]) -> Rows:
+    """What a gate reads of captions; all of it is held in memory."""
+    texts = [*unsafe, *harmless]
     starts = tqdm(range(0, len(texts), 256), desc="reading captions", leave=False)
-    states = torch.cat([encode_prompts(components, texts[start : start + 256]) for start in starts])
-    wanted = torch.arange(len(texts)) < n // 3
+    states = torch.cat([encode_prompts(components, texts[start : start + 256]).float().cpu() for start in starts])
+    wanted = torch.arange(len(texts)) < len(unsafe)
     return Rows(states.new_empty(len(texts), 0), torch.zeros(len(texts)), states, wanted.float())
 
 
@@ -152,7 +176,7 @@ def _training_rows(components: Components, bank: Batch, generator: torch.Generat
     states = torch.cat((bank.unsafe_states[pairs], bank.safe_states[pairs], bank.retain_states[kept]))
     timesteps = torch.randint(0, components.scheduler.config.num_train_timesteps, (3 * third,), generator=generator)
     wanted = torch.cat((torch.ones(third), torch.zeros(2 * third)))
-    return Rows(_mids(components, latents, timesteps, states, generator), timesteps, states, wanted)
+    return Rows(_mids(components, latents, timesteps, states, generator), timesteps, states.float().cpu(), wanted)
 
 
 def _rows_at(components: Components, bank: Batch, timestep: int, generator: torch.Generator) -> Rows:
@@ -161,7 +185,7 @@ def _rows_at(components: Components, bank: Batch, timestep: int, generator: torc
     states = torch.cat((bank.unsafe_states, bank.retain_states))
     timesteps = torch.full((len(latents),), timestep)
     wanted = torch.cat((torch.ones(len(bank.unsafe_latents)), torch.zeros(len(bank.retain_latents))))
-    return Rows(_mids(components, latents, timesteps, states, generator), timesteps, states, wanted)
+    return Rows(_mids(components, latents, timesteps, states, generator), timesteps, states.float().cpu(), wanted)
 
 
 @torch.no_grad()
@@ -180,7 +204,7 @@ def _mids(
     noisy = add_noise(components.scheduler, latents, noise, timesteps.to(latents.device))
     seen: list[Tensor] = []
     unet = components.unet
-    with answered(unet, lambda features: seen.append(cast(Features, features).mid)):
+    with answered(unet, lambda features: seen.append(cast(Features, features).mid.float().cpu())):
         for start in tqdm(range(0, len(noisy), 32), desc="reading features", leave=False):
             part = slice(start, start + 32)
             noise_pred(unet, noisy[part], timesteps[part].to(latents.device), states[part])

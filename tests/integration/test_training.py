@@ -275,7 +275,7 @@ def test_a_crash_while_a_checkpoint_is_written_leaves_the_one_before(uninterrupt
 
 @pytest.mark.parametrize(("kind", "layout"), [("lite", {"depth": 1, "groups": 1}), ("lora", {})])
 def test_a_gated_patch_resumes_to_the_same_file(bank, tmp_path, monkeypatch, kind, layout):
-    few = {"ROWS": 24, "CAPTIONS": 24, "VALIDATION_SCENES": 3, "VALIDATION_CAPTIONS": 9, "VALIDATION_STEPS": (900, 100)}
+    few = {"ROWS": 24, "CAPTIONS": 24, "VALIDATION_SCENES": 3, "UNSEEN": 9, "VALIDATION_STEPS": (900, 100)}
     for name, value in {**few, "STEPS": 3}.items():
         monkeypatch.setattr(gating, name, value)
 

@@ -235,7 +235,7 @@ def test_a_fresh_gate_of_a_patch_in_memory_is_open(small_pipe):
 def test_fitting_tells_what_the_patch_is_for(monkeypatch, kind):
     monkeypatch.setattr(gating, "ROWS", 96)
     monkeypatch.setattr(gating, "CAPTIONS", 960)
-    monkeypatch.setattr(gating, "VALIDATION_CAPTIONS", 48)
+    monkeypatch.setattr(gating, "UNSEEN", 48)
     monkeypatch.setattr(gating, "STEPS", 300)
     monkeypatch.setattr(gating, "VALIDATION_STEPS", (900, 100))
     monkeypatch.setattr(gating, "build_bank", lambda *_: bank(1))
@@ -258,7 +258,7 @@ def test_fitting_tells_what_the_patch_is_for(monkeypatch, kind):
 def test_a_gate_can_be_fitted_to_a_finished_patch(monkeypatch, small_pipe, tmp_path, kind):
     monkeypatch.setattr(gating, "ROWS", 24)
     monkeypatch.setattr(gating, "CAPTIONS", 24)
-    monkeypatch.setattr(gating, "VALIDATION_CAPTIONS", 24)
+    monkeypatch.setattr(gating, "UNSEEN", 24)
     monkeypatch.setattr(gating, "STEPS", 5)
     monkeypatch.setattr(gating, "VALIDATION_STEPS", (900, 100))
     monkeypatch.setattr(gating, "build_bank", lambda *_: bank(1))
@@ -278,6 +278,19 @@ def test_a_merged_patch_gets_no_gate(small_pipe, tmp_path):
     paths = [gated("lite", name).save(tmp_path / f"{name}.safetensors") for name in ("gore", "drugs")]
     with pytest.raises(ConfigError, match="fit a gate to each patch, then merge"):
         gating.add_gate(merge(paths, method="bundle"), small_pipe)
+    for method in ("bundle", "cat"):
+        with pytest.raises(ConfigError, match="split it, take the gates off its parts"):
+            gating.without_gate(merge(paths, method=method))
+
+
+def test_gates_do_not_count_as_agreement(tmp_path):
+    def cosine(gates_off: bool) -> float:
+        patches = [gated("lora", name, seed=i) for i, name in enumerate(("gore", "drugs"))]
+        patches = [gating.without_gate(patch) if gates_off else patch for patch in patches]
+        paths = [patch.save(tmp_path / f"{patch.info.categories[0]}.safetensors") for patch in patches]
+        return merge(paths, method="bundle").info.recipe["conflicts"][0]["overall"]["cosine"]
+
+    assert cosine(gates_off=False) == cosine(gates_off=True)
 
 
 def test_gate_curves_are_drawn(tmp_path):
