@@ -14,7 +14,6 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import nn
 
-from safepatch.artifact import factorize
 from safepatch.tiny.loop import Loss, Schedule, fit
 from safepatch.tiny.unet import Pool, encode_pool
 from safepatch.tiny.world import BENIGN
@@ -75,8 +74,10 @@ def compressed_deltas(base: Mapping[str, torch.Tensor], unet: nn.Module) -> dict
     for name, parameter in unet.named_parameters():
         delta = parameter.detach() - base[name]
         if delta.ndim > 1 and sum(delta.flatten(1).shape) * KEPT_RANK < delta.numel():
-            factors = factorize(delta, KEPT_RANK)._asdict()
-            tensors |= {f"{name}.{form}": factor.half().contiguous() for form, factor in factors.items()}
+            u, scale, vh = torch.linalg.svd(delta.flatten(1), full_matrices=False)
+            root = scale[:KEPT_RANK].sqrt()
+            tensors[f"{name}.up"] = (u[:, :KEPT_RANK] * root).half().contiguous()
+            tensors[f"{name}.down"] = (root[:, None] * vh[:KEPT_RANK]).half().contiguous()
         else:
             tensors[f"{name}.delta"] = delta.half().contiguous()
     return tensors
