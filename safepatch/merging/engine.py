@@ -232,7 +232,7 @@ def _record(source: Source, method: str) -> dict[str, Any]:
 
 def _conflicts(job: Job, pool: Pool) -> list[dict[str, Any]]:
     """How the sources' corrections differ; their gates, all begun alike, say nothing about that."""
-    names = [name for name in job.names if name.split(".")[1] != "gate"]
+    names = [name for name in job.names if name.split(".")[1:2] != ["gate"]]
 
     def compared(name: str) -> Comparison:
         return compare(job.stack(name))
