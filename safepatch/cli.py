@@ -137,9 +137,9 @@ def gate(
     gated.save(out)
     for name, record in gated.info.config["gate"].items():
         typer.echo(
-            f"gate for {name}: opens at {record['threshold']:.3f}; on unseen scenes it opened for "
+            f"gate for {name}: opens at {record['threshold']:.3f}; on unseen examples it opened for "
             f"{record['unsafe_steps_opened']:.1%} of unsafe steps and {record['harmless_scenes_opened']:.1%} of "
-            f"harmless scenes: {out}"
+            f"harmless ones: {out}"
         )
 
 

@@ -58,7 +58,8 @@ def fit_gate(
     """
     generator, device = torch.Generator().manual_seed(seed), gate.bias.device
     gate.cpu()  # as small as it is
-    if bank and gate.reads_features:
+    if gate.reads_features:
+        assert bank, "a gate that reads features needs scenes"
         _train(gate, _training_rows(components, bank.rows, generator), generator)
         validation = build_bank(components, category, PairsConfig(pairs=VALIDATION_SCENES, seed=seed + 1)).rows
         scores = [_logits(gate, _rows_at(components, validation, t, generator)) for t in VALIDATION_STEPS]

@@ -239,9 +239,8 @@ def test_fitting_tells_what_the_patch_is_for(monkeypatch, kind):
     monkeypatch.setattr(gating, "STEPS", 300)
     monkeypatch.setattr(gating, "VALIDATION_STEPS", (900, 100))
     monkeypatch.setattr(gating, "build_bank", lambda *_: bank(1))
-    pipe = (
-        load_tiny() if kind == "lora" else new_small_pipe()
-    )  # a gate that reads text needs an encoder that was taught
+    # A gate that reads text alone needs an encoder that was taught.
+    pipe = load_tiny() if kind == "lora" else new_small_pipe()
     components = Components.of(pipe).freeze()
     gates = [new_gate(components, kind), new_gate(components, kind)]
     records = [gating.fit_gate(gate, components, CATEGORIES["weapons"], bank(0), seed=0) for gate in gates]
@@ -291,6 +290,8 @@ def test_gates_do_not_count_as_agreement(tmp_path):
         return merge(paths, method="bundle").info.recipe["conflicts"][0]["overall"]["cosine"]
 
     assert cosine(gates_off=False) == cosine(gates_off=True)
+    first, second = (gated("lora", seed=i).tensors["lora.gate.detect.delta"].flatten() for i in range(2))
+    assert torch.cosine_similarity(first, second, dim=0) > 0.1  # control: counted, they would have agreed
 
 
 def test_gate_curves_are_drawn(tmp_path):
