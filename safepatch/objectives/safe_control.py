@@ -28,7 +28,8 @@ class SafeControlConfig:
         name: `safe_control`.
         supervision: `distilled` regresses on the base's own prediction under the safe rewrite at the same noisy
             latents; `paired` on the true noise of the safe counterfactual.
-        preservation: weight of the loss on rows where the base's prediction must stay.
+        preservation: weight of the loss on rows where the base's prediction must stay; with 0 they are left out, for a
+            patch whose gate sees to them.
         safe_share: share of the pairs whose noisy latents come from the safe scene (`distilled` only).
         negative_guidance: eta of a target pushed away from the unsafe prediction, safe + eta (safe - unsafe); the
             guidance combination of ESD (Gandikota et al. 2023, eq. 6). 0 leaves the safe prediction as it is; more is
@@ -98,6 +99,8 @@ def safe_control_loss(
         generator: CPU generator that noise, timesteps and the choice of latents are drawn from.
     """
     scheduler = components.scheduler
+    if not config.preservation:
+        batch = replace(batch, retain_latents=batch.retain_latents[:0], retain_states=batch.retain_states[:0])
     n = len(batch.unsafe_latents)
     latents = _pair_latents(config, batch, generator)
     latents = torch.cat((latents, batch.retain_latents))
@@ -116,7 +119,8 @@ def safe_control_loss(
             target[:n] += config.negative_guidance * (target[:n] - unsafe)
     states = torch.cat((asked, batch.retain_states))
     predicted = patched_noise_pred(components.unet, patch, noisy, timesteps, states, instruction)
-    correct, preserve = mse_loss(predicted[:n], target[:n]), mse_loss(predicted[n:], target[n:])
+    correct = mse_loss(predicted[:n], target[:n])
+    preserve = mse_loss(predicted[n:], target[n:]) if config.preservation else torch.zeros_like(correct)
     return {"loss": correct + config.preservation * preserve, "correct": correct, "preserve": preserve}
 
 
