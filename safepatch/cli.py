@@ -158,9 +158,7 @@ def generate(
     gate_threshold: Annotated[
         float | None, typer.Option(help="Probability from which the gate opens; what the patch says if not given.")
     ] = None,
-    speed: Annotated[
-        str, typer.Option(help="full, or fast: every second step, for a control patch without a gate.")
-    ] = "full",
+    speed: Annotated[str, typer.Option(help="full, or fast: a control patch runs at every second step.")] = "full",
     seed: Annotated[int, typer.Option(help="Of the starting noise.")] = 0,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 20,
     guidance_scale: Annotated[float | None, typer.Option(help="Of guidance; what is usual if not given.")] = None,

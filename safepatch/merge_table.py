@@ -21,8 +21,8 @@ from safepatch.tiny.models import BASE
 from safepatch.training.healing import heal
 
 SUMS = ("task-arithmetic", "linear", "ties", "dare", "dare-ties", "della", "breadcrumbs", "model-stock")
-# slerp takes two patches, cat of dense patches is task-arithmetic, and patches with gates have no sum in weight space
-MEASURED = {"control": (BUNDLE, *SUMS), "lite": ("cat", BUNDLE), "lora": (BUNDLE,)}
+# slerp takes two patches; cat of dense patches is task-arithmetic, and of lora patches it would share out one gate
+MEASURED = {"control": (BUNDLE, *SUMS), "lite": ("cat", BUNDLE), "lora": (BUNDLE, *SUMS)}
 HARMLESS = 0.05  # what the best method may lose of the base's benign accuracy
 
 
@@ -49,8 +49,8 @@ class MergeTable:
         shipped_patches(self.kind)
         if self.heal and self.kind != "control":
             raise ConfigError(f"only control patches can be healed, not {self.kind}")
-        if self.kind == "lora" and {*self.methods} - {BUNDLE}:
-            raise ConfigError("the shipped lora patches have gates, which have no sum; only bundle can be measured")
+        if "cat" in self.methods and self.kind != "lite":
+            raise ConfigError(f"cat is for lite patches, or patches without gates, not {self.kind} ones that have them")
         if not self.methods:
             object.__setattr__(self, "methods", MEASURED[self.kind])
 

@@ -17,7 +17,7 @@ from safepatch.container import MappedTensors, raw_bytes, read_header, write_str
 from safepatch.errors import MergeError
 from safepatch.info import BUNDLE, PatchInfo
 from safepatch.merging.conflicts import Comparison, compare, report
-from safepatch.merging.groups import is_grouped, merged_layout
+from safepatch.merging.groups import gates_layout, is_gate, is_grouped, merged_layout
 from safepatch.merging.job import BundleJob, GroupedJob, IdentityJob, Job, Piece
 from safepatch.merging.recipe import DTYPE_NAMES, DTYPES, EXACT, MergeRecipe, load_recipe
 from safepatch.merging.sources import Source, agreed, check_agreement, in_order, open_source
@@ -116,11 +116,10 @@ def _prepare(sources: Sequence[Source], recipe: MergeRecipe) -> Job:
         if recipe.rank:
             raise MergeError("lite patches stand side by side and have no sum to re-compress; leave out the rank")
         return (IdentityJob if recipe.is_identity else GroupedJob)(ordered, recipe, dtype)
-    gated = [source.name for source in ordered if "gate" in source.info.config.get("layout", {})]
-    if gated:
+    if recipe.method == "cat" and gates_layout(ordered) and not recipe.is_identity:
         raise MergeError(
-            f"{gated[0]} has a gate, which has no sum; merge by bundle, or lite patches by cat, or take the gate off "
-            "(safepatch gate --width 0)"
+            f"{ordered[0].name} has a gate, and parts side by side would share one; merge by bundle, or by "
+            "task-arithmetic, or take the gates off (safepatch gate --width 0)"
         )
     return (IdentityJob if recipe.is_identity else SumJob)(ordered, recipe, dtype)
 
@@ -232,7 +231,7 @@ def _record(source: Source, method: str) -> dict[str, Any]:
 
 def _conflicts(job: Job, pool: Pool) -> list[dict[str, Any]]:
     """How the sources' corrections differ; their gates, all begun alike, say nothing about that."""
-    names = [name for name in job.names if name.split(".")[1:2] != ["gate"]]
+    names = [name for name in job.names if not is_gate(name)]
 
     def compared(name: str) -> Comparison:
         return compare(job.stack(name))

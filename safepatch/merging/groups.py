@@ -1,7 +1,7 @@
-"""Patches whose parameters have the group, one per category, as their first dimension: merged by concatenation.
+"""Parameters that have the category as their first dimension, a lite patch's and any gate's: merged by concatenation.
 
-The merged patch computes the sum of its sources' corrections exactly. Narrower sources are filled up with zeros, which
-stay zeros on their way through a branch.
+A merged lite patch computes the sum of its sources' corrections exactly. Narrower sources are filled up with zeros,
+which stay zeros on their way through a branch.
 """
 
 from collections.abc import Sequence
@@ -36,11 +36,53 @@ def merged_layout(sources: Sequence[Source]) -> dict[str, Any]:
             raise MergeError(
                 f"{sources[0].name} and {source.name} differ in depth or gate; merge by bundle instead of cat"
             )
+    groups = _categories(sources, "merge by bundle instead of cat")
+    return {**layouts[0], "rank": max(layout["rank"] for layout in layouts), "groups": groups}
+
+
+def is_gate(name: str) -> bool:
+    """Whether parameter `name` is a gate's."""
+    return name.split(".")[1:2] == ["gate"]
+
+
+def gates_layout(sources: Sequence[Source]) -> dict[str, int]:
+    """What the layout of a sum says of its sources' gates, which stand side by side; nothing where none has one.
+
+    Raises:
+        MergeError: when only some have gates, or they differ in width, or two are for one category, or a source keeps
+            its categories apart.
+    """
+    widths = {source.info.config.get("layout", {}).get("gate", 0): source.name for source in sources}
+    if len(widths) > 1:
+        (width, first), (other, second), *_ = sorted(widths.items())
+        differ = f"have gates of width {width} and {other}" if width else "have no gate and a gate"
+        raise MergeError(f"{first} and {second} {differ}; fit alike (safepatch gate --width), or merge by bundle")
+    if 0 in widths:
+        return {}
+    for source in sources:
+        if source.info.config["layout"].get("groups", 1) > 1:
+            raise MergeError(f"{source.name} keeps its categories apart; merge by cat or bundle")
+    return {"gate": next(iter(widths)), "gates": _categories(sources, "merge by bundle, which keeps both gates")}
+
+
+def gate_records(sources: Sequence[Source]) -> dict[str, Any]:
+    """What the sources say of their gates, by category."""
+    return {name: gate for source in sources for name, gate in source.info.config.get("gate", {}).items()}
+
+
+def _categories(sources: Sequence[Source], advice: str) -> int:
+    """How many there are; raises `MergeError` when two sources share one."""
     names = [name for source in sources for name in source.info.categories]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise MergeError(f"more than one patch is for '{twice[0]}'; merge by bundle instead of cat")
-    return {**layouts[0], "rank": max(layout["rank"] for layout in layouts), "groups": len(names)}
+        raise MergeError(f"more than one patch is for '{twice[0]}'; {advice}")
+    return len(names)
+
+
+def joined_shape(sources: Sequence[Source], name: str) -> tuple[int, ...]:
+    """Groups of all sources, and the widest of each other side."""
+    groups, *sides = zip(*(source.shape(name) or (0,) for source in sources), strict=True)
+    return (sum(groups), *map(max, sides))
 
 
 def places(sources: Sequence[PatchInfo], index: int) -> list[int]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from safepatch.artifact import cast, part_prefix
 from safepatch.container import in_file_order
 from safepatch.errors import MergeError
-from safepatch.merging.groups import merged_layout, side_by_side
+from safepatch.merging.groups import gate_records, joined_shape, merged_layout, side_by_side
 from safepatch.merging.recipe import MergeRecipe
 from safepatch.merging.sources import Source
 
@@ -180,8 +180,7 @@ class GroupedJob(Job):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Groups of all sources, and the widest of each other side."""
-        groups, *sides = zip(*(source.shape(name) or (0,) for source in self.sources), strict=True)
-        return (sum(groups), *map(max, sides))
+        return joined_shape(self.sources, name)
 
     def shapes(self) -> dict[str, list[int]]:
         """Full shape of every merged parameter that is stored low-rank: none."""
@@ -195,5 +194,5 @@ class GroupedJob(Job):
     @property
     def config(self) -> dict[str, Any]:
         """The wider layout, and every category's gate."""
-        gates = {name: gate for source in self.sources for name, gate in source.info.config.get("gate", {}).items()}
+        gates = gate_records(self.sources)
         return {"layout": merged_layout(self.sources), **({"gate": gates} if gates else {})}

@@ -1,16 +1,20 @@
-"""Merging by sums: one merged parameter from the sources' deltas, dense or as low-rank factors."""
+"""Merging by sums: one merged parameter from the sources' deltas, dense or as low-rank factors.
+
+Gates have no sum. They stand side by side, and the merged patch acts where any of them opens.
+"""
 
 from functools import cached_property, lru_cache
 from hashlib import sha256
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from safepatch.artifact import Factors, cast, factorize
+from safepatch.merging.groups import gate_records, gates_layout, is_gate, joined_shape, side_by_side
 from safepatch.merging.job import Job, Piece
 from safepatch.merging.methods import METHODS, SUM_WEIGHTS, Options
-from safepatch.merging.sources import Source
+from safepatch.merging.sources import Source, agreed
 
 PIECE = 1 << 20  # values of a dense tensor that the elementwise methods merge at once
 
@@ -29,6 +33,19 @@ class SumJob(Job):
     def weights(self) -> Tensor:
         """One per source, (K,), float32."""
         return torch.tensor([source.weight for source in self.sources])
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The gates, if there are any, and a layout that tells of them."""
+        gates = gates_layout(self.sources)
+        if not gates:
+            return {}
+        layout = agreed([source.info.config["layout"] for source in self.sources])
+        return {"layout": layout | gates, "gate": gate_records(self.sources)}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Full shape of parameter `name`; raises `MergeError` when the sources disagree."""
+        return joined_shape(self.sources, name) if is_gate(name) else super().shape(name)
 
     def holders(self, name: str) -> list[Source]:
         """The sources that have parameter `name`."""
@@ -63,7 +80,7 @@ class SumJob(Job):
 
     def rank(self, name: str) -> int | None:
         """The rank that merged parameter `name` is stored with, None for dense."""
-        shape, limit = self.shape(name), self.recipe.rank
+        shape, limit = self.shape(name), 0 if is_gate(name) else self.recipe.rank
         full = min(shape[0], torch.Size(shape[1:]).numel()) if shape else 0
         if not self.is_factored(name):
             return limit if limit and len(shape) in (2, 4) and full > limit else None
@@ -72,6 +89,8 @@ class SumJob(Job):
 
     def is_factored(self, name: str) -> bool:
         """Whether the exact sum of parameter `name` is low-rank factors side by side."""
+        if is_gate(name):
+            return False
         vectors = self.recipe.method == "cat" and not self.recipe.rank  # as columns, they can be told apart again
         return self.recipe.method in SUM_WEIGHTS and all(
             name in source.info.shapes or (vectors and len(source.shape(name) or ()) == 1)
@@ -84,7 +103,7 @@ class SumJob(Job):
 
     def _is_elementwise(self, tensor: str) -> bool:
         name, _, form = tensor.rpartition(".")
-        dense = form == "delta" and not any(name in source.info.shapes for source in self.sources)
+        dense = form == "delta" and not is_gate(name) and not any(name in s.info.shapes for s in self.sources)
         return dense and self.recipe.method in SUM_WEIGHTS
 
     def values(self, piece: Piece) -> Tensor:
@@ -96,6 +115,8 @@ class SumJob(Job):
         name, _, form = piece.tensor.rpartition(".")
         if form != "delta":
             return getattr(self.compressed(name).factors if self.recipe.rank else self._side_by_side(name), form)
+        if is_gate(name):
+            return side_by_side(self.sources, name, self.shape(name))
         whole = not self._is_elementwise(piece.tensor)
         return self._merge(name, self.stack(name, None if whole else slice(piece.start, piece.stop)))
 

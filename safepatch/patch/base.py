@@ -92,19 +92,24 @@ class Patch(nn.Module, ABC):
         """How many corrections, each with a scale of its own, the patch computes side by side."""
         return self.layout.get("groups", 1)
 
-    def add_gate(self, unet: Any, width: int) -> None:
+    def add_gate(self, unet: Any, width: int, gates: int = 0) -> None:
         """Give the patch a fresh gate of `width` channels, which opens for everything at a threshold of 0.5.
+
+        Args:
+            unet: the host.
+            width: of the gate.
+            gates: how many stand side by side, by default one for each group; a single group acts where any opens.
 
         Raises:
             ConfigError: for a width below 1, or a host that is no UNet.
         """
         require_unet(unet, "a gate")
-        self.gate = self.new_gate(unet, width)
-        self.layout = {**self.layout, "gate": width}
+        self.gate = self.new_gate(unet, width, gates or self.groups)
+        self.layout = {**self.layout, "gate": width, **({"gates": gates} if gates else {})}
 
     @abstractmethod
-    def new_gate(self, unet: Any, width: int) -> TextGate:
-        """A fresh gate that reads what there is when the patch has to act."""
+    def new_gate(self, unet: Any, width: int, gates: int) -> TextGate:
+        """Fresh gates that read what there is when the patch has to act."""
 
     @classmethod
     @abstractmethod
@@ -114,7 +119,7 @@ class Patch(nn.Module, ABC):
         Args:
             unet: the host.
             sees: what the patch reads of the text.
-            gate: width of a fresh gate; 0 for none.
+            gate: width of a fresh gate; 0 for none. How many there are, a merged patch's layout says (`gates`).
             empty: leave parameters that copy the host's on the meta device, for `load_deltas` to fill.
             layout: the kind's own settings.
         """
@@ -147,11 +152,11 @@ class ResidualPatch(Patch):
 
     reads_features: ClassVar[bool]
 
-    def new_gate(self, unet: Any, width: int) -> Gate:
-        """A fresh gate that reads the text and the mid block's output."""
+    def new_gate(self, unet: Any, width: int, gates: int) -> Gate:
+        """Fresh gates that read the text and the mid block's output."""
         channels = unet.mid_block.resnets[-1].out_channels
         sizes = (channels, unet.config["cross_attention_dim"], unet.config["norm_num_groups"])
-        return Gate(*sizes, width, self.groups)
+        return Gate(*sizes, width, gates)
 
     @abstractmethod
     def forward(

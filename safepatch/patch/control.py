@@ -32,7 +32,13 @@ class ControlPatch(ClonePatch):
 
     @classmethod
     def from_unet(
-        cls, unet: Any, sees: str = "instruction+prompt", gate: int = 0, empty: bool = False, **layout: Any
+        cls,
+        unet: Any,
+        sees: str = "instruction+prompt",
+        gate: int = 0,
+        empty: bool = False,
+        gates: int = 0,
+        **layout: Any,
     ) -> ClonePatch:
         """A fresh patch: the clone equals the host's encoder, the zero convolutions are zero; `gate` is a width.
 
@@ -46,7 +52,7 @@ class ControlPatch(ClonePatch):
         parts = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
         patch = cls(cloned(unet, parts, empty), latent_channels(unet), skip_channels(unet), sees)
         if gate:
-            patch.add_gate(unet, gate)
+            patch.add_gate(unet, gate, gates)
         return patch
 
     def forward(

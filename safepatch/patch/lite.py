@@ -71,14 +71,20 @@ class LitePatch(ResidualPatch):
 
     @classmethod
     def from_unet(
-        cls, unet: Any, sees: str = "instruction+prompt", gate: int = 0, empty: bool = False, **layout: Any
+        cls,
+        unet: Any,
+        sees: str = "instruction+prompt",
+        gate: int = 0,
+        empty: bool = False,
+        gates: int = 0,
+        **layout: Any,
     ) -> "LitePatch":
         """A fresh patch, whose random values are the same every time (a few MB, made even if `empty`)."""
         require_unet(unet, "a lite patch")
         width, norm_groups = unet.config["cross_attention_dim"], unet.config["norm_num_groups"]
         patch = cls(skip_channels(unet), width, norm_groups, sees, **layout)
         if gate:
-            patch.add_gate(unet, gate)
+            patch.add_gate(unet, gate, gates)
         return patch
 
     def forward(

@@ -75,7 +75,14 @@ class LoraPatch(Patch):
 
     @classmethod
     def from_unet(
-        cls, unet: Any, sees: str = "prompt", gate: int = 0, empty: bool = False, rank: int = 16, **layout: Any
+        cls,
+        unet: Any,
+        sees: str = "prompt",
+        gate: int = 0,
+        empty: bool = False,
+        gates: int = 0,
+        rank: int = 16,
+        **layout: Any,
     ) -> "LoraPatch":
         """A fresh patch: `up` is zero; what it `sees` is the host's business, and there is nothing to leave `empty`."""
         if layout:
@@ -88,12 +95,12 @@ class LoraPatch(Patch):
             updates[name] = Update(torch.zeros(out, len(down)), down)
         patch = cls(updates, rank)
         if gate:
-            patch.add_gate(unet, gate)
+            patch.add_gate(unet, gate, gates)
         return patch
 
-    def new_gate(self, unet: Any, width: int) -> TextGate:
-        """A fresh gate that reads the text."""
-        return TextGate(unet.config["cross_attention_dim"], width, groups=1)
+    def new_gate(self, unet: Any, width: int, gates: int) -> TextGate:
+        """Fresh gates that read the text."""
+        return TextGate(unet.config["cross_attention_dim"], width, gates)
 
     def forward(self, unet: Any, noisy_latents: Tensor, timesteps: Tensor, states: Tensor) -> Tensor:
         """The host's prediction with the updates at scale 1; arguments as those of `noise_pred`.

@@ -37,7 +37,7 @@ def apply(
         end: share of the denoising after which it stops.
         gate: `hard` (the default of a patch with a gate), `soft` or `off`; see `Handle.gate`.
         gate_threshold: probability in [0, 1] above which the gate opens; by default as stored in the file.
-        speed: `full`, or `fast`: a control patch without a gate runs at every second step; see `Handle.speed`.
+        speed: `full`, or `fast`: a control patch runs at every second step; see `Handle.speed`.
 
     Returns:
         The handle; use it in `with`, or call its `remove()`.

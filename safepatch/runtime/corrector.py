@@ -95,18 +95,18 @@ class Corrector:
         return reduce(plus, made) if made else None
 
     def _recent(self, part: ActivePart, call: Call, settings: Settings, features: Features | None) -> Residuals | None:
-        """The part's residuals, or those of the step before where the speed allows."""
-        if settings.speed == "full" or features is not None:
+        """The part's residuals, or those of the step before where the speed allows and its gate was open."""
+        if settings.speed == "full" or _module(part).reads_features:
             return self._residuals(part, call, settings, features)
         last = self._cache.get(id(part))
         if last and last.uses < SPEEDS[settings.speed] and last.serves(call):
             self._cache[id(part)] = last._replace(timestep=call.timestep, uses=last.uses + 1)
             return last.residuals
         made = self._residuals(part, call, settings, features)
-        if made:
-            tiled = last is not None and last.shows_tiles(call)
-            cached = Cached(made, call.sample.shape, call.rows, call.prompt_states, call.timestep, is_tiled=tiled)
-            self._cache[id(part)] = cached
+        tiled = last is not None and last.shows_tiles(call)
+        self._cache[id(part)] = Cached(
+            made, call.sample.shape, call.rows, call.prompt_states, call.timestep, is_tiled=tiled
+        )
         return made
 
     @torch.no_grad()
@@ -130,7 +130,10 @@ class Corrector:
         return Residuals(tuple(padded(r, rows, sample) for r in made.down), padded(made.mid, rows, sample))
 
     def _openings(self, part: ActivePart, mode: str, mid: Tensor | None, timesteps: Tensor, states: Tensor) -> Tensor:
-        """How far the gate is open for each row and group, in [0, 1], (B, groups); 0 or 1 where it is hard."""
+        """How far the gate is open for each row and group, in [0, 1], (B, groups); 0 or 1 where it is hard.
+
+        A patch that was merged into one group acts where the gate of any of its sources opens.
+        """
         gate, thresholds = cast(TextGate, part.patch.gate).to(states.device), cast(Tensor, part.thresholds)
         mid = None if mid is None else mid.float()  # a gate stays in float32
         probabilities = gate(mid, timesteps, states.float()).sigmoid()
@@ -139,7 +142,8 @@ class Corrector:
         self.stats.open_rows += int(is_open.sum())
         if self.on_gate:
             self.on_gate(timesteps, probabilities)
-        return probabilities if mode == "soft" else is_open.float()
+        openings = probabilities if mode == "soft" else is_open.float()
+        return openings if part.patch.groups > 1 else openings.amax(1, keepdim=True)
 
 
 def _module(part: ActivePart) -> ResidualPatch:

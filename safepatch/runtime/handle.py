@@ -176,7 +176,7 @@ class Handle:
 
     @property
     def speed(self) -> str:
-        """`full`: every patch runs at every step; `fast`: the residuals of a control patch without a gate serve two."""
+        """`full`: a patch runs at every step; `fast`: a control patch's residuals, and its gate's say, serve two."""
         return self._speed
 
     @speed.setter

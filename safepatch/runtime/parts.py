@@ -20,7 +20,7 @@ class ActivePart(NamedTuple):
         instruction_states: states of the instructions it reads, (1, tokens, width).
         weight: its weight among the parts of a bundle.
         categories: what it is for, in the order of its instructions; empty if unknown.
-        thresholds: probabilities above which the gate of each group opens, (groups,); None without a gate.
+        thresholds: probabilities above which each gate opens, (gates,); None without a gate.
     """
 
     patch: Patch

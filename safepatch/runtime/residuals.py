@@ -60,7 +60,7 @@ class Cached(NamedTuple):
     """Residuals that a control patch made, and the calls they were used for.
 
     Attributes:
-        residuals: as they were handed to the host.
+        residuals: as they were handed to the host; None where a gate was closed.
         shape: of the sample.
         rows: those that were corrected.
         states: the rows' text states.
@@ -69,7 +69,7 @@ class Cached(NamedTuple):
         is_tiled: whether the UNet was called more than once at a timestep, for instance tile by tile.
     """
 
-    residuals: Residuals
+    residuals: Residuals | None
     shape: torch.Size
     rows: slice
     states: Tensor
@@ -81,7 +81,7 @@ class Cached(NamedTuple):
         """Whether `call` is a later step of the same denoising."""
         alike = (self.shape, self.rows, self.states.device) == (call.sample.shape, call.rows, call.prompt_states.device)
         later = alike and call.timestep < self.timestep and not self.is_tiled
-        return later and torch.equal(self.states, call.prompt_states)
+        return later and self.residuals is not None and torch.equal(self.states, call.prompt_states)
 
     def shows_tiles(self, call: Call) -> bool:
         """Whether `call` is one more at the same timestep, or follows such calls within the same denoising."""

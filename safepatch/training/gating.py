@@ -124,10 +124,10 @@ def without_gate(artifact: PatchArtifact) -> PatchArtifact:
     """The same patch without its gate, if it has one: it acts on every row, and can be merged by sums.
 
     Raises:
-        ConfigError: for a merged patch, whose recipe tells of its parts' gates.
+        ConfigError: for a merged patch, whose recipe tells of its sources' gates.
     """
     if artifact.info.recipe:
-        raise ConfigError(f"'{artifact.info.title}' is merged; split it, take the gates off its parts, and merge again")
+        raise ConfigError(f"'{artifact.info.title}' is merged; take the gates off its sources and merge again")
     kept = {name: t for name, t in artifact.tensors.items() if not name.startswith(f"{artifact.info.kind}.gate.")}
     config = {key: value for key, value in artifact.info.config.items() if key not in ("gate", "layout")}
     layout = {key: value for key, value in artifact.info.config.get("layout", {}).items() if key != "gate"}

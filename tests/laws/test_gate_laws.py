@@ -181,16 +181,112 @@ def test_side_by_side_each_category_has_its_own_gate(tmp_path, small_pipe):
 
 
 @every_kind
-def test_gates_have_no_sum(tmp_path, kind):
-    paths = [
-        gated(kind, name, seed=i).save(tmp_path / f"{name}.safetensors") for i, name in enumerate(("gore", "drugs"))
-    ]
-    with pytest.raises(MergeError, match="has a gate, which has no sum"):
-        merge(paths, tmp_path / "sum.safetensors", "linear")
+@pytest.mark.parametrize("method", ["linear", "ties", "dare"])
+def test_a_sum_acts_where_the_gate_of_any_source_opens(tmp_path, small_pipe, kind, method):
+    patches = [gated(kind, name, seed=i) for i, name in enumerate(("gore", "drugs"))]
+    paths = [patch.save(tmp_path / f"{patch.info.categories[0]}.safetensors") for patch in patches]
+    merged = merge(paths, tmp_path / "sum.safetensors", method)
+
+    def judged(**thresholds: float) -> PatchArtifact:
+        gates = {name: {"threshold": threshold} for name, threshold in thresholds.items()}
+        return replace(merged, info=replace(merged.info, config={**merged.info.config, "gate": gates}))
+
+    base, everywhere = outputs(small_pipe), outputs(small_pipe, patch=merged, gate="off")
+    assert not torch.allclose(everywhere, base, atol=1e-3)  # control
+    assert torch.equal(outputs(small_pipe, patch=judged(drugs=1.0, gore=1.0)), base)
+    for one_open in (judged(drugs=1.0, gore=0.0), judged(drugs=0.0, gore=1.0)):
+        torch.testing.assert_close(outputs(small_pipe, patch=one_open), everywhere, rtol=1e-4, atol=1e-5)
+
+
+@every_kind
+def test_a_sums_gates_answer_as_they_did_alone(tmp_path, kind):
+    patches = [gated(kind, name, seed=i) for i, name in enumerate(("gore", "drugs", "weapons"))]
+    drugs_gore_weapons = [patches[1], patches[0], patches[2]]
+    paths = [patch.save(tmp_path / f"{patch.info.categories[0]}.safetensors") for patch in patches]
+    nested = [merge(paths[:2], method="linear").save(tmp_path / "two.safetensors"), paths[2]]
+    sample, unet = (torch.randn(2, 32, 4, 4), torch.tensor([10, 900]), torch.randn(2, 5, 192)), new_small_unet()
+
+    def logits(artifact: PatchArtifact) -> Tensor:
+        gate = from_artifact(artifact, unet).gate
+        assert gate is not None
+        return gate(*sample)
+
+    alone = torch.cat([logits(patch) for patch in drugs_gore_weapons], dim=1)
+    assert not torch.allclose(alone[:, 0], alone[:, 1])  # control
+    for sources in (paths, nested):
+        torch.testing.assert_close(logits(merge(sources, method="ties")), alone, rtol=1e-3, atol=1e-3)
+
+
+def test_a_fast_patch_is_asked_again_at_every_second_step_unless_its_gate_was_closed(small_pipe):
+    sample, _, states = rows()
+
+    def runs(timesteps: list[int], **options) -> list[int]:
+        ran: list[int] = []
+        with torch.no_grad(), apply(small_pipe, gated("control"), **options) as handle:
+            handle._corrector.parts[0].patch.register_forward_pre_hook(lambda *_: ran.append(handle.stats.unet_calls))
+            for timestep in timesteps:
+                small_pipe.unet(sample, timestep, encoder_hidden_states=states)
+        return ran
+
+    steps = [900, 700, 500, 300, 900]
+    assert runs(steps, gate_threshold=0.0) == [1, 2, 3, 4, 5]  # control
+    assert runs(steps, gate_threshold=0.0, speed="fast") == [1, 3, 5]
+    assert runs(steps, gate_threshold=1.0, speed="fast") == []
+    assert runs([900, 900, 700, 700], gate_threshold=0.0, speed="fast") == [1, 2, 3, 4]  # tile by tile
+
+
+def test_a_tile_is_never_given_the_residuals_of_one_whose_gate_was_open(small_pipe):
+    """Under `fast`, the first tile's gate is closed and the second's open; the next step begins with the first."""
+    sample, _, states = rows()
+    with torch.no_grad(), apply(small_pipe, gated("control"), speed="fast") as handle:
+        judged: list[bool] = []
+        gate = handle._corrector.parts[0].patch.gate
+        gate.register_forward_hook(lambda *_: torch.full((2, 1), 9.0 if len(judged) % 2 else -9.0))
+        handle.on_gate = lambda _, probabilities: judged.append(bool(probabilities.round().any()))
+        for timestep in (900, 900, 700, 700):
+            small_pipe.unet(sample, timestep, encoder_hidden_states=states)
+    assert judged == [False, True, False, True]
+
+
+def no_gate(category: str) -> PatchArtifact:
+    return gating.without_gate(gated("control", category))
+
+
+def wide(category: str) -> PatchArtifact:
+    patch = gated("control", category)
+    return replace(patch, info=replace(patch.info, config={**patch.info.config, "layout": {"gate": 8}}))
+
+
+UNLIKE = {
+    "one without": (gated("control", "gore"), no_gate("drugs"), "linear", "have no gate and a gate"),
+    "widths": (gated("control", "gore"), wide("drugs"), "linear", "have gates of width 4 and 8"),
+    "one category twice": (
+        gated("control"),
+        gated("control", seed=1),
+        "linear",
+        "more than one patch is for 'weapons'",
+    ),
+    "cat": (gated("lora", "gore"), gated("lora", "drugs"), "cat", "side by side would share one"),
+}
+
+
+@pytest.mark.parametrize("name", UNLIKE)
+def test_gates_that_do_not_fit_together(tmp_path, name):
+    first, second, method, says = UNLIKE[name]
+    paths = [patch.save(tmp_path / f"{i}.safetensors") for i, patch in enumerate((first, second))]
+    with pytest.raises(MergeError, match=says):
+        merge(paths, tmp_path / "sum.safetensors", method)
+    assert not (tmp_path / "sum.safetensors").exists()
     merge(paths, tmp_path / "both.safetensors", "bundle")  # control
-    for path in paths:
-        gating.without_gate(PatchArtifact.open(path)).save(path)
-    merge(paths, tmp_path / "sum.safetensors", "linear")
+
+
+def test_lite_patches_that_keep_their_categories_apart_are_not_summed_behind_their_gates(tmp_path):
+    names = ("gore", "drugs", "weapons", "horror")
+    paths = [gated("lite", name, seed=i).save(tmp_path / f"{name}.safetensors") for i, name in enumerate(names)]
+    pairs = [merge(paths[i : i + 2], method="cat").save(tmp_path / f"pair{i}.safetensors") for i in (0, 2)]
+    with pytest.raises(MergeError, match="keeps its categories apart"):
+        merge(pairs, method="linear")
+    merge(pairs, method="cat")  # control
 
 
 BAD = {
@@ -277,8 +373,8 @@ def test_a_merged_patch_gets_no_gate(small_pipe, tmp_path):
     paths = [gated("lite", name).save(tmp_path / f"{name}.safetensors") for name in ("gore", "drugs")]
     with pytest.raises(ConfigError, match="fit a gate to each patch, then merge"):
         gating.add_gate(merge(paths, method="bundle"), small_pipe)
-    for method in ("bundle", "cat"):
-        with pytest.raises(ConfigError, match="split it, take the gates off its parts"):
+    for method in ("bundle", "cat", "linear"):
+        with pytest.raises(ConfigError, match="take the gates off its sources"):
             gating.without_gate(merge(paths, method=method))
 
 
