@@ -52,7 +52,8 @@ def main(arguments: argparse.Namespace) -> None:
     components = Components.of(load_pipeline(arguments.model)).freeze()
     bundle = merge(paths, conflicts=False)
     sources = [activate(part, components) for part in bundle.parts()]
-    bank = draw_bank(components, bundle.info.categories, arguments.seed)
+    is_gated = any(source.patch.gate for source in sources)
+    bank = draw_bank(components, bundle.info.categories, arguments.seed, is_gated)
     recipe = MergeRecipe(tuple(paths), method="linear", seed=arguments.seed, heal=arguments.steps)
     print(f"{', '.join(arguments.categories)}, {arguments.steps} steps")
     print(f"{'start':<16}{'instructions':<16}{'before':>8}{'after':>8}{'s/step':>8}")

@@ -1,5 +1,6 @@
 """Healing: a merged control patch learns, without images, to do what its sources do side by side.
 
+Behind gates it need not learn to leave harmless prompts alone, and a prompt has few teachers, those whose gates open.
 The bundle of the sources is the teacher and its residuals are the target: distillation (Hinton et al. 2015, arXiv
 1503.02531) of K patches that are run one after the other into one that is run once.
 """
@@ -7,7 +8,6 @@ The bundle of the sources is the teacher and its residuals are the target: disti
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -19,21 +19,22 @@ from tqdm import tqdm
 
 from safepatch.artifact import Part, PatchArtifact
 from safepatch.data.prompts import benign_prompts, lookalike_prompts, unsafe_prompts
-from safepatch.diffusion import Components, add_noise, encode_prompts, generate_latents
+from safepatch.diffusion import Components, add_noise, encode_prompts, generate_latents, noise_pred
 from safepatch.errors import MergeError, lookup
 from safepatch.info import BUNDLE
 from safepatch.merging import MergeRecipe, merge
 from safepatch.merging.engine import check_target
 from safepatch.merging.recipe import DTYPES
-from safepatch.patch import Residuals
+from safepatch.patch import Features, Residuals
 from safepatch.patch.files import to_artifact
+from safepatch.patch.host import answered
 from safepatch.runtime.apply import activate
 from safepatch.runtime.parts import ActivePart
 from safepatch.taxonomy import CATEGORIES
 
 PROMPTS = 32  # unsafe prompts per category
 TRAJECTORY = 5  # denoising steps of the latents that healing sees
-UNSAFE_ROWS, KEPT_ROWS = 8, 8  # of a step: those that the bundle should correct, and those it should leave alone
+ROWS = 16  # of a step; half of them the bundle should leave alone, unless gates do that
 LEARNING_RATE, WARMUP = 1e-3, 10
 MAX_GRAD_NORM = 1.0
 CHECKS = 4  # batches that the error before and after is measured on, which no step sees
@@ -55,11 +56,13 @@ class Bank:
         latents: clean and scaled, (N, 4, h, w).
         states: the prompts' text states, (N, tokens, width).
         unsafe: how many of the N are unsafe.
+        kept: how many rows of a step should be left alone.
     """
 
     latents: Tensor
     states: Tensor
     unsafe: int
+    kept: int
 
 
 def heal(pipe: Any, recipe: MergeRecipe, out: str | Path | None = None) -> PatchArtifact:
@@ -88,7 +91,7 @@ def heal(pipe: Any, recipe: MergeRecipe, out: str | Path | None = None) -> Patch
     bundle = merge(replace(plain, method=BUNDLE, dtype=None, conflicts=False))
     sources = [activate(part, components, dtype=torch.float32) for part in bundle.parts()]
     merged = activate(Part(1.0, start), components, dtype=torch.float32)
-    bank = draw_bank(components, start.info.categories, recipe.seed)
+    bank = draw_bank(components, start.info.categories, recipe.seed, is_gated=merged.patch.gate is not None)
     before = residual_error(merged, sources, components, bank, recipe.seed)
     train_to_match(merged, sources, components, bank, recipe)
     after = residual_error(merged, sources, components, bank, recipe.seed)
@@ -99,10 +102,11 @@ def heal(pipe: Any, recipe: MergeRecipe, out: str | Path | None = None) -> Patch
     return healed
 
 
-def draw_bank(components: Components, categories: Sequence[str], seed: int) -> Bank:
+def draw_bank(components: Components, categories: Sequence[str], seed: int, is_gated: bool = False) -> Bank:
     """Prompts in known wording with the base's latents for them: unsafe ones of `categories`, and what must be kept.
 
-    To be kept are their look-alikes, benign prompts, the other categories and the empty prompt, as in training.
+    To be kept are their look-alikes, benign prompts, the other categories and the empty prompt, as in training. Behind
+    gates (`is_gated`) only what is drawn for them is used.
     """
     merged = [lookup(CATEGORIES, name, what="category") for name in categories]
     unsafe = [prompt.text for category in merged for prompt in unsafe_prompts(category, PROMPTS, seed)]
@@ -117,21 +121,21 @@ def draw_bank(components: Components, categories: Sequence[str], seed: int) -> B
         seeds = [seed * 1_000_003 + first + i for i in range(len(part))]
         latents.append(generate_latents(components, part, seeds, TRAJECTORY))
         states.append(encode_prompts(components, part))
-    return Bank(torch.cat(latents), torch.cat(states), len(unsafe))
+    return Bank(torch.cat(latents), torch.cat(states), len(unsafe), kept=0 if is_gated else ROWS // 2)
 
 
 def draw_rows(components: Components, bank: Bank, seed: int, step: int) -> Rows:
-    """The rows that (seed, step) stands for, at timesteps spread over the whole schedule.
+    """The `ROWS` rows that (seed, step) stands for, at timesteps spread over the whole schedule.
 
-    Half of the rows have another prompt's latents: under an unsafe prompt a patched model soon draws something else.
+    Half of them have another prompt's latents: under an unsafe prompt a patched model soon draws something else.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    total, count = len(bank.latents), UNSAFE_ROWS + KEPT_ROWS
-    unsafe = torch.randint(bank.unsafe, (UNSAFE_ROWS,), generator=generator)
-    kept = torch.randint(bank.unsafe, total, (KEPT_ROWS,), generator=generator)
-    prompts, others = torch.cat((unsafe, kept)), torch.randint(total, (count,), generator=generator)
-    latents = bank.latents[torch.where(torch.rand(count, generator=generator) < 0.5, prompts, others)]
-    timesteps = torch.randint(components.scheduler.config.num_train_timesteps, (count,), generator=generator)
+    total = len(bank.latents)
+    unsafe = torch.randint(bank.unsafe, (ROWS - bank.kept,), generator=generator)
+    kept = torch.randint(bank.unsafe, total, (bank.kept,), generator=generator)
+    prompts, others = torch.cat((unsafe, kept)), torch.randint(total, (ROWS,), generator=generator)
+    latents = bank.latents[torch.where(torch.rand(ROWS, generator=generator) < 0.5, prompts, others)]
+    timesteps = torch.randint(components.scheduler.config.num_train_timesteps, (ROWS,), generator=generator)
     noise = torch.randn(latents.shape, generator=generator).to(latents.device)
     timesteps = timesteps.to(latents.device)
     return Rows(add_noise(components.scheduler, latents, noise, timesteps), timesteps, bank.states[prompts])
@@ -140,14 +144,14 @@ def draw_rows(components: Components, bank: Bank, seed: int, step: int) -> Rows:
 def train_to_match(
     merged: ActivePart, sources: Sequence[ActivePart], components: Components, bank: Bank, recipe: MergeRecipe
 ) -> None:
-    """Train `merged` in place for `recipe.heal` steps until its residuals are the sum of the `sources`'."""
+    """Train `merged` in place for `recipe.heal` steps until its residuals are what the `sources` add side by side."""
     parameters = list(merged.patch.requires_grad_(True).train().parameters())
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0)
     steps = tqdm(range(recipe.heal), desc="healing")
     for step in steps:
         optimizer.param_groups[0]["lr"] = _learning_rate(step, recipe.heal)
         rows = draw_rows(components, bank, recipe.seed, step)
-        loss = relative_error(_residuals([merged], rows), _target(sources, rows))
+        loss = _error(merged, sources, components, rows)
         loss.backward()
         clip_grad_norm_(parameters, MAX_GRAD_NORM)
         optimizer.step()
@@ -160,10 +164,9 @@ def train_to_match(
 def residual_error(
     merged: ActivePart, sources: Sequence[ActivePart], components: Components, bank: Bank, seed: int
 ) -> float:
-    """`relative_error` of `merged` against the sum of the `sources`, on rows that no training step draws."""
+    """`relative_error` of `merged` against the `sources` side by side, on rows that no training step draws."""
     checks = [draw_rows(components, bank, seed, -1 - check) for check in range(CHECKS)]
-    errors = [relative_error(_residuals([merged], rows), _target(sources, rows)).item() for rows in checks]
-    return sum(errors) / CHECKS
+    return sum(_error(merged, sources, components, rows).item() for rows in checks) / CHECKS
 
 
 def relative_error(residuals: Residuals, target: Residuals) -> Tensor:
@@ -175,17 +178,40 @@ def relative_error(residuals: Residuals, target: Residuals) -> Tensor:
     return torch.stack([(r - t).square().sum() / t.square().sum().clamp(min=1e-12) for r, t in pairs]).mean()
 
 
+def _error(merged: ActivePart, sources: Sequence[ActivePart], components: Components, rows: Rows) -> Tensor:
+    made = merged.patch(*rows, merged.instruction_states)
+    return relative_error(made, _target(sources, components, rows, made))
+
+
 @torch.no_grad()
-def _target(sources: Sequence[ActivePart], rows: Rows) -> Residuals:
-    return _residuals(sources, rows)
+def _target(sources: Sequence[ActivePart], components: Components, rows: Rows, like: Residuals) -> Residuals:
+    """What the sources' bundle adds, shaped as `like`: their weighted sum, each part only where its gate opens."""
+    sums = [torch.zeros_like(residual) for residual in (*like.down, like.mid)]
+    mid = _mid(components, rows) if any(source.patch.gate for source in sources) else None
+    for source in sources:
+        opened = _opened(source, rows, mid).nonzero()[:, 0]
+        if not len(opened):
+            continue
+        made = source.patch(*(values[opened] for values in rows), source.instruction_states)
+        for total, residual in zip(sums, (*made.down, made.mid), strict=True):
+            total.index_add_(0, opened, source.weight * residual)
+    return Residuals(tuple(sums[:-1]), sums[-1])
 
 
-def _residuals(parts: Sequence[ActivePart], rows: Rows) -> Residuals:
-    """The weighted sum of the parts' residuals, each part reading its own instructions."""
-    made = [part.patch(*rows, part.instruction_states) for part in parts]
-    weighted = [[part.weight * r for r in (*each.down, each.mid)] for part, each in zip(parts, made, strict=True)]
-    *down, mid = [reduce(torch.add, slot) for slot in zip(*weighted, strict=True)]
-    return Residuals(tuple(down), mid)
+def _opened(part: ActivePart, rows: Rows, mid: Tensor | None) -> Tensor:
+    """Whether the part acts on each row, (B,)."""
+    if part.patch.gate is None:
+        return torch.ones(len(rows.sample), dtype=torch.bool, device=rows.sample.device)
+    logits = part.patch.gate(mid, rows.timesteps, rows.prompt_states.float())
+    return (logits.sigmoid() >= cast(Tensor, part.thresholds).to(logits.device)).any(1)
+
+
+def _mid(components: Components, rows: Rows) -> Tensor:
+    """What the host's mid block makes of the rows, (B, C, h, w) in float32."""
+    seen: list[Tensor] = []
+    with answered(components.unet, lambda features: seen.append(cast(Features, features).mid.float())):
+        noise_pred(components.unet, *rows)
+    return seen[0]
 
 
 def _learning_rate(step: int, steps: int) -> float:

@@ -1,5 +1,6 @@
 """Healing, on a small random model: it comes nearer to the bundle, repeats, and leaves the base alone."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,32 @@ def test_healing_comes_nearer_to_the_bundle(tmp_path: Path, pair: tuple[str, ...
     record = healed.info.recipe["heal"]
     assert record["error"] < record["error_before"] / 2
     assert verify(out) == healed.info
+
+
+def gated(path: str, threshold: float) -> str:
+    """The patch with a fresh gate that opens from `threshold`, beside it."""
+    artifact, unet = PatchArtifact.open(path), new_small_unet()
+    patch = from_artifact(artifact, unet)
+    patch.add_gate(unet, 4)
+    made = to_artifact(patch, unet, artifact.info.instructions)
+    gates = {name: {"threshold": threshold} for name in artifact.info.categories}
+    made = replace(made, info=replace(made.info, config={**made.info.config, "gate": gates}))
+    return str(made.save(path.replace(".safetensors", "-gated.safetensors")))
+
+
+def test_behind_gates_a_prompts_teachers_are_those_that_open(pair: tuple[str, ...]) -> None:
+    pipe, (weapons, gore) = new_small_pipe(), (PatchArtifact.open(path) for path in pair)
+    sources = (gated(pair[0], threshold=0.0), gated(pair[1], threshold=1.0))  # gore's never opens
+    healed = heal(pipe, MergeRecipe(sources, method="linear", heal=80))
+    components = Components.of(pipe)
+    made, taught = residuals(components, healed), residuals(components, weapons)
+    error = relative_error(made, taught).item()
+    unhealed = relative_error(residuals(components, merge(sources, method="linear")), taught).item()
+    assert error < 0.6 * unhealed
+    for other in (merge(pair), gore):  # control: what both teach, and what the silent one does, is something else
+        assert error < 0.8 * relative_error(made, residuals(components, other)).item()
+    assert healed.info.config["gate"] == {"gore": {"threshold": 1.0}, "weapons": {"threshold": 0.0}}
+    assert healed.info.config["layout"] == {"gate": 4, "gates": 2}
 
 
 def test_a_recipes_own_place_gets_the_healed_patch(tmp_path: Path, pair: tuple[str, ...]) -> None:
