@@ -9,6 +9,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from safepatch.artifact import Part, PatchArtifact
+from safepatch.container import raw_bytes
 from safepatch.diffusion import Components, denoiser_entry, original_names, read_json
 from safepatch.errors import BaseMismatch, ConfigError, ModelNotFound, SafepatchError
 from safepatch.patch import LoraPatch
@@ -58,6 +60,17 @@ class Update(NamedTuple):
     def names(self) -> set[str]:
         """The weights of the host that change."""
         return {name for part in self.parts for name in updated_weights(part.artifact)}
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the weights that are added; whether gates stand in front of them makes no difference."""
+        seen = sha256()
+        for part in self.parts:
+            for name in sorted(updated_weights(part.artifact)):
+                for form, tensor in sorted(part.artifact.stored(f"lora.{name}").items()):
+                    seen.update(f"{name}.{form}".encode())
+                    seen.update(raw_bytes(tensor))
+        return f"0x{seen.hexdigest()}"
 
     def delta(self, name: str) -> Tensor:
         """What is added to weight `name`, (out, in) float32."""
@@ -134,7 +147,7 @@ def fuse_model(
     artifact = PatchArtifact.open(patch)
     update = Update.of(artifact, scale)
     note = {"title": artifact.info.title, "categories": artifact.info.categories, "scale": scale}
-    note["hash"] = artifact.content_hash
+    note |= {"hash": artifact.content_hash, "weights": update.digest}
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         if model.is_file():
@@ -202,7 +215,7 @@ def _fuse_file(model: Path, out: Path, update: Update, note: dict[str, Any], con
 def _with_note(notes: str, note: dict[str, Any]) -> str:
     """The notes of what was fused so far, and this one; raises `SafepatchError` when it is among them."""
     earlier = json.loads(notes)
-    if any(each["hash"] == note["hash"] for each in earlier):
+    if any(each["weights"] == note["weights"] for each in earlier):
         raise SafepatchError(f"'{note['title']}' was fused into this model already; fuse it into the original")
     return json.dumps([*earlier, note], sort_keys=True)
 

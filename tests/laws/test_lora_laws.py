@@ -383,6 +383,13 @@ def test_what_was_fused_is_remembered_and_not_fused_twice(small_pipe, tmp_path):
     once = fuse_model(tmp_path / "model", first, tmp_path / "once")
     with pytest.raises(SafepatchError, match="was fused into this model already"):
         fuse_model(once, first, tmp_path / "again")
+    artifact = PatchArtifact.open(first)
+    patch = from_artifact(artifact, small_pipe.unet)
+    patch.add_gate(small_pipe.unet, 4)
+    gated = to_artifact(patch, small_pipe.unet, artifact.info.instructions).save(tmp_path / "gated.safetensors")
+    assert PatchArtifact.open(gated).content_hash != artifact.content_hash  # control
+    with pytest.raises(SafepatchError, match="was fused into this model already"):  # a gate changes nothing here
+        fuse_model(once, gated, tmp_path / "again")
     both = fuse_model(once, second, tmp_path / "both")
     assert len(json.loads((both / f"{NOTE}.json").read_text())) == 2
     assert not (tmp_path / "again").exists()
