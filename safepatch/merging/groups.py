@@ -80,9 +80,10 @@ def _categories(sources: Sequence[Source], advice: str) -> int:
 
 
 def joined_shape(sources: Sequence[Source], name: str) -> tuple[int, ...]:
-    """Groups of all sources, and the widest of each other side."""
-    groups, *sides = zip(*(source.shape(name) or (0,) for source in sources), strict=True)
-    return (sum(groups), *map(max, sides))
+    """One group per category of the sources, and the widest of each other side."""
+    shapes = [shape for source in sources if (shape := source.shape(name)) is not None]
+    sides = zip(*(shape[1:] for shape in shapes), strict=True)
+    return (sum(len(source.info.categories) for source in sources), *map(max, sides))
 
 
 def places(sources: Sequence[PatchInfo], index: int) -> list[int]:
@@ -92,10 +93,12 @@ def places(sources: Sequence[PatchInfo], index: int) -> list[int]:
 
 
 def side_by_side(sources: Sequence[Source], name: str, shape: tuple[int, ...]) -> Tensor:
-    """Parameter `name` of all sources, (groups, *), float32, each source's weight in its joints."""
+    """Parameter `name` of all sources, (groups, *), float32, each source's weight in its joints; zero where missing."""
     merged = torch.zeros(shape)
     infos = [source.info for source in sources]
     for index, source in enumerate(sources):
+        if source.shape(name) is None:
+            continue
         values = source.stored(name)["delta"].float() * (source.weight if name.endswith(f".{JOINT}") else 1.0)
         for place, group in zip(places(infos, index), values, strict=True):
             merged[place][tuple(slice(side) for side in group.shape)] = group

@@ -1,8 +1,9 @@
 """The lite patch: small corrections of the host's own skip and mid features; no second encoder.
 
 Every feature goes through a narrow branch of its own: affine-free group norm, 1 x 1 down to `rank` channels, a read of
-the text (cross-attention), a modulation by timestep and instruction (FiLM; Perez et al. 2018, arXiv 1709.07871),
-3 x 3 convolutions, and a zero-initialised 1 x 1 back up, as an adapter (Houlsby et al. 2019, arXiv 1902.00751).
+the text (cross-attention) and of what the mid block's branch has found there, a modulation by timestep and instruction
+(FiLM; Perez et al. 2018, arXiv 1709.07871), 3 x 3 convolutions, and a zero-initialised 1 x 1 back up, as an adapter
+(Houlsby et al. 2019, arXiv 1902.00751). So the first skips, whose features say little, are told what is drawn where.
 
 The first dimension of every parameter is the group, one group per category: merging lite patches is concatenation along
 it, and the merged patch computes the sum of its groups' corrections in one pass.
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import conv2d, group_norm, scaled_dot_product_attention, silu
+from torch.nn.functional import conv2d, group_norm, interpolate, scaled_dot_product_attention, silu
 from torch.utils.checkpoint import checkpoint
 
 from safepatch.errors import ConfigError
@@ -66,8 +67,9 @@ class LitePatch(ResidualPatch):
         self.instruction = draw.normal(groups, CONDITION_WIDTH, text_width)
         self.key = draw.normal(groups, rank, text_width)
         self.value = draw.normal(groups, rank, text_width)
-        self.down_branches = nn.ModuleList(_Branch(draw, c, norm_groups, rank, depth, groups) for c in channels[:-1])
-        self.mid_branch = _Branch(draw, channels[-1], norm_groups, rank, depth, groups)
+        sizes = (norm_groups, rank, depth, groups)
+        self.down_branches = nn.ModuleList(_SkipBranch(draw, width, *sizes) for width in channels[:-1])
+        self.mid_branch = _Branch(draw, channels[-1], *sizes)
 
     @classmethod
     def from_unet(
@@ -102,11 +104,10 @@ class LitePatch(ResidualPatch):
             raise ConfigError("a lite patch reads the host's features; none were passed")
         text = self._read(prompt_states, instruction_states)
         condition = self._condition(row_timesteps(timesteps, sample), instruction_states)
+        mid, found = self._run(self.mid_branch, features.mid, condition, *text, scales)
         down = zip(self.down_branches, features.down, strict=True)
-        return Residuals(
-            tuple(self._run(branch, skip, condition, *text, scales) for branch, skip in down),
-            self._run(self.mid_branch, features.mid, condition, *text, scales),
-        )
+        made = [self._run(branch, skip, condition, *text, scales, found) for branch, skip in down]
+        return Residuals(tuple(residual for residual, _ in made), mid)
 
     def joints(self) -> list[nn.Parameter]:
         """The branches' last convolutions."""
@@ -135,14 +136,14 @@ class LitePatch(ResidualPatch):
         """(1 or B, groups * tokens, width) side by side as (1 or B, groups, tokens, width)."""
         return instruction_states.unflatten(1, (self.layout["groups"], -1))
 
-    def _run(self, branch: nn.Module, *inputs: Tensor | None) -> Tensor:
+    def _run(self, branch: nn.Module, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(branch, *inputs, use_reentrant=False)
         return branch(*inputs)
 
 
 class _Branch(nn.Module):
-    """The correction of one feature, (B, channels, h, w) -> the same; all groups at once."""
+    """The correction of one feature, (B, channels, h, w) -> the same, and what was found; all groups at once."""
 
     def __init__(self, draw: Draw, channels: int, norm_groups: int, rank: int, depth: int, groups: int) -> None:
         super().__init__()
@@ -157,18 +158,29 @@ class _Branch(nn.Module):
         self.up = nn.Parameter(torch.zeros(groups, channels, rank))
 
     def forward(
-        self, feature: Tensor, condition: Tensor, key: Tensor, value: Tensor, scales: Tensor | None = None
-    ) -> Tensor:
+        self,
+        feature: Tensor,
+        condition: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scales: Tensor | None = None,
+        above: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         hidden = group_norm(feature.contiguous(), self.norm_groups)
         hidden = conv2d(hidden, self.down.flatten(0, 1)[..., None, None])
-        hidden = hidden + self._attend(hidden, key, value)
+        hidden = hidden + self._attend(hidden, key, value) + self._told(above, hidden)
         scale, shift = torch.einsum("bgc,gdrc->dbgr", condition, self.film)
         hidden = silu(hidden * (1 + scale.flatten(1)[..., None, None]) + shift.flatten(1)[..., None, None])
         for mix in self.mix:
             hidden = silu(conv2d(hidden, mix.flatten(0, 1), padding=1, groups=self.groups))
+        found = hidden
         if scales is not None:
             hidden = (hidden.unflatten(1, (self.groups, -1)) * scales[..., None, None, None]).flatten(1, 2)
-        return conv2d(hidden, self.up.transpose(0, 1).flatten(1)[..., None, None])
+        return conv2d(hidden, self.up.transpose(0, 1).flatten(1)[..., None, None]), found
+
+    def _told(self, above: Tensor | None, hidden: Tensor) -> Tensor | float:
+        """What it takes from `above`, (B, groups * rank, h', w'), shaped as `hidden`."""
+        return 0.0
 
     def _attend(self, hidden: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """What each position reads of the text, shaped as `hidden`, (B, groups * rank, h, w)."""
@@ -176,3 +188,16 @@ class _Branch(nn.Module):
         query = torch.einsum("bgpr,gsr->bgps", positions, self.query)
         read = torch.einsum("bgpr,gsr->bgsp", scaled_dot_product_attention(query, key, value, scale=1.0), self.out)
         return read.reshape(hidden.shape)
+
+
+class _SkipBranch(_Branch):
+    """A branch that is told what the mid block's has found."""
+
+    def __init__(self, draw: Draw, channels: int, norm_groups: int, rank: int, depth: int, groups: int) -> None:
+        super().__init__(draw, channels, norm_groups, rank, depth, groups)
+        self.told = nn.Parameter(torch.zeros(groups, rank, rank))
+
+    def _told(self, above: Tensor | None, hidden: Tensor) -> Tensor | float:
+        assert above is not None, "the mid block's branch comes first"
+        told = conv2d(above, self.told.flatten(0, 1)[..., None, None], groups=self.groups)
+        return interpolate(told, hidden.shape[-2:])

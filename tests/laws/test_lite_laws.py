@@ -12,7 +12,8 @@ from safepatch.artifact import PatchArtifact
 from safepatch.errors import ConfigError, MergeError
 from safepatch.info import BUNDLE
 from safepatch.merging import merge, split
-from safepatch.patch import LitePatch
+from safepatch.patch import Features, LitePatch, Residuals
+from safepatch.patch.control import skip_channels
 from safepatch.patch.files import from_artifact, to_artifact
 from safepatch.runtime.apply import apply
 from tests.small import DOWN, MID, awaken, new_artifact, new_small_unet, rows, same_residuals, spied
@@ -60,6 +61,33 @@ def test_cat_computes_the_sum_of_its_parts(tmp_path, small_pipe, categories):
     assert all((left - right).abs().max() > 0.01 for left, right in zip(*alone[:2], strict=True))  # control
     assert merged.info.config["layout"] == {"rank": 6 if "drugs" in categories else 4, "depth": 1, "groups": len(paths)}
     assert len(merged.parts()) == 1  # one module, one pass
+
+
+def test_a_source_may_lack_what_others_have(tmp_path, small_pipe):
+    whole, other = lite("weapons"), lite("gore")
+    kept = {name: tensor for name, tensor in other.tensors.items() if ".told." not in name}
+    assert len(kept) < len(other.tensors)  # control
+    paths = [patch.save(tmp_path / f"{i}.safetensors") for i, patch in enumerate((whole, replace(other, tensors=kept)))]
+    alone = [residuals(small_pipe, path) for path in paths]
+    assert_close(residuals(small_pipe, merge(paths, tmp_path / "both.safetensors", "cat")), total(alone))
+    assert split(tmp_path / "both.safetensors", "gore").tensors.keys() == kept.keys()
+
+
+def test_every_skip_is_told_what_the_mid_block_shows():
+    patch, states = awaken(LitePatch.from_unet(UNET, rank=4), 0, 0.3), torch.randn(1, 5, 192)
+    sample, timesteps, _ = rows(1)
+    skips = tuple(torch.randn(1, width, 4, 4) for width in skip_channels(UNET))
+
+    def made(mid: Tensor) -> Residuals:
+        return patch(sample, timesteps, states, states, features=Features(skips[:-1], mid))
+
+    with torch.no_grad():
+        before, after = made(skips[-1]), made(skips[-1].flip(-1))
+        for branch in patch.down_branches:
+            branch.told.zero_()
+        untold = made(skips[-1]), made(skips[-1].flip(-1))
+    assert all(not torch.allclose(*pair, atol=1e-3) for pair in zip(before.down, after.down, strict=True))
+    assert all(torch.equal(*pair) for pair in zip(untold[0].down, untold[1].down, strict=True))  # control
 
 
 def test_weights_of_a_cat_are_those_of_the_sum(tmp_path, small_pipe):
