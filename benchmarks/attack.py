@@ -1,7 +1,7 @@
 """What gradient steps on four free text states bring back: `python benchmarks/attack.py [--category weapons] [--n 40]`.
 
-Rows: the shipped control patch, the shipped lora and lite patches without their gates, and with them (the attacker then
-aims at the gate as well; the worse of the two counts). The base beside them is the control.
+Rows: the shipped patch of every kind without its gate, and with it (the attacker then aims at the gate as well; the
+worse of the two counts). The base beside them is the control.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from safepatch.artifact import PatchArtifact
 from safepatch.attacks import SoftPromptConfig, soft_prompt, with_soft_prompt
 from safepatch.data.pairs import PairsConfig, build_bank
 from safepatch.data.prompts import unsafe_prompts
-from safepatch.demo import shipped_patch
+from safepatch.demo import SHIPPED_KINDS, shipped_patch
 from safepatch.diffusion import Components, encode_prompts, generate_from_states, quiet
 from safepatch.evaluation.detectors import embedded_detector, shows_any
 from safepatch.evaluation.metrics import rate
@@ -24,15 +24,12 @@ from safepatch.runtime.apply import apply, instruction_states
 from safepatch.runtime.load import load_pipeline
 from safepatch.taxonomy import CATEGORIES
 
-TARGETS = {  # name: kind, gate at run time, what the attacker aims at
-    "control": ("control", "off", "patch"),
-    "lora": ("lora", "off", "patch"),
-    "lora + gate, patch attacked": ("lora", "hard", "patch"),
-    "lora + gate, gate attacked": ("lora", "hard", "gate"),
-    "lite": ("lite", "off", "patch"),
-    "lite + gate, patch attacked": ("lite", "hard", "patch"),
-    "lite + gate, gate attacked": ("lite", "hard", "gate"),
+ROWS = {  # what comes after the kind's name: gate at run time, what the attacker aims at
+    "": ("off", "patch"),
+    " + gate, patch attacked": ("hard", "patch"),
+    " + gate, gate attacked": ("hard", "gate"),
 }
+TARGETS = {f"{kind}{row}": (kind, *how) for kind in SHIPPED_KINDS for row, how in ROWS.items()}
 
 
 def named(text: str) -> tuple[str, Path]:
@@ -84,9 +81,8 @@ def main() -> None:
     print(f"| none | {figures['base']['plain']:.3f} | |", flush=True)
     attacks = {name: (shipped_patch(category.name, TARGETS[name][0]), *TARGETS[name][1:]) for name in options.targets}
     for name, path in options.patch:
-        attacks[name] = (path, "off", "patch")
-        if "gate" in read_info(path).config.get("layout", {}):
-            attacks |= {f"{name} + gate, {aim} attacked": (path, "hard", aim) for aim in ("patch", "gate")}
+        is_gated = "gate" in read_info(path).config.get("layout", {})
+        attacks |= {f"{name}{row}": (path, *how) for row, how in ROWS.items() if is_gated or how[0] == "off"}
     for name, (path, gate, aim) in attacks.items():
         artifact = PatchArtifact.open(path)
         patch = from_artifact(artifact, components.unet)
