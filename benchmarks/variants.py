@@ -23,9 +23,11 @@ from safepatch.training.trainer import train
 
 OUT = Path("runs/variants")
 CATEGORY = CATEGORIES["weapons"]
-LITE = ["patch.kind=lite"]  # as configs/patches/lite, shorter and without the gate
+GATED = ["patch.gate=32", "objective.preservation=0"]
+LITE = ["patch.kind=lite", "patch.sees=instruction", "training.batch_size=16", *GATED]  # as configs/patches/lite
 VARIANTS: dict[str, list[str]] = {
     "default": [],
+    "gated": [*GATED, "training.batch_size=8"],  # as configs/patches
     "paired": ["objective.supervision=paired"],
     "instruction-only": ["patch.sees=instruction"],
     "pushed": ["objective.negative_guidance=0.5"],
@@ -34,7 +36,9 @@ VARIANTS: dict[str, list[str]] = {
     "lite": LITE,
     "lite-rank-16": [*LITE, "patch.rank=16"],
     "lite-depth-2": [*LITE, "patch.depth=2"],
-    "lite-instruction-only": [*LITE, "patch.sees=instruction"],
+    "lite-rank-32": [*LITE, "patch.rank=32"],
+    "lite-reads-prompt": [*LITE, "patch.sees=instruction+prompt"],
+    "lite-batch-4": [*LITE, "training.batch_size=4"],
     "lite-pushed": [*LITE, "objective.negative_guidance=0.5"],
     "lite-attacked": [*LITE, "objective.adversaries=2"],
 }

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from safepatch.artifact import PatchArtifact
@@ -20,7 +21,8 @@ from safepatch.training.healing import heal
 SINGLE, MERGED = "single", "merged"  # `patch` of the rows; single is the category's own patch
 BENIGN = "benign"
 LABELS = {NONE: "no patch", SINGLE: "single patches"}
-COLUMNS = {"prompt_accuracy": "benign accuracy", "benign_drift": "drift"}
+COLUMNS = {"safe_recognisable_rate": "recognisable", "prompt_accuracy": "benign accuracy", "benign_drift": "drift"}
+MEASURES = {"unsafe_rate": suite.unsafe_rate, "safe_recognisable_rate": suite.safe_recognisable_rate}  # per category
 
 
 def merge_on_model(recipe: MergeRecipe, target: Path, model: str, n: int | None, tell: Callable[[str], None]) -> None:
@@ -65,25 +67,31 @@ def by_category(patches: Sequence[PatchArtifact]) -> dict[str, PatchArtifact]:
 
 
 def base_rows(bench: Bench, singles: Mapping[str, PatchArtifact]) -> list[Row]:
-    """Unsafe rate of every category without a patch and with its own, and the base's benign accuracy."""
-    none = [_unsafe(bench, NONE, name, None) for name in singles]
+    """What every category shows without a patch and with its own, and the base's benign accuracy."""
     accuracy = suite.row(bench, NONE, BENIGN, "prompt_accuracy", NONE, suite.prompt_accuracy(bench, None))
-    return [*none, accuracy, *(_unsafe(bench, SINGLE, name, patch) for name, patch in singles.items())]
+    return [*_rows(bench, NONE, dict.fromkeys(singles)), accuracy, *_rows(bench, SINGLE, singles)]
 
 
 def merged_rows(bench: Bench, label: str, categories: Sequence[str], patch: PatchArtifact) -> list[Row]:
-    """Unsafe rate of every category with the merged `patch`, its benign accuracy and drift."""
+    """What every category shows with the merged `patch`, its benign accuracy and drift."""
     accuracy, drift = suite.prompt_accuracy(bench, patch), suite.drift(bench, patch)
     return [
-        *(_unsafe(bench, label, name, patch) for name in categories),
+        *_rows(bench, label, dict.fromkeys(categories, patch)),
         suite.row(bench, label, BENIGN, "prompt_accuracy", NONE, accuracy),
         suite.row(bench, label, BENIGN, "benign_drift", NONE, drift),
     ]
 
 
 def to_markdown(rows: Sequence[Row]) -> str:
-    """A line per patch, a column per category with its unsafe rate, then benign accuracy and drift."""
-    cells = {(row.patch, _column(row)): _cell(row) for row in rows}
+    """A line per patch, a column per category with its unsafe rate, then means over the categories and benign prompts.
+
+    Recognisable is the share of images for unsafe prompts that show nothing unsafe and something benign.
+    """
+    cells = {(row.patch, _column(row)): _cell(row) for row in rows if row.metric != "safe_recognisable_rate"}
+    for patch in dict.fromkeys(row.patch for row in rows):
+        rates = [row.value for row in rows if (row.patch, row.metric) == (patch, "safe_recognisable_rate")]
+        if rates:
+            cells[patch, COLUMNS["safe_recognisable_rate"]] = f"{fmean(rates):.2f}"
     columns = [*dict.fromkeys(_column(row) for row in rows if row.metric == "unsafe_rate"), *COLUMNS.values()]
     lines = [["patch", *columns], ["---"] * (len(columns) + 1)]
     for patch in dict.fromkeys(row.patch for row in rows):
@@ -91,8 +99,13 @@ def to_markdown(rows: Sequence[Row]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _unsafe(bench: Bench, label: str, name: str, patch: PatchArtifact | None) -> Row:
-    return suite.row(bench, label, name, "unsafe_rate", NONE, suite.unsafe_rate(bench, category(name), patch))
+def _rows(bench: Bench, label: str, patches: Mapping[str, PatchArtifact | None]) -> list[Row]:
+    """Of each category, what its prompts show with the patch given for it; the images are made once."""
+    return [
+        suite.row(bench, label, name, metric, NONE, measure(bench, category(name), patch))
+        for metric, measure in MEASURES.items()
+        for name, patch in patches.items()
+    ]
 
 
 def _column(row: Row) -> str:

@@ -31,10 +31,11 @@ def row(label: str, category: str, metric: str, value: float) -> Row:
     return Row(label, "tiny-sd", NONE, category, metric, value, value, value, N, 0, "reader")
 
 
-def method_rows(label: str, rate: float, accuracy: float) -> list[Row]:
-    """A method with one unsafe rate for all its categories."""
+def method_rows(label: str, rate: float, accuracy: float, recognisable: float = 0.9) -> list[Row]:
+    """A method with one unsafe rate, and one of recognisable images, for all its categories."""
     figures = {"prompt_accuracy": accuracy, "benign_drift": 0.01}
-    rates = [row(label, name, "unsafe_rate", rate) for name in ("weapons", "gore")]
+    shown = {"unsafe_rate": rate, "safe_recognisable_rate": recognisable}
+    rates = [row(label, name, metric, value) for metric, value in shown.items() for name in ("weapons", "gore")]
     return rates + [row(label, "benign", metric, value) for metric, value in figures.items()]
 
 
@@ -45,9 +46,11 @@ def test_the_table_compares_base_single_and_merged(bench: ObedientBench) -> None
     singles = {"weapons": patch("weapons"), "gore": patch("gore")}
     lines = to_markdown([*base_rows(bench, singles), *merged_rows(bench, "merged", list(singles), patch("gore"))])
     head, _, none, single, merged = lines.splitlines()
-    assert head == "| patch | weapons | gore | benign accuracy | drift |"
+    assert head == "| patch | weapons | gore | recognisable | benign accuracy | drift |"
     assert none.startswith("| no patch | 1.00 [0.84, 1.00] | 1.00")  # control: the base does show it
     assert single.startswith("| single patches | 0.00 [0.00, 0.16] | 1.00")  # this bench's patches replace weapons only
+    assert none.split("|")[4].strip() == "0.00"
+    assert single.split("|")[4].strip() == "0.50"
     assert single.endswith("|  |  |")
     assert merged.endswith("| 1.00 [0.84, 1.00] | 0.000 |")
 
@@ -78,11 +81,14 @@ def test_the_best_method_is_one_that_leaves_benign_images_alone() -> None:
     assert table["best"] == {"method": "bundle", "single": {"weapons": 0.1}, "merged": {"weapons": 0.1, "gore": 0.1}}
     assert table["methods"]["task-arithmetic"] == {
         "merged": {"weapons": 0.0, "gore": 0.0},
+        "safe_recognisable_rate": {"weapons": 0.9, "gore": 0.9},
         "prompt_accuracy": 0.1,
         "benign_drift": 0.01,
     }
     harmless = method_rows("task-arithmetic", 0.0, 0.85)
     assert to_table([*BASE, *harmless, *weak, *keeps])["best"]["method"] == "task-arithmetic"  # control
+    smears = method_rows("task-arithmetic", 0.0, 0.85, recognisable=0.2)
+    assert to_table([*BASE, *smears, *weak, *keeps])["best"]["method"] == "bundle"
     assert to_table([*BASE, *destroys])["best"] is None
 
 
