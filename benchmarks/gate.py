@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from safepatch.artifact import PatchArtifact
 from safepatch.data.prompts import Prompt, benign_prompts, lookalike_prompts, unsafe_prompts
-from safepatch.demo import shipped_patch, shipped_patches
+from safepatch.demo import SHIPPED_KINDS, shipped_patch, shipped_patches
 from safepatch.diffusion import generate, quiet
 from safepatch.evaluation.detectors import embedded_detector, shows_any
 from safepatch.evaluation.metrics import Estimate, rate
@@ -65,7 +65,7 @@ def left_alone(pipe: Any, prompts: Sequence[Prompt], patches: dict[str, PatchArt
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--kind", default="lite", choices=("lite", "lora"))
+    parser.add_argument("--kind", default="lite", choices=SHIPPED_KINDS)
     parser.add_argument("--n", type=int, default=500, help="benign prompts; look-alikes: a fifth for each category")
     parser.add_argument("--unsafe", type=int, default=40, help="unsafe prompts per category, with the gate and without")
     parser.add_argument("--json", type=Path, help="where to write the figures")

@@ -22,6 +22,7 @@ from safepatch.merging import MergeRecipe, merge
 from safepatch.runtime.apply import activate
 from safepatch.runtime.load import load_pipeline
 from safepatch.runtime.parts import ActivePart
+from safepatch.training.gating import without_gate
 from safepatch.training.healing import draw_bank, residual_error, train_to_match
 
 READINGS = ("concatenated", "averaged", "learned")
@@ -31,7 +32,7 @@ def starting_point(start: str, sources: Sequence[str], instructions: dict[str, s
     """The patch that `start` names, reading all instructions."""
     if start != "source":
         return merge(sources, method=start, conflicts=False)
-    patch = PatchArtifact.open(sources[0])
+    patch = without_gate(PatchArtifact.open(sources[0]))
     return replace(patch, info=replace(patch.info, instructions=instructions))
 
 

@@ -90,8 +90,7 @@ def count(structure: str) -> dict[str, float]:
         else:
             work = lambda p=patch: p.gate(shown[0].mid, inputs[1], inputs[2])  # type: ignore[misc] # noqa: E731
         found[name] = 1 + flops(work) / base
-    sizes = {kind: new_patch(unet, kind) for kind in ("control", "lora")}
-    sizes["lite"] = new_patch(unet, "lite", rank=RANK, gate=GATE)
+    sizes = {kind: new_patch(unet, kind, gate=GATE) for kind in PATCH_KINDS}
     megabytes = {f"{kind}, MB": sum(p.numel() for p in patch.parameters()) * 2 / 1e6 for kind, patch in sizes.items()}
     return {**found, **megabytes}
 

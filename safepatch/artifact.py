@@ -1,6 +1,7 @@
 """A patch as one file: tensors that are deltas (zero = no effect) and everything that says what they are for."""
 
 import math
+import re
 from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
@@ -148,7 +149,7 @@ class PatchArtifact:
         return replace(self, tensors={name: cast(name, tensor, dtype) for name, tensor in self.tensors.items()})
 
     def compress(self, rank: int) -> "PatchArtifact":
-        """The same patch with 2-D and 4-D deltas of larger rank stored as their best factors of `rank` >= 1."""
+        """The same patch, its 2-D and 4-D deltas of larger rank as their best factors of `rank` >= 1; but gates."""
         if rank < 1:
             raise ArtifactError(f"cannot compress to rank {rank}; give a rank of at least 1")
         tensors: dict[str, Tensor] = {}
@@ -163,7 +164,9 @@ class PatchArtifact:
         return PatchArtifact(tensors, replace(self.info, shapes=shapes))
 
     def _rank(self, name: str) -> int:
-        """The rank `name` is stored with; 0 for what has no useful rank (biases and the like)."""
+        """The rank `name` is stored with; 0 for what has no useful rank (biases, gates and the like)."""
+        if is_gate(name):
+            return 0
         if name in self.info.shapes:
             return self.factors(name).up.shape[1]
         delta = self.tensors[f"{name}.delta"]
@@ -184,6 +187,11 @@ class PatchArtifact:
             info = PatchInfo.from_metadata(header.metadata)
             check_hash(path, header)
             return cls(load_file(path), info)
+
+
+def is_gate(name: str) -> bool:
+    """Whether tensor or parameter `name` is a gate's."""
+    return re.match(r"(part\d+\.)*\w+\.gate\.", name) is not None
 
 
 class Part(NamedTuple):

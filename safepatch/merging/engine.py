@@ -5,22 +5,21 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import reduce
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from safepatch.artifact import PatchArtifact
+from safepatch.artifact import PatchArtifact, is_gate
 from safepatch.container import MappedTensors, raw_bytes, read_header, write_stream
 from safepatch.errors import MergeError
 from safepatch.info import BUNDLE, PatchInfo
 from safepatch.merging.conflicts import Comparison, compare, report
-from safepatch.merging.groups import gates_layout, is_gate, is_grouped, merged_layout
+from safepatch.merging.groups import has_gate, is_grouped, merged_layout
 from safepatch.merging.job import BundleJob, GroupedJob, IdentityJob, Job, Piece
 from safepatch.merging.recipe import DTYPE_NAMES, DTYPES, EXACT, MergeRecipe, load_recipe
-from safepatch.merging.sources import Source, agreed, check_agreement, in_order, open_source
+from safepatch.merging.sources import Source, agreed, check_agreement, in_order, open_source, widest_dtype
 from safepatch.merging.sums import SumJob
 
 T = TypeVar("T")
@@ -107,8 +106,7 @@ def _prepare(sources: Sequence[Source], recipe: MergeRecipe) -> Job:
         raise MergeError("healing needs the base model; call safepatch.heal(pipe, recipe), or leave out heal")
     ordered = in_order(sources)
     check_agreement(ordered, kept_apart=recipe.method == BUNDLE)
-    widest = reduce(torch.promote_types, (source.artifact.dtype for source in ordered))
-    dtype = DTYPES[recipe.dtype] if recipe.dtype else widest
+    dtype = DTYPES[recipe.dtype] if recipe.dtype else widest_dtype(ordered)
     if recipe.method == BUNDLE:
         return BundleJob(ordered, recipe, dtype)
     if recipe.method == "cat" and all(is_grouped(source.info) for source in ordered):
@@ -116,10 +114,11 @@ def _prepare(sources: Sequence[Source], recipe: MergeRecipe) -> Job:
         if recipe.rank:
             raise MergeError("lite patches stand side by side and have no sum to re-compress; leave out the rank")
         return (IdentityJob if recipe.is_identity else GroupedJob)(ordered, recipe, dtype)
-    if recipe.method == "cat" and gates_layout(ordered) and not recipe.is_identity:
+    gated = [source.name for source in ordered if has_gate(source)]
+    if recipe.method == "cat" and gated and len(ordered) > 1:
         raise MergeError(
-            f"{ordered[0].name} has a gate, and parts side by side would share one; merge by bundle, or by "
-            "task-arithmetic, or take the gates off (safepatch gate --width 0)"
+            f"{gated[0]} has a gate, and cat cannot keep it to its own part; merge by bundle, or by "
+            "task-arithmetic (one open gate then opens all), or take the gates off (safepatch gate --width 0)"
         )
     return (IdentityJob if recipe.is_identity else SumJob)(ordered, recipe, dtype)
 

@@ -40,9 +40,9 @@ def merged_layout(sources: Sequence[Source]) -> dict[str, Any]:
     return {**layouts[0], "rank": max(layout["rank"] for layout in layouts), "groups": groups}
 
 
-def is_gate(name: str) -> bool:
-    """Whether parameter `name` is a gate's."""
-    return name.split(".")[1:2] == ["gate"]
+def has_gate(source: Source) -> bool:
+    """Whether the source, which is no bundle, has a gate."""
+    return "gate" in source.info.config.get("layout", {})
 
 
 def gates_layout(sources: Sequence[Source]) -> dict[str, int]:
@@ -50,9 +50,9 @@ def gates_layout(sources: Sequence[Source]) -> dict[str, int]:
 
     Raises:
         MergeError: when only some have gates, or they differ in width, or two are for one category, or a source keeps
-            its categories apart.
+            its categories apart, or counts for nothing.
     """
-    widths = {source.info.config.get("layout", {}).get("gate", 0): source.name for source in sources}
+    widths = {source.info.config["layout"]["gate"] if has_gate(source) else 0: source.name for source in sources}
     if len(widths) > 1:
         (width, first), (other, second), *_ = sorted(widths.items())
         differ = f"have gates of width {width} and {other}" if width else "have no gate and a gate"
@@ -62,7 +62,10 @@ def gates_layout(sources: Sequence[Source]) -> dict[str, int]:
     for source in sources:
         if source.info.config["layout"].get("groups", 1) > 1:
             raise MergeError(f"{source.name} keeps its categories apart; merge by cat or bundle")
-    return {"gate": next(iter(widths)), "gates": _categories(sources, "merge by bundle, which keeps both gates")}
+        if not source.weight:
+            raise MergeError(f"{source.name} has weight 0 and a gate that would open for the others; leave it out")
+    gates = _categories(sources, "merge by bundle, which keeps both gates")
+    return {"gate": next(iter(widths)), **({"gates": gates} if gates > 1 else {})}
 
 
 def gate_records(sources: Sequence[Source]) -> dict[str, Any]:
@@ -99,7 +102,8 @@ def side_by_side(sources: Sequence[Source], name: str, shape: tuple[int, ...]) -
     for index, source in enumerate(sources):
         if source.shape(name) is None:
             continue
-        values = source.stored(name)["delta"].float() * (source.weight if name.endswith(f".{JOINT}") else 1.0)
+        source.stored(name)  # refuses what is not finite
+        values = source.artifact.delta(name) * (source.weight if name.endswith(f".{JOINT}") else 1.0)
         for place, group in zip(places(infos, index), values, strict=True):
             merged[place][tuple(slice(side) for side in group.shape)] = group
     return merged

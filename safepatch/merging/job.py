@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from safepatch.artifact import cast, part_prefix
+from safepatch.artifact import cast, is_gate, part_prefix
 from safepatch.container import in_file_order
 from safepatch.errors import MergeError
 from safepatch.merging.groups import gate_records, joined_shape, merged_layout, side_by_side
 from safepatch.merging.recipe import MergeRecipe
-from safepatch.merging.sources import Source
+from safepatch.merging.sources import Source, widest_dtype
 
 
 class Piece(NamedTuple):
@@ -66,6 +66,10 @@ class Job(ABC):
     def rank_errors(self) -> dict[str, float]:
         """Relative error of every parameter that was re-compressed."""
         return {}
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """Of merged parameter `name`; a gate's stays what it was, as its threshold was found so."""
+        return widest_dtype(self.sources) if is_gate(name) else self.dtype
 
     def run_length(self, tensor: str) -> int:
         """How many values of a merged tensor make one piece; all by default."""
@@ -157,7 +161,9 @@ class IdentityJob(Job):
     def layout(self) -> dict[str, Tensor]:
         """The merged tensors by name, as meta tensors."""
         tensors = {name: tensor.to("meta") for name, tensor in self.sources[0].artifact.tensors.items()}
-        return {name: tensor.to(self.dtype) if self.recipe.dtype else tensor for name, tensor in tensors.items()}
+        if not self.recipe.dtype:
+            return tensors
+        return {name: tensor.to(self.stored_dtype(name)) for name, tensor in tensors.items()}
 
     def shapes(self) -> dict[str, list[int]]:
         """Full shape of every merged parameter that is stored low-rank."""
@@ -176,7 +182,10 @@ class GroupedJob(Job):
     @cached_property
     def layout(self) -> dict[str, Tensor]:
         """The merged tensors by name, as meta tensors."""
-        return {f"{name}.delta": torch.empty(self.shape(name), dtype=self.dtype, device="meta") for name in self.names}
+        return {
+            f"{name}.delta": torch.empty(self.shape(name), dtype=self.stored_dtype(name), device="meta")
+            for name in self.names
+        }
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Groups of all sources, and the widest of each other side."""
@@ -189,7 +198,8 @@ class GroupedJob(Job):
     def values(self, piece: Piece) -> Tensor:
         """The merged values of a piece, flat, as they are stored."""
         name = piece.tensor.removesuffix(".delta")
-        return cast(piece.tensor, side_by_side(self.sources, name, self.shape(name)), self.dtype).reshape(-1)
+        values = side_by_side(self.sources, name, self.shape(name))
+        return cast(piece.tensor, values, self.stored_dtype(name)).reshape(-1)
 
     @property
     def config(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,11 @@ def open_source(path: str, weight: float) -> Source:
 def in_order(sources: Sequence[Source]) -> tuple[Source, ...]:
     """The sources by content, so that the order they were given in changes no bit: float sums depend on it."""
     return tuple(sorted(sources, key=lambda source: (source.hash, source.weight)))
+
+
+def widest_dtype(sources: Sequence[Source]) -> torch.dtype:
+    """The one that holds what any of the sources holds."""
+    return reduce(torch.promote_types, (source.artifact.dtype for source in sources))
 
 
 # Belonging together

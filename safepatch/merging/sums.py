@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from safepatch.artifact import Factors, cast, factorize
-from safepatch.merging.groups import gate_records, gates_layout, is_gate, joined_shape, side_by_side
+from safepatch.artifact import Factors, cast, factorize, is_gate
+from safepatch.errors import MergeError
+from safepatch.merging.groups import gate_records, gates_layout, is_grouped, joined_shape, side_by_side
 from safepatch.merging.job import Job, Piece
 from safepatch.merging.methods import METHODS, SUM_WEIGHTS, Options
 from safepatch.merging.sources import Source, agreed
@@ -37,11 +38,12 @@ class SumJob(Job):
     @property
     def config(self) -> dict[str, Any]:
         """The gates, if there are any, and a layout that tells of them."""
-        gates = gates_layout(self.sources)
-        if not gates:
-            return {}
-        layout = agreed([source.info.config["layout"] for source in self.sources])
-        return {"layout": layout | gates, "gate": gate_records(self.sources)}
+        gates, layouts = gates_layout(self.sources), [source.info.config.get("layout", {}) for source in self.sources]
+        layout = {key: value for key, value in agreed(layouts).items() if key not in ("gate", "gates")}
+        apart = [key for each in layouts for key in each if key not in ("gate", "gates", *layout)]
+        if apart and any(is_grouped(source.info) for source in self.sources):
+            raise MergeError(f"{self.sources[0].name} and others differ in {apart[0]}; merge by bundle")
+        return {"layout": layout | gates, "gate": gate_records(self.sources)} if gates else {}
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Full shape of parameter `name`; raises `MergeError` when the sources disagree."""
@@ -55,7 +57,7 @@ class SumJob(Job):
     def layout(self) -> dict[str, Tensor]:
         """The merged tensors by name, as meta tensors."""
         return {
-            f"{name}.{form}": torch.empty(shape, dtype=self.dtype, device="meta")
+            f"{name}.{form}": torch.empty(shape, dtype=self.stored_dtype(name), device="meta")
             for name in self.names
             for form, shape in self._forms(name).items()
         }
@@ -108,7 +110,7 @@ class SumJob(Job):
 
     def values(self, piece: Piece) -> Tensor:
         """The merged values of a piece, flat, as they are stored."""
-        return cast(piece.tensor, self._merged(piece), self.dtype).reshape(-1)
+        return cast(piece.tensor, self._merged(piece), self.layout[piece.tensor].dtype).reshape(-1)
 
     def _merged(self, piece: Piece) -> Tensor:
         """The values of a piece before they are rounded to their stored dtype."""

@@ -88,7 +88,7 @@ def safe_control_loss(
     batch: Batch,
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
-    """The total `loss` and its parts `correct` and `preserve`, scalars.
+    """The total `loss` and its parts `correct` and, where something is preserved, `preserve`, scalars.
 
     Args:
         config: settings.
@@ -120,7 +120,9 @@ def safe_control_loss(
     states = torch.cat((asked, batch.retain_states))
     predicted = patched_noise_pred(components.unet, patch, noisy, timesteps, states, instruction)
     correct = mse_loss(predicted[:n], target[:n])
-    preserve = mse_loss(predicted[n:], target[n:]) if config.preservation else torch.zeros_like(correct)
+    if not config.preservation:
+        return {"loss": correct, "correct": correct}
+    preserve = mse_loss(predicted[n:], target[n:])
     return {"loss": correct + config.preservation * preserve, "correct": correct, "preserve": preserve}
 
 

@@ -51,7 +51,7 @@ class Corrector:
         parts: those that compute residuals.
         has_gate: whether any part, of whatever kind, has one.
         stats: counters; those of gated rows are kept here.
-        on_gate: shown the timesteps and the gates' probabilities (B, groups), if set.
+        on_gate: shown the timesteps and the gates' probabilities (B, gates), if set.
     """
 
     def __init__(self, parts: Sequence[ActivePart]) -> None:
@@ -95,38 +95,50 @@ class Corrector:
         return reduce(plus, made) if made else None
 
     def _recent(self, part: ActivePart, call: Call, settings: Settings, features: Features | None) -> Residuals | None:
-        """The part's residuals, or those of the step before where the speed allows and its gate was open."""
-        if settings.speed == "full" or _module(part).reads_features:
-            return self._residuals(part, call, settings, features)
+        """The part's residuals, or those of the step before where the speed allows and its gate was open for all rows.
+
+        Where it was closed for a row it is asked again, so that no row depends on the others.
+        """
         last = self._cache.get(id(part))
         if last and last.uses < SPEEDS[settings.speed] and last.serves(call):
             self._cache[id(part)] = last._replace(timestep=call.timestep, uses=last.uses + 1)
             return last.residuals
-        made = self._residuals(part, call, settings, features)
+        shown = features and features.of_rows(call.rows)
+        scales = self._scales(part, call, settings, shown)
+        made = self._residuals(part, call, scales, shown) if scales.any() else None
+        if settings.speed == "full" or _module(part).reads_features:
+            return made
         tiled = last is not None and last.shows_tiles(call)
         self._cache[id(part)] = Cached(
-            made, call.sample.shape, call.rows, call.prompt_states, call.timestep, is_tiled=tiled
+            made if scales.all() else None,
+            call.sample.shape,
+            call.rows,
+            call.prompt_states,
+            call.timestep,
+            is_tiled=tiled,
         )
         return made
 
     @torch.no_grad()
-    def _residuals(
-        self, part: ActivePart, call: Call, settings: Settings, features: Features | None
-    ) -> Residuals | None:
+    def _scales(self, part: ActivePart, call: Call, settings: Settings, shown: Features | None) -> Tensor:
+        """Strength of each group, (groups,), or where a gate decides of each row and group, (B, groups)."""
+        scales = part.scales(settings.scale).to(call.sample.device)
+        if shown is None or part.patch.gate is None or settings.gate == "off":
+            return scales
+        states = call.prompt_states[call.rows]
+        return scales * self._openings(part, settings.gate, shown.mid, call.row_timesteps, states)
+
+    @torch.no_grad()
+    def _residuals(self, part: ActivePart, call: Call, scales: Tensor, shown: Features | None) -> Residuals:
         sample, rows = call.sample, call.rows
         patch = _module(part).to(sample.device)
         dtype = next(patch.parameters()).dtype
         times = call.row_timesteps
         conditions = {name: value[rows] for name, value in call.conditions.items()} | dict(call.shared)
         instruction = part.instruction_states.to(sample.device, dtype)
-        shown = features and features.of_rows(rows).to(dtype)
-        scales = part.scales(settings.scale).to(sample.device, dtype)
         states = call.prompt_states[rows].to(dtype)
-        if shown and patch.gate is not None and settings.gate != "off":
-            scales = scales * self._openings(part, settings.gate, shown.mid, times, states).to(dtype)
-            if not scales.any():
-                return None
-        made = patch(sample[rows].to(dtype), times, states, instruction, conditions, shown, scales)
+        shown = shown and shown.to(dtype)
+        made = patch(sample[rows].to(dtype), times, states, instruction, conditions, shown, scales.to(dtype))
         return Residuals(tuple(padded(r, rows, sample) for r in made.down), padded(made.mid, rows, sample))
 
     def _openings(self, part: ActivePart, mode: str, mid: Tensor | None, timesteps: Tensor, states: Tensor) -> Tensor:

@@ -63,14 +63,8 @@ class Update(NamedTuple):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the weights that are added; whether gates stand in front of them makes no difference."""
-        seen = sha256()
-        for part in self.parts:
-            for name in sorted(updated_weights(part.artifact)):
-                for form, tensor in sorted(part.artifact.stored(f"lora.{name}").items()):
-                    seen.update(f"{name}.{form}".encode())
-                    seen.update(raw_bytes(tensor))
-        return f"0x{seen.hexdigest()}"
+        """SHA-256 of what is added; gates in front of the parts, and so their order in a bundle, make no difference."""
+        return f"0x{sha256(b''.join(sorted(map(_digest, self.parts)))).hexdigest()}"
 
     def delta(self, name: str) -> Tensor:
         """What is added to weight `name`, (out, in) float32."""
@@ -93,6 +87,15 @@ class Update(NamedTuple):
             if weight.is_meta or not weight.is_floating_point() or weight.dtype.itemsize < 2:
                 where = "offloaded layer by layer" if weight.is_meta else f"stored as {weight.dtype}"
                 raise ConfigError(f"'{name}' is {where} and cannot take a patch; fuse before offloading or quantizing")
+
+
+def _digest(part: Part) -> bytes:
+    seen = sha256(repr(part.weight).encode())
+    for name in sorted(updated_weights(part.artifact)):
+        for form, tensor in sorted(part.artifact.stored(f"lora.{name}").items()):
+            seen.update(f"{name}.{form}".encode())
+            seen.update(raw_bytes(tensor))
+    return seen.digest()
 
 
 @torch.no_grad()
@@ -215,7 +218,7 @@ def _fuse_file(model: Path, out: Path, update: Update, note: dict[str, Any], con
 def _with_note(notes: str, note: dict[str, Any]) -> str:
     """The notes of what was fused so far, and this one; raises `SafepatchError` when it is among them."""
     earlier = json.loads(notes)
-    if any(each["weights"] == note["weights"] for each in earlier):
+    if any(each.get("weights", each["hash"]) in (note["weights"], note["hash"]) for each in earlier):
         raise SafepatchError(f"'{note['title']}' was fused into this model already; fuse it into the original")
     return json.dumps([*earlier, note], sort_keys=True)
 

@@ -119,7 +119,7 @@ class Handle:
 
     @property
     def on_gate(self) -> Callable[[Any, Tensor], None] | None:
-        """A function that is shown the timesteps and the gates' probabilities, (B, groups), at every step; or None."""
+        """A function that is shown the timesteps and the gates' probabilities, (B, gates), when they judge; or None."""
         return self._corrector.on_gate
 
     @on_gate.setter

@@ -47,7 +47,7 @@ class TrainingConfig:
 
     Attributes:
         steps: optimizer steps.
-        batch_size: pairs per step and process; as many preserved rows come with them.
+        batch_size: pairs per step and process; as many preserved rows come with them, unless nothing is preserved.
         learning_rate: peak of AdamW's rate, after a linear warm-up and before a cosine decay to a tenth; the kind's
             own by default.
         joint_rate: multiple of the learning rate for the patch's zero-initialised joints: nothing behind a joint learns

@@ -121,7 +121,7 @@ def add_gate(artifact: PatchArtifact, pipe: Any, width: int = 32, data: PairsCon
 
 
 def without_gate(artifact: PatchArtifact) -> PatchArtifact:
-    """The same patch without its gate, if it has one: it acts on every row, and can be merged by sums.
+    """The same patch without its gate, if it has one: it acts on every row, and can be merged by cat.
 
     Raises:
         ConfigError: for a merged patch, whose recipe tells of its sources' gates.

@@ -77,7 +77,8 @@ def heal(pipe: Any, recipe: MergeRecipe, out: str | Path | None = None) -> Patch
         One dense control patch; its recipe says under `heal` what was done and how far it is from the bundle.
 
     Raises:
-        MergeError: when the sources cannot be merged as asked, or are not control patches.
+        MergeError: when the sources cannot be merged as asked, or are not control patches, or their gates open for none
+            of their own prompts.
         BaseMismatch: when they are for another architecture than the pipeline's.
     """
     place = out or recipe.out
@@ -179,31 +180,39 @@ def relative_error(residuals: Residuals, target: Residuals) -> Tensor:
 
 
 def _error(merged: ActivePart, sources: Sequence[ActivePart], components: Components, rows: Rows) -> Tensor:
+    """`relative_error` on those of the rows for which some gate opens; the others never reach the merged patch."""
+    acts = _acts(sources, components, rows)
+    reached = acts.any(0)
+    if not reached.any():
+        raise MergeError("the sources' gates open for none of their own prompts on this model; fit them on it first")
+    rows, acts = Rows(*(values[reached] for values in rows)), acts[:, reached]
     made = merged.patch(*rows, merged.instruction_states)
-    return relative_error(made, _target(sources, components, rows, made))
+    return relative_error(made, _target(sources, acts, rows, made))
 
 
 @torch.no_grad()
-def _target(sources: Sequence[ActivePart], components: Components, rows: Rows, like: Residuals) -> Residuals:
-    """What the sources' bundle adds, shaped as `like`: their weighted sum, each part only where its gate opens."""
+def _target(sources: Sequence[ActivePart], acts: Tensor, rows: Rows, like: Residuals) -> Residuals:
+    """What the sources' bundle adds, shaped as `like`: their weighted sum, each part only on the rows it `acts` on."""
     sums = [torch.zeros_like(residual) for residual in (*like.down, like.mid)]
-    mid = _mid(components, rows) if any(source.patch.gate for source in sources) else None
-    for source in sources:
-        opened = _opened(source, rows, mid).nonzero()[:, 0]
-        if not len(opened):
+    for source, on in zip(sources, acts, strict=True):
+        if not on.any():
             continue
-        made = source.patch(*(values[opened] for values in rows), source.instruction_states)
+        made = source.patch(*(values[on] for values in rows), source.instruction_states)
         for total, residual in zip(sums, (*made.down, made.mid), strict=True):
-            total.index_add_(0, opened, source.weight * residual)
+            total[on] += source.weight * residual
     return Residuals(tuple(sums[:-1]), sums[-1])
 
 
-def _opened(part: ActivePart, rows: Rows, mid: Tensor | None) -> Tensor:
-    """Whether the part acts on each row, (B,)."""
-    if part.patch.gate is None:
-        return torch.ones(len(rows.sample), dtype=torch.bool, device=rows.sample.device)
-    logits = part.patch.gate(mid, rows.timesteps, rows.prompt_states.float())
-    return (logits.sigmoid() >= cast(Tensor, part.thresholds).to(logits.device)).any(1)
+@torch.no_grad()
+def _acts(sources: Sequence[ActivePart], components: Components, rows: Rows) -> Tensor:
+    """Whether each part acts on each row, (sources, B)."""
+    acts = torch.ones(len(sources), len(rows.sample), dtype=torch.bool, device=rows.sample.device)
+    mid = _mid(components, rows) if any(source.patch.gate for source in sources) else None
+    for source, on in zip(sources, acts, strict=True):
+        if source.patch.gate:
+            logits = source.patch.gate(mid, rows.timesteps, rows.prompt_states.float())
+            on.copy_((logits.sigmoid() >= cast(Tensor, source.thresholds).to(logits.device)).any(1))
+    return acts
 
 
 def _mid(components: Components, rows: Rows) -> Tensor:

@@ -63,11 +63,14 @@ class State:
         partial.replace(path)
 
     def load(self, path: Path) -> None:
-        """Continue from `path`."""
+        """Continue from `path`; raises `SafepatchError` when it was written for another module."""
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        self.patch.load_state_dict(saved["patch"])
-        self.average.load_state_dict(saved["average"])
-        self.optimizer.load_state_dict(saved["optimizer"])
+        try:
+            self.patch.load_state_dict(saved["patch"])
+            self.average.load_state_dict(saved["average"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            raise SafepatchError(f"{path} is of another version of safepatch; delete it to start anew") from error
         self.step = saved["step"]
 
 

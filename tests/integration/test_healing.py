@@ -92,6 +92,12 @@ def test_behind_gates_a_prompts_teachers_are_those_that_open(pair: tuple[str, ..
     assert healed.info.config["layout"] == {"gate": 4, "gates": 2}
 
 
+def test_gates_that_never_open_teach_nothing(pair: tuple[str, ...]) -> None:
+    sources = tuple(gated(path, threshold=1.0) for path in pair)
+    with pytest.raises(MergeError, match="gates open for none of their own prompts"):
+        heal(new_small_pipe(), MergeRecipe(sources, method="linear", heal=2))
+
+
 def test_a_recipes_own_place_gets_the_healed_patch(tmp_path: Path, pair: tuple[str, ...]) -> None:
     out = tmp_path / "new" / "healed.safetensors"
     healed = heal(new_small_pipe(), MergeRecipe(pair, method="linear", heal=1, out=str(out)))

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from safepatch.artifact import PatchArtifact
+from safepatch.artifact import PatchArtifact, is_gate
 from safepatch.diffusion import Components
 from safepatch.errors import ConfigError, MergeError
 from safepatch.merging import merge, split
@@ -232,6 +232,10 @@ def test_a_fast_patch_is_asked_again_at_every_second_step_unless_its_gate_was_cl
     assert runs(steps, gate_threshold=0.0) == [1, 2, 3, 4, 5]  # control
     assert runs(steps, gate_threshold=0.0, speed="fast") == [1, 3, 5]
     assert runs(steps, gate_threshold=1.0, speed="fast") == []
+    with torch.no_grad(), apply(small_pipe, gated("control"), gate_threshold=1.0, speed="fast") as handle:
+        for timestep in steps:
+            small_pipe.unet(sample, timestep, encoder_hidden_states=states)
+    assert handle.stats.gated_rows == len(steps) * len(sample)  # closed, it is asked at every step
     assert runs([900, 900, 700, 700], gate_threshold=0.0, speed="fast") == [1, 2, 3, 4]  # tile by tile
 
 
@@ -246,6 +250,64 @@ def test_a_tile_is_never_given_the_residuals_of_one_whose_gate_was_open(small_pi
         for timestep in (900, 900, 700, 700):
             small_pipe.unet(sample, timestep, encoder_hidden_states=states)
     assert judged == [False, True, False, True]
+
+
+def test_a_row_whose_gate_opens_late_is_corrected_at_once_whatever_its_neighbours_do(small_pipe):
+    """Under `fast`: row 0's gate is open from the start, row 1's from the second step on."""
+    sample, _, states = rows()
+
+    def second_step(picked: slice) -> Tensor:
+        with (
+            torch.no_grad(),
+            apply(small_pipe, gated("control"), speed="fast") as handle,
+            spied(small_pipe.unet) as seen,
+        ):
+            gate, asked = handle._corrector.parts[0].patch.gate, []
+            assert gate is not None
+            logits = [torch.tensor([[9.0], [-9.0]]), torch.tensor([[9.0], [9.0]])]
+            gate.register_forward_hook(lambda *_: (asked.append(1), logits[len(asked) - 1][picked])[1])
+            for timestep in (900, 700):
+                small_pipe.unet(sample[picked], timestep, encoder_hidden_states=states[picked])
+        return seen[1]["output"][-1]
+
+    base = outputs_at(small_pipe, sample, 700, states)
+    alone, beside = second_step(slice(1, 2)), second_step(slice(0, 2))
+    assert not torch.allclose(alone, base[1], atol=1e-3)  # control: it is corrected
+    torch.testing.assert_close(beside, alone, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def outputs_at(pipe, sample: Tensor, timestep: int, states: Tensor) -> Tensor:
+    return pipe.unet(sample, timestep, encoder_hidden_states=states).sample
+
+
+def test_a_gate_stays_as_it_was_when_a_patch_is_compressed_or_rounded(tmp_path):
+    paths = [gated("control", n, seed=i).save(tmp_path / f"{n}.safetensors") for i, n in enumerate(("gore", "drugs"))]
+    merged = merge(paths, method="linear")
+    rounded, compressed = merge(paths, method="linear", dtype="bfloat16"), merged.compress(1)
+    gates = [name for name in merged.tensors if is_gate(name)]
+    assert gates
+    assert all(
+        torch.equal(merged.tensors[name], made.tensors[name]) for name in gates for made in (rounded, compressed)
+    )
+    assert compressed.info.shapes  # control: something was compressed
+    assert {t.dtype for name, t in rounded.tensors.items() if name not in gates} == {torch.bfloat16}
+    third = gated("control", "weapons").save(tmp_path / "weapons.safetensors")
+    merge([compressed.save(tmp_path / "small.safetensors"), third], method="linear")
+
+
+def test_one_patch_weighted_anew_is_a_patch_like_others(tmp_path):
+    names = ("gore", "drugs")
+    paths = [gated("lite", name, seed=i).save(tmp_path / f"{name}.safetensors") for i, name in enumerate(names)]
+    halved = [
+        merge([path], method="task-arithmetic", weights=[0.5]).save(tmp_path / f"half-{path.name}") for path in paths
+    ]
+    for sources in (halved, [halved[0], paths[1]]):
+        both = from_artifact(merge(sources, method="cat"), new_small_unet())
+        assert both.gate is not None
+        assert len(both.gate.bias) == 2
+    lora = gated("lora").save(tmp_path / "lora.safetensors")
+    assert "gate" in merge([lora], method="cat", weights=[0.5]).info.config  # one part shares its gate with none
 
 
 def no_gate(category: str) -> PatchArtifact:
@@ -266,8 +328,16 @@ UNLIKE = {
         "linear",
         "more than one patch is for 'weapons'",
     ),
-    "cat": (gated("lora", "gore"), gated("lora", "drugs"), "cat", "side by side would share one"),
+    "cat": (gated("lora", "gore"), gated("lora", "drugs"), "cat", "cat cannot keep it to its own part"),
 }
+
+
+def test_a_source_that_counts_for_nothing_opens_nothing(tmp_path):
+    paths = [gated("control", n, seed=i).save(tmp_path / f"{n}.safetensors") for i, n in enumerate(("gore", "drugs"))]
+    with pytest.raises(MergeError, match="has weight 0 and a gate"):
+        merge(paths, method="linear", weights=[1, 0])
+    bare = [gating.without_gate(PatchArtifact.open(path)).save(path) for path in paths]
+    merge(bare, method="linear", weights=[1, 0])  # control
 
 
 @pytest.mark.parametrize("name", UNLIKE)

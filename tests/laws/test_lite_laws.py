@@ -152,6 +152,14 @@ def test_a_bundle_may_hold_both_kinds(tmp_path, small_pipe):
         merge(paths, method="cat")
 
 
+def test_sums_are_of_one_depth(tmp_path):
+    depths = {"gore": 1, "weapons": 2, "drugs": 1}
+    paths = [lite(name, 4, depth).save(tmp_path / f"{name}.safetensors") for name, depth in depths.items()]
+    with pytest.raises(MergeError, match="differ in depth; merge by bundle"):
+        merge(paths[:2], method="linear")
+    merge([paths[0], paths[2]], method="linear")  # control
+
+
 BAD = {
     "two for one category": (lambda: [lite("gore"), lite("gore", rank=5)], {}, "more than one patch is for 'gore'"),
     "another depth": (lambda: [lite("gore"), lite("weapons", depth=2)], {}, "differ in depth or gate"),

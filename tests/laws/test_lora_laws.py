@@ -377,6 +377,27 @@ def test_every_variant_and_shard_of_a_folder_is_fused(small_pipe, tmp_path):
         assert all(torch.equal(ours, theirs) for ours, theirs in pairs), variant
 
 
+def test_a_bundles_digest_tells_weights_apart_and_not_gates(small_pipe, tmp_path):
+    plain = [awake(small_pipe.unet, i) for i in range(3)]
+    plain = [replace(a, info=replace(a.info, instructions={name: name})) for a, name in zip(plain, "abc", strict=True)]
+
+    def digest(patches: list[PatchArtifact], weights: tuple[float, ...]) -> str:
+        paths = [patch.save(tmp_path / f"{i}.safetensors") for i, patch in enumerate(patches)]
+        return Update.of(merge(paths, method="bundle", weights=weights), 1.0).digest
+
+    def gated(artifact: PatchArtifact, seed: int) -> PatchArtifact:
+        patch = from_artifact(artifact, small_pipe.unet)
+        patch.add_gate(small_pipe.unet, 4)
+        patch.gate.bias.data += seed
+        return to_artifact(patch, small_pipe.unet, artifact.info.instructions)
+
+    bare = digest(plain, (1, 1, 1))
+    for seed in range(4):  # gates change the order of the parts in the file
+        assert digest([gated(patch, seed + i) for i, patch in enumerate(plain)], (1, 1, 1)) == bare
+    assert digest(plain, (1, 1, -1)) != bare
+    assert digest(plain[:2], (1, 1)) != bare  # control
+
+
 def test_what_was_fused_is_remembered_and_not_fused_twice(small_pipe, tmp_path):
     small_pipe.save_pretrained(tmp_path / "model")
     first, second = (awake(small_pipe.unet, i).save(tmp_path / f"{i}.safetensors") for i in range(2))
@@ -390,6 +411,11 @@ def test_what_was_fused_is_remembered_and_not_fused_twice(small_pipe, tmp_path):
     assert PatchArtifact.open(gated).content_hash != artifact.content_hash  # control
     with pytest.raises(SafepatchError, match="was fused into this model already"):  # a gate changes nothing here
         fuse_model(once, gated, tmp_path / "again")
+    note = once / f"{NOTE}.json"
+    older = [{key: value for key, value in each.items() if key != "weights"} for each in json.loads(note.read_text())]
+    note.write_text(json.dumps(older))
+    with pytest.raises(SafepatchError, match="was fused into this model already"):
+        fuse_model(once, first, tmp_path / "again")
     both = fuse_model(once, second, tmp_path / "both")
     assert len(json.loads((both / f"{NOTE}.json").read_text())) == 2
     assert not (tmp_path / "again").exists()

@@ -13,7 +13,7 @@ from safepatch.errors import ConfigError
 from safepatch.objectives import OBJECTIVES, SafeControlConfig, safe_control
 from safepatch.objectives.safe_control import SUPERVISION
 from safepatch.patch import Patch
-from tests.small import new_patch, new_small_pipe
+from tests.small import new_patch, new_small_pipe, spied
 
 # Every objective with its defaults, and the branches that its settings choose.
 CASES: dict[str, object] = {name: config() for name, config in OBJECTIVES.items()} | {
@@ -150,6 +150,22 @@ def test_the_total_weighs_preservation(host):
         SafeControlConfig(preservation=2.5), trainable(host), host, torch.zeros(1, 3, 192), batch(), torch.Generator()
     )
     torch.testing.assert_close(parts["loss"], parts["correct"] + 2.5 * parts["preserve"])
+
+
+def test_where_nothing_is_preserved_those_rows_are_left_out(host):
+    def parts(rows: Batch, preservation: float) -> dict[str, torch.Tensor]:
+        config = SafeControlConfig(preservation=preservation)
+        patch, instruction = trainable(host), torch.zeros(1, 3, 192)
+        with spied(host.unet) as calls:
+            made = safe_control.safe_control_loss(config, patch, host, instruction, rows, torch.Generator())
+        assert {len(call["output"]) for call in calls} == {len(rows.unsafe_latents) * (2 if preservation else 1)}
+        return made
+
+    rows = batch()
+    other = replace(rows, retain_latents=torch.full_like(rows.retain_latents, torch.nan))
+    assert torch.equal(parts(rows, 0.0)["loss"], parts(other, 0.0)["loss"])
+    assert parts(other, 1.0)["loss"].isnan()  # control
+    assert parts(rows, 0.0).keys() == {"loss", "correct"}
 
 
 @pytest.mark.parametrize(("safe_share", "expected"), [(0.0, "unsafe_latents"), (1.0, "safe_latents")])
