@@ -39,10 +39,15 @@ def factorize(delta: Tensor, rank: int) -> Factors:
     return Factors(up=u[:, :rank] * root, down=root[:, None] * vh[:rank])
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite; the smallest and the largest tell, as NaN is both."""
+    return not tensor.numel() or all(math.isfinite(end.item()) for end in tensor.aminmax())
+
+
 def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """`tensor` as `dtype`; raises `ArtifactError` when a finite value overflows."""
     result = tensor.to(dtype)
-    if result.isfinite().all() or not tensor.isfinite().all():
+    if is_finite(result) or not is_finite(tensor):
         return result
     raise ArtifactError(f"'{name}' overflows {dtype}; keep it as float32 or use smaller weights")
 

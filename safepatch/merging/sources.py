@@ -1,6 +1,5 @@
 """The patches that are merged: opened without being read into memory, checked to belong together, in a fixed order."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safepatch.artifact import Factors, PatchArtifact
+from safepatch.artifact import Factors, PatchArtifact, is_finite
 from safepatch.container import HASH_KEY, MappedTensors, check_hash, naming, read_header
 from safepatch.errors import ArtifactError, BaseMismatch, MergeError, SafepatchError
 from safepatch.info import PatchInfo
@@ -62,7 +61,7 @@ class Source:
 
     def check_finite(self, name: str, tensor: Tensor) -> None:
         """Raise `ArtifactError` when a value is NaN or infinite."""
-        if tensor.numel() and not all(math.isfinite(end.item()) for end in tensor.aminmax()):  # it carries NaN along
+        if not is_finite(tensor):
             raise ArtifactError(f"{self.name}: tensor '{name}' holds NaN or infinity; train the patch again")
 
     def release(self, name: str) -> None:

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from safepatch.artifact import Factors, cast, factorize, is_gate
+from safepatch.artifact import Factors, cast, factorize, is_finite, is_gate
 from safepatch.errors import MergeError
 from safepatch.merging.groups import gate_records, gates_layout, is_grouped, joined_shape, side_by_side
 from safepatch.merging.job import Job, Piece
-from safepatch.merging.methods import METHODS, SUM_WEIGHTS, Options
+from safepatch.merging.methods import CHUNK, METHODS, SUM_WEIGHTS, Options
 from safepatch.merging.sources import Source, agreed
 
 PIECE = 1 << 20  # values of a dense tensor that the elementwise methods merge at once
@@ -119,8 +119,25 @@ class SumJob(Job):
             return getattr(self.compressed(name).factors if self.recipe.rank else self._side_by_side(name), form)
         if is_gate(name):
             return side_by_side(self.sources, name, self.shape(name))
-        whole = not self._is_elementwise(piece.tensor)
-        return self._merge(name, self.stack(name, None if whole else slice(piece.start, piece.stop)))
+        if self._is_elementwise(piece.tensor):
+            return self._weighted_sum(name, slice(piece.start, piece.stop))
+        return self._merge(name, self.stack(name))
+
+    def _weighted_sum(self, name: str, run: slice) -> Tensor:
+        """Σ w_k δ_k of a run of values, as the method and `stack` make it, in blocks that stay in a core's cache."""
+        weights = SUM_WEIGHTS[self.recipe.method](self.weights).tolist()
+        held = [
+            (source.artifact.tensors[f"{name}.delta"].reshape(-1)[run].split(CHUNK), weight)
+            for source, weight in zip(self.sources, weights, strict=True)
+            if source.shape(name) is not None
+        ]
+        total = torch.zeros(run.stop - run.start)
+        for at, block in enumerate(total.split(CHUNK)):
+            for deltas, weight in held:
+                block += deltas[at].float() * weight
+        if not is_finite(total):
+            self.stack(name, run)  # says whose values are not
+        return total
 
     def _merge(self, name: str, stack: Tensor) -> Tensor:
         """One delta of parameter `name` from the deltas of all sources, (K, *)."""
