@@ -176,7 +176,7 @@ class LayerHooks:
             skipped: transformer blocks that this call leaves out, as SD3's skip layer guidance does.
         """
         self._scale = torch.ones(1, device=self._device) if scale is None else scale
-        self._rows = rows if self._scale.any() else None
+        self._rows = rows if scale is None or scale.any() else None
         out = tuple(f"transformer_blocks.{index}." for index in skipped)
         self._left = {layer for layer in self._patch.layers if not layer.startswith(out)} if self._rows else set()
 
