@@ -99,15 +99,13 @@ class Corrector:
 
         Where it was closed for a row it is asked again, so that no row depends on the others.
         """
+        if settings.speed == "full" or _module(part).reads_features:
+            return self._now(part, call, settings, features)[0]
         last = self._cache.get(id(part))
         if last and last.uses < SPEEDS[settings.speed] and last.serves(call):
             self._cache[id(part)] = last._replace(timestep=call.timestep, uses=last.uses + 1)
             return last.residuals
-        shown = features and features.of_rows(call.rows)
-        scales = self._scales(part, call, settings, shown)
-        made = self._residuals(part, call, scales, shown) if scales.any() else None
-        if settings.speed == "full" or _module(part).reads_features:
-            return made
+        made, scales = self._now(part, call, settings, features)
         tiled = last is not None and last.shows_tiles(call)
         self._cache[id(part)] = Cached(
             made if scales.all() else None,
@@ -118,6 +116,14 @@ class Corrector:
             is_tiled=tiled,
         )
         return made
+
+    def _now(
+        self, part: ActivePart, call: Call, settings: Settings, features: Features | None
+    ) -> tuple[Residuals | None, Tensor]:
+        """The part's residuals, None where it is off for all rows, and the scales it has."""
+        shown = features and features.of_rows(call.rows)
+        scales = self._scales(part, call, settings, shown)
+        return self._residuals(part, call, scales, shown) if scales.any() else None, scales
 
     @torch.no_grad()
     def _scales(self, part: ActivePart, call: Call, settings: Settings, shown: Features | None) -> Tensor:

@@ -71,7 +71,6 @@ def test_dry_run_prints_every_field_and_trains_nothing(tmp_path: Path) -> None:
         ((*PATCHED, "--scale", "weapon=1"), "did you mean 'weapons'"),
         ((*PATCHED, "--scale", "-1"), "scale must be 0"),
         ((*PATCHED, "--start", "0.8", "--end", "0.2"), "0 <= start < end <= 1"),
-        ((*PATCHED, "--gate", "hard"), "has no gate to be hard"),
         ((*PATCHED, "--gate", "ajar"), "gate must be one of off, soft, hard"),
         ((*PATCHED, "--gate-threshold", "2"), "gate_threshold must be within [0, 1]"),
         (("train", "configs/patches/weapons.yaml", "patch.kind=lite", "patch.rank=0"), "at least 1"),
