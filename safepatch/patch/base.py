@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -112,17 +112,34 @@ class Patch(nn.Module, ABC):
         """Fresh gates that read what there is when the patch has to act."""
 
     @classmethod
-    @abstractmethod
-    def from_unet(cls, unet: Any, sees: str, gate: int = 0, empty: bool = False, **layout: Any) -> "Patch":
+    def from_unet(
+        cls,
+        unet: Any,
+        sees: str = "instruction+prompt",
+        gate: int = 0,
+        gates: int = 0,
+        empty: bool = False,
+        **layout: Any,
+    ) -> Self:
         """A fresh patch for `unet`, which is only read.
 
         Args:
             unet: the host.
-            sees: what the patch reads of the text.
-            gate: width of a fresh gate; 0 for none. How many there are, a merged patch's layout says (`gates`).
-            empty: leave parameters that copy the host's on the meta device, for `load_deltas` to fill.
+            sees: what the patch reads of the text; a lora patch sees what its host does.
+            gate: width of a fresh gate; 0 for none.
+            gates: how many stand side by side, see `add_gate`; a merged patch's layout says so.
+            empty: leave parameters that copy the host's on the meta device, for `load` to fill.
             layout: the kind's own settings.
         """
+        patch = cls.ungated(unet, sees, empty, **layout)
+        if gate:
+            patch.add_gate(unet, gate, gates)
+        return patch
+
+    @classmethod
+    @abstractmethod
+    def ungated(cls, unet: Any, sees: str, empty: bool, **layout: Any) -> Self:
+        """What `from_unet` makes, but for the gate."""
 
     @abstractmethod
     def joints(self) -> list[nn.Parameter]:

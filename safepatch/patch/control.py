@@ -31,29 +31,18 @@ class ControlPatch(ClonePatch):
         self.zero_mid = _zero_conv(channels[-1])
 
     @classmethod
-    def from_unet(
-        cls,
-        unet: Any,
-        sees: str = "instruction+prompt",
-        gate: int = 0,
-        empty: bool = False,
-        gates: int = 0,
-        **layout: Any,
-    ) -> ClonePatch:
-        """A fresh patch: the clone equals the host's encoder, the zero convolutions are zero; `gate` is a width.
+    def ungated(cls, unet: Any, sees: str, empty: bool, **layout: Any) -> Any:
+        """A fresh patch: the clone equals the host's encoder, the zero convolutions are zero.
 
         For a transformer it is a `TransformerControlPatch`.
         """
         if host_kind(unet) is not UNET:
-            return TransformerControlPatch.from_unet(unet, sees, gate, empty, **layout)
+            return TransformerControlPatch.ungated(unet, sees, empty, **layout)
         if layout:
             raise ConfigError(f"a control patch has no '{min(layout)}'; its layout is the host's")
         parts = {name: getattr(unet, name, None) for name in UNET.encoder}  # a host has only some of the embeddings
         parts = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
-        patch = cls(cloned(unet, parts, empty), latent_channels(unet), skip_channels(unet), sees)
-        if gate:
-            patch.add_gate(unet, gate, gates)
-        return patch
+        return cls(cloned(unet, parts, empty), latent_channels(unet), skip_channels(unet), sees)
 
     def forward(
         self,

@@ -68,26 +68,15 @@ class LitePatch(ResidualPatch):
         self.key = draw.normal(groups, rank, text_width)
         self.value = draw.normal(groups, rank, text_width)
         sizes = (norm_groups, rank, depth, groups)
-        self.down_branches = nn.ModuleList(_SkipBranch(draw, width, *sizes) for width in channels[:-1])
-        self.mid_branch = _Branch(draw, channels[-1], *sizes)
+        self.down_branches = nn.ModuleList(_Branch(draw, width, *sizes) for width in channels[:-1])
+        self.mid_branch = _Branch(draw, channels[-1], *sizes, is_told=False)
 
     @classmethod
-    def from_unet(
-        cls,
-        unet: Any,
-        sees: str = "instruction+prompt",
-        gate: int = 0,
-        empty: bool = False,
-        gates: int = 0,
-        **layout: Any,
-    ) -> "LitePatch":
+    def ungated(cls, unet: Any, sees: str, empty: bool, **layout: Any) -> "LitePatch":
         """A fresh patch, whose random values are the same every time (a few MB, made even if `empty`)."""
         require_unet(unet, "a lite patch")
         width, norm_groups = unet.config["cross_attention_dim"], unet.config["norm_num_groups"]
-        patch = cls(skip_channels(unet), width, norm_groups, sees, **layout)
-        if gate:
-            patch.add_gate(unet, gate, gates)
-        return patch
+        return cls(skip_channels(unet), width, norm_groups, sees, **layout)
 
     def forward(
         self,
@@ -143,9 +132,14 @@ class LitePatch(ResidualPatch):
 
 
 class _Branch(nn.Module):
-    """The correction of one feature, (B, channels, h, w) -> the same, and what was found; all groups at once."""
+    """The correction of one feature, (B, channels, h, w) -> the same, and what was found; all groups at once.
 
-    def __init__(self, draw: Draw, channels: int, norm_groups: int, rank: int, depth: int, groups: int) -> None:
+    A branch `is_told` what the mid block's has found, `above`; that of the mid block is not.
+    """
+
+    def __init__(
+        self, draw: Draw, channels: int, norm_groups: int, rank: int, depth: int, groups: int, is_told: bool = True
+    ) -> None:
         super().__init__()
         self.norm_groups, self.groups = norm_groups, groups
         self.down = draw.normal(groups, rank, channels)
@@ -156,6 +150,7 @@ class _Branch(nn.Module):
         self.film = nn.Parameter(torch.zeros(groups, 2, rank, CONDITION_WIDTH))
         self.mix = nn.ParameterList(draw.normal(groups, rank, rank, 3, 3) for _ in range(depth))
         self.up = nn.Parameter(torch.zeros(groups, channels, rank))
+        self.told = nn.Parameter(torch.zeros(groups, rank, rank)) if is_told else None
 
     def forward(
         self,
@@ -168,7 +163,10 @@ class _Branch(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         hidden = group_norm(feature.contiguous(), self.norm_groups)
         hidden = conv2d(hidden, self.down.flatten(0, 1)[..., None, None])
-        hidden = hidden + self._attend(hidden, key, value) + self._told(above, hidden)
+        hidden = hidden + self._attend(hidden, key, value)
+        if above is not None and self.told is not None:
+            told = conv2d(above, self.told.flatten(0, 1)[..., None, None], groups=self.groups)
+            hidden = hidden + interpolate(told, hidden.shape[-2:])
         scale, shift = torch.einsum("bgc,gdrc->dbgr", condition, self.film)
         hidden = silu(hidden * (1 + scale.flatten(1)[..., None, None]) + shift.flatten(1)[..., None, None])
         for mix in self.mix:
@@ -178,26 +176,9 @@ class _Branch(nn.Module):
             hidden = (hidden.unflatten(1, (self.groups, -1)) * scales[..., None, None, None]).flatten(1, 2)
         return conv2d(hidden, self.up.transpose(0, 1).flatten(1)[..., None, None]), found
 
-    def _told(self, above: Tensor | None, hidden: Tensor) -> Tensor | float:
-        """What it takes from `above`, (B, groups * rank, h', w'), shaped as `hidden`."""
-        return 0.0
-
     def _attend(self, hidden: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """What each position reads of the text, shaped as `hidden`, (B, groups * rank, h, w)."""
         positions = hidden.unflatten(1, (self.groups, -1)).flatten(3).transpose(2, 3)
         query = torch.einsum("bgpr,gsr->bgps", positions, self.query)
         read = torch.einsum("bgpr,gsr->bgsp", scaled_dot_product_attention(query, key, value, scale=1.0), self.out)
         return read.reshape(hidden.shape)
-
-
-class _SkipBranch(_Branch):
-    """A branch that is told what the mid block's has found."""
-
-    def __init__(self, draw: Draw, channels: int, norm_groups: int, rank: int, depth: int, groups: int) -> None:
-        super().__init__(draw, channels, norm_groups, rank, depth, groups)
-        self.told = nn.Parameter(torch.zeros(groups, rank, rank))
-
-    def _told(self, above: Tensor | None, hidden: Tensor) -> Tensor | float:
-        assert above is not None, "the mid block's branch comes first"
-        told = conv2d(above, self.told.flatten(0, 1)[..., None, None], groups=self.groups)
-        return interpolate(told, hidden.shape[-2:])

@@ -74,16 +74,7 @@ class LoraPatch(Patch):
         self.updates = nn.ModuleList(updates.values())
 
     @classmethod
-    def from_unet(
-        cls,
-        unet: Any,
-        sees: str = "prompt",
-        gate: int = 0,
-        empty: bool = False,
-        gates: int = 0,
-        rank: int = 16,
-        **layout: Any,
-    ) -> "LoraPatch":
+    def ungated(cls, unet: Any, sees: str, empty: bool, rank: int = 16, **layout: Any) -> "LoraPatch":
         """A fresh patch: `up` is zero; what it `sees` is the host's business, and there is nothing to leave `empty`."""
         if layout:
             raise ConfigError(f"a lora patch has no '{min(layout)}', only a rank and a gate")
@@ -93,10 +84,7 @@ class LoraPatch(Patch):
         for name, (out, width) in _linear_layers(unet).items():
             down = draw.normal(1, min(rank, out, width), width)[0].detach().clone()
             updates[name] = Update(torch.zeros(out, len(down)), down)
-        patch = cls(updates, rank)
-        if gate:
-            patch.add_gate(unet, gate, gates)
-        return patch
+        return cls(updates, rank)
 
     def new_gate(self, unet: Any, width: int, gates: int) -> TextGate:
         """Fresh gates that read the text."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from safepatch.diffusion import host_kind
 from safepatch.errors import ConfigError
-from safepatch.patch.base import Features, Residuals, require_unet, row_timesteps
+from safepatch.patch.base import Features, Residuals, row_timesteps
 from safepatch.patch.clone import ClonePatch, cloned, latent_channels
 
 
@@ -34,18 +34,10 @@ class TransformerControlPatch(ClonePatch):
         self.zero = nn.ModuleList(_zero_linear(width) for _ in range(depth))
 
     @classmethod
-    def from_unet(
-        cls,
-        unet: Any,
-        sees: str = "instruction+prompt",
-        gate: int = 0,
-        empty: bool = False,
-        depth: int | None = None,
-        **layout: Any,
+    def ungated(
+        cls, unet: Any, sees: str, empty: bool, depth: int | None = None, **layout: Any
     ) -> "TransformerControlPatch":
         """A fresh patch for the transformer `unet`, with `depth` of its blocks, by default a quarter of them."""
-        if gate:
-            require_unet(unet, "a gate")
         if layout:
             raise ConfigError(f"a transformer's control patch has no '{min(layout)}', only a depth")
         blocks = len(unet.transformer_blocks)
