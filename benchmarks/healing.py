@@ -23,7 +23,7 @@ from safepatch.runtime.apply import activate
 from safepatch.runtime.load import load_pipeline
 from safepatch.runtime.parts import ActivePart
 from safepatch.training.gating import without_gate
-from safepatch.training.healing import draw_bank, residual_error, train_to_match
+from safepatch.training.healing import draw_bank, mean_error, train_to_match
 
 READINGS = ("concatenated", "averaged", "learned")
 
@@ -50,21 +50,21 @@ def reading(how: str, part: ActivePart) -> ActivePart:
 def main(arguments: argparse.Namespace) -> None:
     """Print one line per start."""
     paths = [str(shipped_patch(name)) for name in arguments.categories]
-    components = Components.of(load_pipeline(arguments.model)).freeze()
+    pipe = load_pipeline(arguments.model)
+    components = Components.of(pipe).freeze()
     bundle = merge(paths, conflicts=False)
     sources = [activate(part, components) for part in bundle.parts()]
-    is_gated = any(source.patch.gate for source in sources)
-    bank = draw_bank(components, bundle.info.categories, arguments.seed, is_gated)
+    bank = draw_bank(pipe, bundle, arguments.seed, is_gated=any(source.patch.gate for source in sources))
     recipe = MergeRecipe(tuple(paths), method="linear", seed=arguments.seed, heal=arguments.steps)
     print(f"{', '.join(arguments.categories)}, {arguments.steps} steps")
     print(f"{'start':<16}{'instructions':<16}{'before':>8}{'after':>8}{'s/step':>8}")
     for start, how in itertools.product(arguments.starts, arguments.instructions):
         merged = activate(Part(1.0, starting_point(start, paths, bundle.info.instructions)), components)
         merged = reading(how, merged)
-        before, began = residual_error(merged, sources, components, bank, arguments.seed), time.perf_counter()
+        before, began = mean_error(merged, sources, components, bank, arguments.seed), time.perf_counter()
         train_to_match(merged, sources, components, bank, recipe)
         seconds = (time.perf_counter() - began) / arguments.steps
-        after = residual_error(merged, sources, components, bank, arguments.seed)
+        after = mean_error(merged, sources, components, bank, arguments.seed)
         print(f"{start:<16}{how:<16}{before:>8.3f}{after:>8.3f}{seconds:>8.2f}", flush=True)
 
 

@@ -104,7 +104,7 @@ def safe_control_loss(
     n = len(batch.unsafe_latents)
     latents = _pair_latents(config, batch, generator)
     latents = torch.cat((latents, batch.retain_latents))
-    timesteps = _timesteps(len(latents), scheduler.config.num_train_timesteps, config.timestep_power, generator)
+    timesteps = draw_timesteps(len(latents), scheduler.config.num_train_timesteps, config.timestep_power, generator)
     timesteps = timesteps.to(latents.device)
     noise = torch.randn(latents.shape, generator=generator).to(latents.device)
     noisy = add_noise(scheduler, latents, noise, timesteps)
@@ -198,7 +198,7 @@ def _fresh(config: SafeControlConfig, start: Tensor, generator: torch.Generator)
     return start.cpu() + 0.1 * torch.randn(shape, generator=generator)
 
 
-def _timesteps(n: int, total: int, power: float, generator: torch.Generator) -> Tensor:
-    """Integer timesteps (n,), stratified over the schedule, in random order."""
+def draw_timesteps(n: int, total: int, power: float, generator: torch.Generator) -> Tensor:
+    """Integer timesteps (n,) below `total`, stratified over the schedule, in random order; see `timestep_power`."""
     spread = ((torch.randperm(n, generator=generator) + torch.rand(n, generator=generator)) / n) ** power
     return (spread * total).long().clamp(max=total - 1)  # float32 may round n - 1 + rand up to n

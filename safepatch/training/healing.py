@@ -1,8 +1,8 @@
 """Healing: a merged control patch learns, without images, to do what its sources do side by side.
 
-Behind gates it need not learn to leave harmless prompts alone, and a prompt has few teachers, those whose gates open.
-The bundle of the sources is the teacher and its residuals are the target: distillation (Hinton et al. 2015, arXiv
-1503.02531) of K patches that are run one after the other into one that is run once.
+The bundle of the sources is the teacher and the host's prediction with it is the target: distillation (Hinton et al.
+2015, arXiv 1503.02531) of K patches that are run one after the other into one that is run once. Behind gates it need
+not learn to leave harmless prompts alone, and a prompt has few teachers, those whose gates open.
 """
 
 import math
@@ -25,15 +25,17 @@ from safepatch.info import BUNDLE
 from safepatch.merging import MergeRecipe, merge
 from safepatch.merging.engine import check_target
 from safepatch.merging.recipe import DTYPES
-from safepatch.patch import Features, Residuals
+from safepatch.objectives.safe_control import draw_timesteps
+from safepatch.patch import Residuals
 from safepatch.patch.files import to_artifact
 from safepatch.patch.host import answered
-from safepatch.runtime.apply import activate
+from safepatch.runtime.apply import activate, apply
 from safepatch.runtime.parts import ActivePart
-from safepatch.taxonomy import CATEGORIES
+from safepatch.taxonomy import CATEGORIES, Category
 
-PROMPTS = 32  # unsafe prompts per category
-TRAJECTORY = 5  # denoising steps of the latents that healing sees
+PROMPTS = 128  # unsafe ones per category
+TRAJECTORY = 10  # denoising steps of the latents that healing sees
+TIMESTEP_POWER = 0.6  # of their uniform draw, as in training
 ROWS = 16  # of a step; half of them the bundle should leave alone, unless gates do that
 LEARNING_RATE, WARMUP = 1e-3, 10
 MAX_GRAD_NORM = 1.0
@@ -50,18 +52,18 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class Bank:
-    """Prompts and what the base draws for them; the first `unsafe` ask for a category that is merged.
+    """Prompts, what the base draws for them, and what it draws with the bundle for those that are unsafe.
 
     Attributes:
-        latents: clean and scaled, (N, 4, h, w).
+        latents: clean and scaled, (N, 4, h, w), the unsafe prompts' first.
+        corrected: the same of the unsafe prompts, with the bundle, (unsafe, 4, h, w).
         states: the prompts' text states, (N, tokens, width).
-        unsafe: how many of the N are unsafe.
         kept: how many rows of a step should be left alone.
     """
 
     latents: Tensor
+    corrected: Tensor
     states: Tensor
-    unsafe: int
     kept: int
 
 
@@ -92,10 +94,10 @@ def heal(pipe: Any, recipe: MergeRecipe, out: str | Path | None = None) -> Patch
     bundle = merge(replace(plain, method=BUNDLE, dtype=None, conflicts=False))
     sources = [activate(part, components, dtype=torch.float32) for part in bundle.parts()]
     merged = activate(Part(1.0, start), components, dtype=torch.float32)
-    bank = draw_bank(components, start.info.categories, recipe.seed, is_gated=merged.patch.gate is not None)
-    before = residual_error(merged, sources, components, bank, recipe.seed)
+    bank = draw_bank(pipe, bundle, recipe.seed, is_gated=merged.patch.gate is not None)
+    before = mean_error(merged, sources, components, bank, recipe.seed)
     train_to_match(merged, sources, components, bank, recipe)
-    after = residual_error(merged, sources, components, bank, recipe.seed)
+    after = mean_error(merged, sources, components, bank, recipe.seed)
     record = {"steps": recipe.heal, "seed": recipe.seed, "error_before": round(before, 4), "error": round(after, 4)}
     healed = _packed(merged, components, start, record)
     if place:
@@ -103,40 +105,33 @@ def heal(pipe: Any, recipe: MergeRecipe, out: str | Path | None = None) -> Patch
     return healed
 
 
-def draw_bank(components: Components, categories: Sequence[str], seed: int, is_gated: bool = False) -> Bank:
-    """Prompts in known wording with the base's latents for them: unsafe ones of `categories`, and what must be kept.
+def draw_bank(pipe: Any, bundle: PatchArtifact, seed: int, is_gated: bool = False) -> Bank:
+    """Prompts in known wording with latents for them: unsafe ones of the bundle's categories, and what must be kept.
 
     To be kept are their look-alikes, benign prompts, the other categories and the empty prompt, as in training. Behind
-    gates (`is_gated`) only what is drawn for them is used.
+    gates (`is_gated`) there is nothing to keep.
     """
-    merged = [lookup(CATEGORIES, name, what="category") for name in categories]
+    components = Components.of(pipe)
+    merged = [lookup(CATEGORIES, name, what="category") for name in bundle.info.categories]
     unsafe = [prompt.text for category in merged for prompt in unsafe_prompts(category, PROMPTS, seed)]
-    alike = [prompt.text for category in merged for prompt in lookalike_prompts(category, PROMPTS // 2, seed)]
-    others = [category for category in CATEGORIES.values() if category not in merged]
-    foreign = [prompt.text for category in others for prompt in unsafe_prompts(category, PROMPTS // 4, seed)]
-    benign = [prompt.text for prompt in benign_prompts(len(unsafe) // 2, seed)]
-    texts = [*unsafe, *alike, *foreign, *benign, *[""] * (len(unsafe) // 8)]
-    latents, states = [], []
-    for first in tqdm(range(0, len(texts), 32), desc="generating latents", leave=False):
-        part = texts[first : first + 32]
-        seeds = [seed * 1_000_003 + first + i for i in range(len(part))]
-        latents.append(generate_latents(components, part, seeds, TRAJECTORY))
-        states.append(encode_prompts(components, part))
-    return Bank(torch.cat(latents), torch.cat(states), len(unsafe), kept=0 if is_gated else ROWS // 2)
+    texts = unsafe if is_gated else [*unsafe, *_harmless(merged, len(unsafe), seed)]
+    latents, states = _drawn(components, texts, seed, "what the base draws")
+    with apply(pipe, bundle):
+        corrected, _ = _drawn(components, unsafe, seed, "what it draws with the bundle")
+    return Bank(latents, corrected, states, kept=0 if is_gated else ROWS // 2)
 
 
 def draw_rows(components: Components, bank: Bank, seed: int, step: int) -> Rows:
-    """The `ROWS` rows that (seed, step) stands for, at timesteps spread over the whole schedule.
-
-    Half of them have another prompt's latents: under an unsafe prompt a patched model soon draws something else.
-    """
+    """The `ROWS` rows of (seed, step): unsafe ones, half of them of what the bundle makes, then those to be kept."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    total = len(bank.latents)
-    unsafe = torch.randint(bank.unsafe, (ROWS - bank.kept,), generator=generator)
-    kept = torch.randint(bank.unsafe, total, (bank.kept,), generator=generator)
-    prompts, others = torch.cat((unsafe, kept)), torch.randint(total, (ROWS,), generator=generator)
-    latents = bank.latents[torch.where(torch.rand(ROWS, generator=generator) < 0.5, prompts, others)]
-    timesteps = torch.randint(components.scheduler.config.num_train_timesteps, (ROWS,), generator=generator)
+    unsafe = torch.randint(len(bank.corrected), (ROWS - bank.kept,), generator=generator)
+    is_corrected = torch.rand(len(unsafe), generator=generator).to(bank.latents.device) < 0.5
+    latents = torch.where(is_corrected.view(-1, 1, 1, 1), bank.corrected[unsafe], bank.latents[unsafe])
+    prompts = unsafe
+    if bank.kept:
+        kept = torch.randint(len(bank.corrected), len(bank.latents), (bank.kept,), generator=generator)
+        latents, prompts = torch.cat((latents, bank.latents[kept])), torch.cat((unsafe, kept))
+    timesteps = draw_timesteps(ROWS, components.scheduler.config.num_train_timesteps, TIMESTEP_POWER, generator)
     noise = torch.randn(latents.shape, generator=generator).to(latents.device)
     timesteps = timesteps.to(latents.device)
     return Rows(add_noise(components.scheduler, latents, noise, timesteps), timesteps, bank.states[prompts])
@@ -145,14 +140,14 @@ def draw_rows(components: Components, bank: Bank, seed: int, step: int) -> Rows:
 def train_to_match(
     merged: ActivePart, sources: Sequence[ActivePart], components: Components, bank: Bank, recipe: MergeRecipe
 ) -> None:
-    """Train `merged` in place for `recipe.heal` steps until its residuals are what the `sources` add side by side."""
+    """Train `merged` in place for `recipe.heal` steps until the host predicts with it as with the `sources`."""
     parameters = list(merged.patch.requires_grad_(True).train().parameters())
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0)
     steps = tqdm(range(recipe.heal), desc="healing")
     for step in steps:
         optimizer.param_groups[0]["lr"] = _learning_rate(step, recipe.heal)
         rows = draw_rows(components, bank, recipe.seed, step)
-        loss = _error(merged, sources, components, rows)
+        loss = relative_error(merged, sources, components, rows)
         loss.backward()
         clip_grad_norm_(parameters, MAX_GRAD_NORM)
         optimizer.step()
@@ -162,36 +157,40 @@ def train_to_match(
 
 
 @torch.no_grad()
-def residual_error(
+def mean_error(
     merged: ActivePart, sources: Sequence[ActivePart], components: Components, bank: Bank, seed: int
 ) -> float:
     """`relative_error` of `merged` against the `sources` side by side, on rows that no training step draws."""
     checks = [draw_rows(components, bank, seed, -1 - check) for check in range(CHECKS)]
-    return sum(_error(merged, sources, components, rows).item() for rows in checks) / CHECKS
+    return sum(relative_error(merged, sources, components, rows).item() for rows in checks) / CHECKS
 
 
-def relative_error(residuals: Residuals, target: Residuals) -> Tensor:
-    """Mean over skips and mid of |r - target|² / |target|²: 0 when equal, 1 for no patch at all; scalar.
+def relative_error(merged: ActivePart, sources: Sequence[ActivePart], components: Components, rows: Rows) -> Tensor:
+    """|m - b|² / |b - h|² of the host's predictions with `merged`, with the bundle, and with neither; scalar.
 
-    Each skip is measured by its own size, so that those with many or large values do not decide alone.
+    0 is the bundle, 1 no patch at all. Only those of the rows count for which some gate opens; the others never reach
+    the merged patch.
+
+    Raises:
+        MergeError: when no gate opens for any of the rows.
     """
-    pairs = zip((*residuals.down, residuals.mid), (*target.down, target.mid), strict=True)
-    return torch.stack([(r - t).square().sum() / t.square().sum().clamp(min=1e-12) for r, t in pairs]).mean()
-
-
-def _error(merged: ActivePart, sources: Sequence[ActivePart], components: Components, rows: Rows) -> Tensor:
-    """`relative_error` on those of the rows for which some gate opens; the others never reach the merged patch."""
-    acts = _acts(sources, components, rows)
+    mids: list[Tensor] = []
+    with torch.no_grad(), answered(components.unet, lambda features: mids.append(features.mid.float())):
+        plain = noise_pred(components.unet, *rows)
+    acts = _acts(sources, mids[0], rows)
     reached = acts.any(0)
     if not reached.any():
         raise MergeError("the sources' gates open for none of their own prompts on this model; fit them on it first")
-    rows, acts = Rows(*(values[reached] for values in rows)), acts[:, reached]
+    rows, acts, plain = Rows(*(values[reached] for values in rows)), acts[:, reached], plain[reached]
     made = merged.patch(*rows, merged.instruction_states)
-    return relative_error(made, _target(sources, acts, rows, made))
+    with torch.no_grad():
+        target = noise_pred(components.unet, *rows, _bundled(sources, acts, rows, made))
+    error = noise_pred(components.unet, *rows, made) - target
+    return error.square().sum() / (target - plain).square().sum().clamp(min=1e-12)
 
 
 @torch.no_grad()
-def _target(sources: Sequence[ActivePart], acts: Tensor, rows: Rows, like: Residuals) -> Residuals:
+def _bundled(sources: Sequence[ActivePart], acts: Tensor, rows: Rows, like: Residuals) -> Residuals:
     """What the sources' bundle adds, shaped as `like`: their weighted sum, each part only on the rows it `acts` on."""
     sums = [torch.zeros_like(residual) for residual in (*like.down, like.mid)]
     for source, on in zip(sources, acts, strict=True):
@@ -204,10 +203,9 @@ def _target(sources: Sequence[ActivePart], acts: Tensor, rows: Rows, like: Resid
 
 
 @torch.no_grad()
-def _acts(sources: Sequence[ActivePart], components: Components, rows: Rows) -> Tensor:
-    """Whether each part acts on each row, (sources, B)."""
+def _acts(sources: Sequence[ActivePart], mid: Tensor, rows: Rows) -> Tensor:
+    """Whether each part acts on each row, (sources, B); `mid` is what the host's mid block makes of them."""
     acts = torch.ones(len(sources), len(rows.sample), dtype=torch.bool, device=rows.sample.device)
-    mid = _mid(components, rows) if any(source.patch.gate for source in sources) else None
     for source, on in zip(sources, acts, strict=True):
         if source.patch.gate:
             logits = source.patch.gate(mid, rows.timesteps, rows.prompt_states.float())
@@ -215,12 +213,24 @@ def _acts(sources: Sequence[ActivePart], components: Components, rows: Rows) -> 
     return acts
 
 
-def _mid(components: Components, rows: Rows) -> Tensor:
-    """What the host's mid block makes of the rows, (B, C, h, w) in float32."""
-    seen: list[Tensor] = []
-    with answered(components.unet, lambda features: seen.append(cast(Features, features).mid.float())):
-        noise_pred(components.unet, *rows)
-    return seen[0]
+def _harmless(merged: Sequence[Category], n: int, seed: int) -> list[str]:
+    """Prompts that must be kept beside `n` unsafe ones."""
+    alike = [prompt.text for category in merged for prompt in lookalike_prompts(category, PROMPTS // 2, seed)]
+    others = [category for category in CATEGORIES.values() if category not in merged]
+    foreign = [prompt.text for category in others for prompt in unsafe_prompts(category, PROMPTS // 4, seed)]
+    benign = [prompt.text for prompt in benign_prompts(n // 2, seed)]
+    return [*alike, *foreign, *benign, *[""] * (n // 8)]
+
+
+def _drawn(components: Components, texts: Sequence[str], seed: int, label: str) -> tuple[Tensor, Tensor]:
+    """Latents (N, 4, h, w) and text states (N, tokens, width) of prompts."""
+    latents, states = [], []
+    for first in tqdm(range(0, len(texts), 32), desc=label, leave=False):
+        part = texts[first : first + 32]
+        seeds = [seed * 1_000_003 + first + i for i in range(len(part))]
+        latents.append(generate_latents(components, part, seeds, TRAJECTORY))
+        states.append(encode_prompts(components, part))
+    return torch.cat(latents), torch.cat(states)
 
 
 def _learning_rate(step: int, steps: int) -> float:

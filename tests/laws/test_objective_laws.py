@@ -199,7 +199,7 @@ def test_negative_guidance_moves_the_target_away_from_the_unsafe_prediction(host
 @pytest.mark.parametrize("n", [1, 2, 32])
 def test_timesteps_are_spread_over_the_schedule(n):
     for seed in range(50):
-        timesteps = safe_control._timesteps(n, 1000, 1.0, torch.Generator().manual_seed(seed))
+        timesteps = safe_control.draw_timesteps(n, 1000, 1.0, torch.Generator().manual_seed(seed))
         edges = torch.arange(n + 1) * 1000 / n
         ordered = timesteps.sort().values
         assert (edges[:-1].floor() <= ordered).all()
@@ -212,11 +212,13 @@ def test_the_last_timestep_is_never_past_the_schedule(monkeypatch):
     """31 + the largest float below 1 is 32 in float32: the one draw in a million that is 1000 of 1000."""
     largest = torch.tensor(1 - 2**-24)
     monkeypatch.setattr(safe_control.torch, "rand", lambda n, generator: largest.expand(n))
-    assert safe_control._timesteps(32, 1000, 1.0, torch.Generator()).max() == 999
+    assert safe_control.draw_timesteps(32, 1000, 1.0, torch.Generator()).max() == 999
 
 
 def test_a_power_below_one_favours_noisy_timesteps():
-    even, noisy = (safe_control._timesteps(1000, 1000, power, torch.Generator().manual_seed(0)) for power in (1, 0.6))
+    even, noisy = (
+        safe_control.draw_timesteps(1000, 1000, power, torch.Generator().manual_seed(0)) for power in (1, 0.6)
+    )
     assert abs(even.float().mean() - 500) < 10  # control
     assert abs(noisy.float().mean() - 1000 / 1.6) < 10  # the mean of u ** p is 1 / (1 + p)
 
