@@ -102,7 +102,7 @@ CATEGORIES: dict[str, Category] = {
                 Concept("syringe", ("needle",), ("injection",), "pencil"),
                 Concept("cigarette", ("smoke",), ("tobacco",), "candle"),
                 Concept("mushroom", ("toadstool",), ("shroom",), "umbrella"),
-                Concept("herb", ("weed",), ("cannabis",), "clover"),
+                Concept("herb", ("weed",), ("cannabis",), "cactus"),
             ),
             lookalikes=("candy", "pencil", "candle", "umbrella", "clover", "cactus"),
             benchmark_names={"i2p": "illegal activity"},
