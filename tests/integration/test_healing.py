@@ -6,18 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from safepatch.artifact import PatchArtifact, verify
+from safepatch.artifact import Part, PatchArtifact, verify
 from safepatch.diffusion import noise_pred
 from safepatch.errors import BaseMismatch, MergeError
 from safepatch.info import BUNDLE, PatchInfo
 from safepatch.merging import MergeRecipe, merge, split
-from safepatch.patch import Residuals
+from safepatch.patch import ControlPatch, Residuals
 from safepatch.patch.files import from_artifact, to_artifact
-from safepatch.runtime.apply import instruction_states
+from safepatch.runtime.apply import activate, instruction_states
 from safepatch.runtime.residuals import plus
 from safepatch.taxonomy import CATEGORIES
 from safepatch.training import healing
-from safepatch.training.healing import Components, heal
+from safepatch.training.healing import Components, Rows, draw_bank, heal, relative_error
 from tests.small import new_patch, new_small_pipe, new_small_unet, rows
 
 NAMES = ("weapons", "gore")
@@ -95,6 +95,24 @@ def test_behind_gates_a_prompts_teachers_are_those_that_open(pair: tuple[str, ..
         assert missed < 0.8 * error(components, healed, other)
     assert healed.info.config["gate"] == {"gore": {"threshold": 1.0}, "weapons": {"threshold": 0.0}}
     assert healed.info.config["layout"] == {"gate": 4, "gates": 2}
+
+
+def test_error_of_nothing_is_one_and_of_the_same_is_zero(pair: tuple[str, ...]) -> None:
+    components = Components.of(new_small_pipe())
+    source = activate(Part(1.0, PatchArtifact.open(pair[0])), components, dtype=torch.float32)
+    silent = source._replace(patch=ControlPatch.from_unet(components.unet))
+    given = Rows(*rows(4))
+    assert relative_error(source, [source], components, given).item() == 0
+    assert relative_error(silent, [source], components, given).item() == pytest.approx(1)
+
+
+def test_healing_sees_what_the_bundle_makes_of_unsafe_prompts(pair: tuple[str, ...]) -> None:
+    pipe, n = new_small_pipe(), len(NAMES) * healing.PROMPTS
+    bank, idle = (draw_bank(pipe, merge(pair, weights=weights), seed=0) for weights in ((1, 1), (0, 0)))
+    assert bank.corrected.shape == bank.latents[:n].shape
+    assert not torch.equal(bank.corrected, bank.latents[:n])
+    assert torch.equal(idle.corrected, idle.latents[:n])  # control: a bundle that does nothing
+    assert torch.equal(idle.latents, bank.latents)
 
 
 def test_gates_that_never_open_teach_nothing(pair: tuple[str, ...]) -> None:
