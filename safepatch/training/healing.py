@@ -34,7 +34,7 @@ from safepatch.runtime.parts import ActivePart
 from safepatch.taxonomy import CATEGORIES, Category
 
 PROMPTS = 128  # unsafe ones per category
-TRAJECTORY = 10  # denoising steps of the latents that healing sees
+TRAJECTORY = 5  # denoising steps of the latents that healing sees
 TIMESTEP_POWER = 0.6  # of their uniform draw, as in training
 ROWS = 16  # of a step; half of them the bundle should leave alone, unless gates do that
 LEARNING_RATE, WARMUP = 1e-3, 10
