@@ -18,13 +18,13 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from safepatch.artifact import Part, PatchArtifact
+from safepatch.artifact import cast as converted
 from safepatch.data.prompts import benign_prompts, lookalike_prompts, unsafe_prompts
 from safepatch.diffusion import Components, add_noise, encode_prompts, generate_latents, noise_pred
 from safepatch.errors import MergeError, lookup
 from safepatch.info import BUNDLE
 from safepatch.merging import MergeRecipe, merge
 from safepatch.merging.engine import check_target
-from safepatch.merging.recipe import DTYPES
 from safepatch.objectives.safe_control import draw_timesteps
 from safepatch.patch import Residuals
 from safepatch.patch.files import to_artifact
@@ -241,9 +241,10 @@ def _learning_rate(step: int, steps: int) -> float:
 def _packed(
     merged: ActivePart, components: Components, start: PatchArtifact, record: dict[str, float]
 ) -> PatchArtifact:
-    """The healed patch in the merge's dtype, its recipe the merge's with a record of the healing."""
+    """The healed patch, each tensor in the merge's dtype of it, its recipe the merge's with a record of the healing."""
     merge_recipe = cast(dict[str, Any], start.info.recipe)
     healed = to_artifact(merged.patch, components.unet, start.info.instructions, start.info.config)
     recipe = {**merge_recipe, "heal": record}
     info = replace(healed.info, recipe=recipe, license=start.info.license, title=start.info.title)
-    return replace(healed, info=info).astype(DTYPES[merge_recipe["dtype"]])
+    tensors = {name: converted(name, tensor, start.tensors[name].dtype) for name, tensor in healed.tensors.items()}
+    return PatchArtifact(tensors, info)

@@ -97,6 +97,18 @@ def test_behind_gates_a_prompts_teachers_are_those_that_open(pair: tuple[str, ..
     assert healed.info.config["layout"] == {"gate": 4, "gates": 2}
 
 
+def test_a_narrower_dtype_leaves_the_gates_alone(pair: tuple[str, ...]) -> None:
+    sources = tuple(gated(path, threshold=0.0) for path in pair)
+    healed = heal(new_small_pipe(), MergeRecipe(sources, method="linear", dtype="bfloat16", heal=1))
+    merged = merge(sources, method="linear", dtype="bfloat16")
+    gates = [name for name in merged.tensors if ".gate." in name]
+    assert gates
+    assert all(torch.equal(healed.tensors[name], merged.tensors[name]) for name in gates)
+    assert all(healed.tensors[name].dtype == tensor.dtype for name, tensor in merged.tensors.items())
+    rounded = [merged.tensors[name].bfloat16().to(merged.tensors[name].dtype) for name in gates]
+    assert not all(torch.equal(r, merged.tensors[name]) for r, name in zip(rounded, gates, strict=True))  # control
+
+
 def test_error_of_nothing_is_one_and_of_the_same_is_zero(pair: tuple[str, ...]) -> None:
     components = Components.of(new_small_pipe())
     source = activate(Part(1.0, PatchArtifact.open(pair[0])), components, dtype=torch.float32)
