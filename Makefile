@@ -35,7 +35,7 @@ check: $(READY)  ## lint, formatting, types, layering, README tables
 table: $(READY)  ## print the results table; KIND=lite or lora for those, N=50 for fewer images
 	$(PY) -m safepatch table --kind $(KIND) --n $(N)
 
-merge-table: $(READY)  ## print what merging the shipped patches keeps, method by method; HEAL=300 adds a healed merge, KIND=lite or lora
+merge-table: $(READY)  ## print what merging the shipped patches keeps, method by method; HEAL=1000 adds a healed merge, KIND=lite or lora
 	$(PY) -m safepatch merge-table --kind $(KIND) --n $(N) $(if $(HEAL),--heal $(HEAL))
 
 transfer-table: $(READY)  ## print what the shipped patches keep on other checkpoints; KIND=lite or lora
