@@ -32,6 +32,7 @@ HASH_KEY = "safepatch.hash_sha256"
 NO_HASH = "0x" + "0" * 64
 MAX_HEADER = 100_000_000  # bytes, the safetensors library's own limit
 CHUNK = 1 << 22  # bytes read at once while hashing
+RUN = 1 << 25  # bytes after which the disk is set to work, so that little is left to wait for at the end
 
 
 def canonical_json(value: Any) -> str:
@@ -138,9 +139,13 @@ def _write_atomically(path: Path, text: bytes, data: Iterable[bytes | memoryview
     try:
         with partial.open("xb") as file:
             file.write(_prefix(text) + text)
+            sent = 0
             for chunk in data:
                 sha.update(chunk)
                 file.write(chunk)
+                if (end := file.tell()) - sent >= RUN:
+                    _begin_writeback(file.fileno(), sent, end)
+                    sent = end
             file.seek(8 + text.index(_slot(NO_HASH)))
             file.write(_slot(f"0x{sha.hexdigest()}"))
             file.flush()
@@ -148,6 +153,12 @@ def _write_atomically(path: Path, text: bytes, data: Iterable[bytes | memoryview
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)  # still there only when something failed
+
+
+def _begin_writeback(descriptor: int, start: int, end: int) -> None:
+    """Have the kernel write these bytes to the disk by and by, where it can be asked to."""
+    if hasattr(os, "posix_fadvise"):  # Linux writes what it is told will not be needed; pages still dirty stay cached
+        os.posix_fadvise(descriptor, start, end - start, os.POSIX_FADV_DONTNEED)
 
 
 @contextmanager

@@ -14,10 +14,11 @@ from safepatch.artifact import Factors, cast, factorize, is_finite, is_gate
 from safepatch.errors import MergeError
 from safepatch.merging.groups import gate_records, gates_layout, is_grouped, joined_shape, side_by_side
 from safepatch.merging.job import Job, Piece
-from safepatch.merging.methods import CHUNK, METHODS, SUM_WEIGHTS, Options
+from safepatch.merging.methods import METHODS, SUM_WEIGHTS, Options
 from safepatch.merging.sources import Source, agreed
 
-PIECE = 1 << 20  # values of a dense tensor that the elementwise methods merge at once
+PIECE = 1 << 19  # values of a dense tensor that the elementwise methods merge at once
+BLOCK = 1 << 17  # of these, what stays in a core's cache while the sources are added; less costs more calls than it saves
 
 
 class Compressed(NamedTuple):
@@ -127,12 +128,12 @@ class SumJob(Job):
         """Σ w_k δ_k of a run of values, as the method and `stack` make it, in blocks that stay in a core's cache."""
         weights = SUM_WEIGHTS[self.recipe.method](self.weights).tolist()
         held = [
-            (source.artifact.tensors[f"{name}.delta"].reshape(-1)[run].split(CHUNK), weight)
+            (source.artifact.tensors[f"{name}.delta"].reshape(-1)[run].split(BLOCK), weight)
             for source, weight in zip(self.sources, weights, strict=True)
             if source.shape(name) is not None
         ]
         total = torch.zeros(run.stop - run.start)
-        for at, block in enumerate(total.split(CHUNK)):
+        for at, block in enumerate(total.split(BLOCK)):
             for deltas, weight in held:
                 block += deltas[at].float() * weight
         if not is_finite(total):
