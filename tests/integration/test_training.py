@@ -29,6 +29,7 @@ from safepatch.runtime.load import load_pipeline
 from safepatch.taxonomy import CATEGORIES
 from safepatch.training import gating, trainer, validation
 from safepatch.training.config import PatchConfig, TrainConfig, TrainingConfig, load_train_config
+from safepatch.training.state import State
 from safepatch.training.trainer import Interrupted, learning_rate, train
 from tests.small import images, new_small_pipe
 
@@ -302,8 +303,8 @@ def test_rates_are_the_kinds_own_unless_given(kind, rates):
 
 def test_adversaries_learn_beside_the_patch_and_stay_out_of_its_file(uninterrupted, bank, tmp_path, monkeypatch):
     seen = []
-    load = trainer._finish
-    monkeypatch.setattr(trainer, "_finish", lambda state, *rest: seen.append(state) or load(state, *rest))
+    result = trainer.Run.result
+    monkeypatch.setattr(trainer.Run, "result", lambda run: seen.append(run.state) or result(run))
     objective = SafeControlConfig(adversaries=2, adversary_tokens=3)
     whole = run(tmp_path / "whole", bank, objective)
     moved = seen[0].patch.adversary - new_adversaries(objective, bank.rows.unsafe_states)["adversary"]
@@ -485,7 +486,8 @@ def test_processes_draw_different_batches(bank):
     host = Components.of(new_small_pipe()).freeze()
     patch = PATCH_KINDS["control"].from_unet(host.unet, "instruction")
     options = config(Path("unused"), gradient_accumulation=2)
-    for step in range(2):
+    state = State.fresh(patch, options.training)
+    for state.step in range(2):
         for index in range(2):
-            trainer._accumulate(patch, step, host, torch.zeros(1, 2, 192), Spy(), options, Process(index))
+            trainer.Run(options, host, Spy(), state, Process(index)).accumulate(patch, torch.zeros(1, 2, 192))
     assert sorted(drawn) == list(range(8))
