@@ -124,7 +124,7 @@ def _section(category: str, kind: str, entry: dict) -> str:
     return f"""## {kind}
 
 * file: `{Path(entry["file"]).name}`, sha256 `{entry["sha256"]}`
-* trained in {entry["train_minutes"]} minutes on {entry["cores"]} CPU core(s)
+* its recipe trains in {entry["train_minutes"]} minutes on {entry["cores"]} CPU core(s)
 
 ```python
 with safepatch.apply(safepatch.load_pipeline("tiny-sd"), "patches/{entry["file"]}"):
