@@ -18,7 +18,7 @@ from safepatch.merging.methods import METHODS, SUM_WEIGHTS, Options
 from safepatch.merging.sources import Source, agreed
 
 PIECE = 1 << 19  # values of a dense tensor that the elementwise methods merge at once
-BLOCK = 1 << 17  # of these, what stays in a core's cache while the sources are added; less costs more calls than it saves
+BLOCK = 1 << 17  # of these, what stays in a core's cache while sources are added; smaller ones cost more in calls
 
 
 class Compressed(NamedTuple):
