@@ -14,7 +14,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,7 +158,8 @@ def _write_atomically(path: Path, text: bytes, data: Iterable[bytes | memoryview
 def _begin_writeback(descriptor: int, start: int, end: int) -> None:
     """Have the kernel write these bytes to the disk by and by, where it can be asked to."""
     if hasattr(os, "posix_fadvise"):  # Linux writes what it is told will not be needed; pages still dirty stay cached
-        os.posix_fadvise(descriptor, start, end - start, os.POSIX_FADV_DONTNEED)
+        with suppress(OSError):  # a hint that cannot be given is no failure
+            os.posix_fadvise(descriptor, start, end - start, os.POSIX_FADV_DONTNEED)
 
 
 @contextmanager

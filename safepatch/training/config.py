@@ -34,6 +34,12 @@ class PatchConfig:
     depth: int | None = None
     gate: int = 0
 
+    def __post_init__(self) -> None:
+        """Refuse what would fail only when training is over."""
+        for name, value in (("gate", self.gate), ("rank", self.rank or 0)):
+            if value < 0:
+                raise ConfigError(f"patch.{name} must be at least 0, not {value}")
+
     @property
     def layout(self) -> dict[str, Any]:
         """What `from_unet` is told; a kind's own defaults for what is not set."""

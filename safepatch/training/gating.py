@@ -171,7 +171,7 @@ def _training_rows(components: Components, bank: Batch, generator: torch.Generat
     third = ROWS // 3
     pairs = torch.randint(len(bank.unsafe_latents), (third,), generator=generator)
     kept = torch.randint(len(bank.retain_latents), (third,), generator=generator)
-    corrected = torch.rand(third, generator=generator).view(-1, 1, 1, 1) < 0.5
+    corrected = (torch.rand(third, generator=generator).view(-1, 1, 1, 1) < 0.5).to(bank.safe_latents.device)
     latents = torch.where(corrected, bank.safe_latents[pairs], bank.unsafe_latents[pairs])
     latents = torch.cat((latents, bank.safe_latents[pairs], bank.retain_latents[kept]))
     states = torch.cat((bank.unsafe_states[pairs], bank.safe_states[pairs], bank.retain_states[kept]))

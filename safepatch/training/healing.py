@@ -246,5 +246,10 @@ def _packed(
     healed = to_artifact(merged.patch, components.unet, start.info.instructions, start.info.config)
     recipe = {**merge_recipe, "heal": record}
     info = replace(healed.info, recipe=recipe, license=start.info.license, title=start.info.title)
-    tensors = {name: converted(name, tensor, start.tensors[name].dtype) for name, tensor in healed.tensors.items()}
+    stored = {
+        name: start.stored(name)["up" if name in start.info.shapes else "delta"] for name in start.parameter_names()
+    }
+    tensors = {
+        name: converted(name, tensor, stored[name.rpartition(".")[0]].dtype) for name, tensor in healed.tensors.items()
+    }
     return PatchArtifact(tensors, info)
