@@ -109,6 +109,16 @@ def test_a_narrower_dtype_leaves_the_gates_alone(pair: tuple[str, ...]) -> None:
     assert not all(torch.equal(r, merged.tensors[name]) for r, name in zip(rounded, gates, strict=True))  # control
 
 
+def test_low_rank_sources_heal_into_a_dense_patch(pair: tuple[str, ...]) -> None:
+    for path in pair:
+        PatchArtifact.open(path).compress(2).save(path)
+    recipe = MergeRecipe(pair, method="linear", heal=1, dtype="float16")
+    assert merge(replace(recipe, heal=0)).info.shapes  # control: the merge alone keeps factors
+    healed = heal(new_small_pipe(), recipe)
+    assert not healed.info.shapes
+    assert {tensor.dtype for tensor in healed.tensors.values()} == {torch.float16}
+
+
 def test_error_of_nothing_is_one_and_of_the_same_is_zero(pair: tuple[str, ...]) -> None:
     components = Components.of(new_small_pipe())
     source = activate(Part(1.0, PatchArtifact.open(pair[0])), components, dtype=torch.float32)

@@ -301,6 +301,13 @@ def test_rates_are_the_kinds_own_unless_given(kind, rates):
     assert (given.learning_rate, given.joint_rate) == (0.5, rates[1])
 
 
+@pytest.mark.parametrize("name", ["gate", "rank"])
+def test_what_would_fail_after_training_is_refused_before(name: str):
+    with pytest.raises(SafepatchError, match=f"patch.{name} must be at least 0, not -1"):
+        load_train_config(None, ["category=weapons", f"patch.{name}=-1"])
+    assert load_train_config(None, ["category=weapons", f"patch.{name}=0"])  # control
+
+
 def test_adversaries_learn_beside_the_patch_and_stay_out_of_its_file(uninterrupted, bank, tmp_path, monkeypatch):
     seen = []
     result = trainer.Run.result
