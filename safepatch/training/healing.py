@@ -246,10 +246,9 @@ def _packed(
     healed = to_artifact(merged.patch, components.unet, start.info.instructions, start.info.config)
     recipe = {**merge_recipe, "heal": record}
     info = replace(healed.info, recipe=recipe, license=start.info.license, title=start.info.title)
-    stored = {
-        name: start.stored(name)["up" if name in start.info.shapes else "delta"] for name in start.parameter_names()
-    }
-    tensors = {
-        name: converted(name, tensor, stored[name.rpartition(".")[0]].dtype) for name, tensor in healed.tensors.items()
-    }
-    return PatchArtifact(tensors, info)
+
+    def converted_as_stored(name: str, tensor: Tensor) -> Tensor:
+        stored = start.stored(name.rpartition(".")[0])  # dense, or factors of one dtype
+        return converted(name, tensor, next(iter(stored.values())).dtype)
+
+    return PatchArtifact({name: converted_as_stored(name, tensor) for name, tensor in healed.tensors.items()}, info)
