@@ -10,18 +10,19 @@ from pathlib import Path
 
 import torch
 
-from safepatch.artifact import PatchArtifact
+from safepatch.artifact.info import read_info
+from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.attacks import SoftPromptConfig, soft_prompt, with_soft_prompt
 from safepatch.data.pairs import PairsConfig, build_bank
 from safepatch.data.prompts import unsafe_prompts
 from safepatch.demo import SHIPPED_KINDS, shipped_patch
+from safepatch.detectors.base import shows_any
+from safepatch.detectors.embedded import embedded_detector
 from safepatch.diffusion import Components, encode_prompts, generate_from_states, quiet
-from safepatch.evaluation.detectors import embedded_detector, shows_any
 from safepatch.evaluation.metrics import rate
-from safepatch.info import read_info
+from safepatch.models.load import load_pipeline
 from safepatch.patch.files import from_artifact
 from safepatch.runtime.apply import apply, instruction_states
-from safepatch.runtime.load import load_pipeline
 from safepatch.taxonomy import CATEGORIES
 
 ROWS = {  # what comes after the kind's name: gate at run time, what the attacker aims at

@@ -16,14 +16,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from safepatch.artifact import PatchArtifact
+from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.data.prompts import Prompt, benign_prompts, lookalike_prompts, unsafe_prompts
 from safepatch.demo import SHIPPED_KINDS, shipped_patch
+from safepatch.detectors.base import shows_any
+from safepatch.detectors.embedded import embedded_detector
 from safepatch.diffusion import generate, quiet
-from safepatch.evaluation.detectors import embedded_detector, shows_any
 from safepatch.evaluation.metrics import Estimate, rate
+from safepatch.models.load import load_pipeline
 from safepatch.runtime.apply import apply
-from safepatch.runtime.load import load_pipeline
 from safepatch.taxonomy import CATEGORIES
 
 SEED, STEPS, BATCH = 1000, 10, 25

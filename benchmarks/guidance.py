@@ -5,9 +5,9 @@ python benchmarks/guidance.py --n 48
 
 import argparse
 
-from safepatch.evaluation.detectors import embedded_detector
+from safepatch.detectors.embedded import embedded_detector
 from safepatch.evaluation.suite import Bench, Protocol, prompt_accuracy
-from safepatch.runtime.load import load_pipeline
+from safepatch.models.load import load_pipeline
 
 
 def main() -> None:

@@ -15,12 +15,12 @@ from dataclasses import replace
 
 from torch import nn
 
-from safepatch.artifact import Part, PatchArtifact
+from safepatch.artifact.patch_artifact import Part, PatchArtifact
 from safepatch.demo import shipped_patch
 from safepatch.diffusion import Components
 from safepatch.merging import MergeRecipe, merge
+from safepatch.models.load import load_pipeline
 from safepatch.runtime.apply import activate
-from safepatch.runtime.load import load_pipeline
 from safepatch.runtime.parts import ActivePart
 from safepatch.training.gating import without_gate
 from safepatch.training.healing import draw_bank, mean_error, train_to_match

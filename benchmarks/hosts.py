@@ -6,7 +6,7 @@ from typing import Any
 from diffusers import DDIMScheduler
 from torch import nn
 
-from safepatch.runtime.checkpoint import CONFIGS
+from safepatch.models.checkpoint import CONFIGS
 
 
 class Pipe:

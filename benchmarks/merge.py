@@ -34,8 +34,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from safepatch.container import raw_bytes, write_stream
-from safepatch.info import PatchInfo
+from safepatch.artifact.container import raw_bytes, write_stream
+from safepatch.artifact.info import PatchInfo
 from safepatch.merging import merge
 
 Shapes = dict[str, tuple[int, ...]]

@@ -33,7 +33,7 @@ from hosts import Pipe, unet_config
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from safepatch.artifact import PatchArtifact
+from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.patch import ControlPatch, LitePatch, Patch
 from safepatch.patch.files import from_artifact, to_artifact
 from safepatch.runtime.handle import Handle

@@ -14,14 +14,15 @@ from typing import Any
 
 import torch
 
-from safepatch.artifact import PatchArtifact
+from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.data.prompts import Prompt, benign_prompts, unsafe_prompts
 from safepatch.demo import shipped_patch
+from safepatch.detectors.base import shows_all, shows_any
+from safepatch.detectors.embedded import embedded_detector
 from safepatch.diffusion import generate, quiet
-from safepatch.evaluation.detectors import embedded_detector, shows_all, shows_any
 from safepatch.evaluation.metrics import benign_drift, rate
+from safepatch.models.load import load_pipeline
 from safepatch.runtime.apply import apply
-from safepatch.runtime.load import load_pipeline
 from safepatch.taxonomy import CATEGORIES
 
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -11,12 +11,12 @@ import argparse
 import json
 from pathlib import Path
 
-from safepatch.artifact import PatchArtifact
+from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.demo import shipped_patch
+from safepatch.detectors.embedded import embedded_detector
 from safepatch.evaluation import suite
-from safepatch.evaluation.detectors import embedded_detector
 from safepatch.evaluation.suite import Bench, Protocol
-from safepatch.runtime.load import load_pipeline
+from safepatch.models.load import load_pipeline
 from safepatch.taxonomy import CATEGORIES
 from safepatch.training.config import load_train_config
 from safepatch.training.trainer import train

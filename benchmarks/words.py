@@ -13,16 +13,17 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from safepatch.artifact import PatchArtifact
+from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.attacks import closing_prefix, text_logits
 from safepatch.data.prompts import unsafe_prompts
 from safepatch.demo import shipped_patch, shipped_patches
+from safepatch.detectors.base import shows_any
+from safepatch.detectors.embedded import embedded_detector
 from safepatch.diffusion import Components
-from safepatch.evaluation.detectors import embedded_detector, shows_any
 from safepatch.evaluation.metrics import rate
 from safepatch.evaluation.suite import Bench, Protocol
+from safepatch.models.load import load_pipeline
 from safepatch.patch.files import from_artifact
-from safepatch.runtime.load import load_pipeline
 from safepatch.taxonomy import CATEGORIES
 from safepatch.tiny.text import words
 

@@ -16,15 +16,15 @@ from typing import Any
 
 import torch
 
-from safepatch.artifact import PatchArtifact
+from safepatch.artifact.info import PatchInfo, read_info
+from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.config import to_yaml
 from safepatch.data.prompts import Prompt, benign_prompts, lookalike_prompts, unsafe_prompts
 from safepatch.demo import SHIPPED_KINDS
 from safepatch.diffusion import generate, quiet
-from safepatch.info import PatchInfo, read_info
+from safepatch.models.load import load_pipeline
 from safepatch.reporting.plots import GateCurve, save_gate_plot
 from safepatch.runtime.apply import apply
-from safepatch.runtime.load import load_pipeline
 from safepatch.taxonomy import CATEGORIES
 from safepatch.training.config import load_train_config
 from safepatch.training.trainer import train

@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from safepatch.artifact import PatchArtifact, verify
+    from safepatch.artifact.info import PatchInfo, read_info
+    from safepatch.artifact.patch_artifact import PatchArtifact, verify
     from safepatch.errors import PatchBypassed, SafepatchError
-    from safepatch.info import PatchInfo, read_info
     from safepatch.merging import MergeRecipe, merge, split
+    from safepatch.models.load import load_pipeline
     from safepatch.runtime.apply import apply
     from safepatch.runtime.check import Status, check, status
     from safepatch.runtime.fuse import fuse, fuse_model
     from safepatch.runtime.handle import Handle
-    from safepatch.runtime.load import load_pipeline
     from safepatch.training.config import TrainConfig, load_train_config
     from safepatch.training.healing import heal
     from safepatch.training.trainer import train
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 _HOMES: dict[str, str] = {
     "Handle": "safepatch.runtime.handle",
     "MergeRecipe": "safepatch.merging",
-    "PatchArtifact": "safepatch.artifact",
+    "PatchArtifact": "safepatch.artifact.patch_artifact",
     "PatchBypassed": "safepatch.errors",
-    "PatchInfo": "safepatch.info",
+    "PatchInfo": "safepatch.artifact.info",
     "SafepatchError": "safepatch.errors",
     "Status": "safepatch.runtime.check",
     "TrainConfig": "safepatch.training.config",
@@ -34,14 +34,14 @@ _HOMES: dict[str, str] = {
     "fuse": "safepatch.runtime.fuse",
     "fuse_model": "safepatch.runtime.fuse",
     "heal": "safepatch.training.healing",
-    "load_pipeline": "safepatch.runtime.load",
+    "load_pipeline": "safepatch.models.load",
     "load_train_config": "safepatch.training.config",
     "merge": "safepatch.merging",
-    "read_info": "safepatch.info",
+    "read_info": "safepatch.artifact.info",
     "split": "safepatch.merging",
     "status": "safepatch.runtime.check",
     "train": "safepatch.training.trainer",
-    "verify": "safepatch.artifact",
+    "verify": "safepatch.artifact.patch_artifact",
 }
 
 __all__ = [

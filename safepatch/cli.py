@@ -48,7 +48,7 @@ def train(
     if dry_run:
         typer.echo(to_yaml(resolved), nl=False)
         return
-    from safepatch.runtime.load import load_pipeline
+    from safepatch.models.load import load_pipeline
     from safepatch.training.trainer import train as run
 
     path = run(load_pipeline(resolved.model), resolved)
@@ -85,7 +85,7 @@ def merge(
 
         merge_on_model(recipe, target, model, n if evaluate else None, tell=typer.echo)
     else:
-        from safepatch.describe import merge_lines
+        from safepatch.artifact.describe import merge_lines
         from safepatch.merging import merge as run
 
         typer.echo("\n".join(merge_lines(run(recipe, target).info, target)))
@@ -125,8 +125,8 @@ def gate(
     width: Annotated[int, typer.Option(help="Channels of the gate; 0 takes off the one that is there.")] = 32,
 ) -> None:
     """Fit a gate to a patch: it acts where it is for, and leaves every other image as it was, bit for bit."""
-    from safepatch.artifact import PatchArtifact
-    from safepatch.runtime.load import load_pipeline
+    from safepatch.artifact.patch_artifact import PatchArtifact
+    from safepatch.models.load import load_pipeline
     from safepatch.training.gating import add_gate, without_gate
 
     if width == 0:
@@ -175,9 +175,9 @@ def generate(
     from safepatch.data.prompts import admit
     from safepatch.diffusion import generate as run
     from safepatch.diffusion import save_image
+    from safepatch.models.load import load_pipeline
     from safepatch.runtime.apply import apply
     from safepatch.runtime.check import require_fit
-    from safepatch.runtime.load import load_pipeline
 
     admit([prompt])
     scales = _scale(scale)
@@ -228,8 +228,8 @@ def inspect(
     picture: Annotated[Path | None, typer.Option(help="Draw a merge's conflicts as a heat map, .png or .svg.")] = None,
 ) -> None:
     """Say what a patch file is, from its header alone."""
-    from safepatch.describe import described
-    from safepatch.info import read_info
+    from safepatch.artifact.describe import described
+    from safepatch.artifact.info import read_info
 
     info = described(read_info(patch))
     if picture:
@@ -260,7 +260,7 @@ def check(patch: PatchFile, model: Model = "tiny-sd", allow_pickle: AllowPickle 
 @app.command()
 def verify(patch: PatchFile) -> None:
     """Check a patch file: structure, finite values, content hash."""
-    from safepatch.artifact import verify as run
+    from safepatch.artifact.patch_artifact import verify as run
 
     typer.echo(f"ok: {patch} is intact ({', '.join(run(patch).categories)})")
 

@@ -7,16 +7,17 @@ from pathlib import Path
 
 import torch
 
-from safepatch.artifact import PatchArtifact
+from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.data.prompts import Prompt, benign_prompts, unsafe_prompts
+from safepatch.detectors.base import shows_any
+from safepatch.detectors.embedded import embedded_detector
 from safepatch.diffusion import save_image
 from safepatch.errors import ArtifactError, lookup
-from safepatch.evaluation.detectors import embedded_detector, shows_any
 from safepatch.evaluation.suite import Bench, Protocol, drift, evaluate, prompt_accuracy, row, unsafe_rate
 from safepatch.merging import merge
+from safepatch.models.load import load_pipeline
 from safepatch.reporting.html import build_report
 from safepatch.results import Row, append_rows
-from safepatch.runtime.load import load_pipeline
 from safepatch.taxonomy import CATEGORIES
 from safepatch.tiny.world import UNSAFE
 from safepatch.training.config import load_train_config

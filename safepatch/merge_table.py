@@ -7,17 +7,17 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from safepatch.artifact import PatchArtifact
+from safepatch.artifact.info import BUNDLE
+from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.demo import shipped_patch, shipped_patches
+from safepatch.detectors.embedded import embedded_detector
 from safepatch.errors import ConfigError, lookup
-from safepatch.evaluation.detectors import embedded_detector
 from safepatch.evaluation.suite import Bench, Protocol
-from safepatch.info import BUNDLE
 from safepatch.merging import METHODS, MergeRecipe, merge
 from safepatch.merging.recipe import HEALED
+from safepatch.models.load import load_pipeline
 from safepatch.regression import SINGLE, base_rows, by_category, merged_rows, to_markdown
 from safepatch.results import NONE, Row
-from safepatch.runtime.load import load_pipeline
 from safepatch.tiny.models import BASE
 from safepatch.training.healing import heal
 

@@ -5,17 +5,17 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from safepatch.artifact import PatchArtifact
+from safepatch.artifact.describe import merge_lines
+from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.data.prompts import category
-from safepatch.describe import merge_lines
+from safepatch.detectors.embedded import embedded_detector
 from safepatch.evaluation import suite
-from safepatch.evaluation.detectors import embedded_detector
 from safepatch.evaluation.suite import Bench, Protocol
 from safepatch.merging import MergeRecipe, merge
+from safepatch.models.load import load_pipeline
 from safepatch.reporting.plots import save_unsafe_rates
 from safepatch.results import NONE, Row
 from safepatch.runtime.check import require_fit
-from safepatch.runtime.load import load_pipeline
 from safepatch.training.healing import heal
 
 SINGLE, MERGED = "single", "merged"  # `patch` of the rows; single is the category's own patch

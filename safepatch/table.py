@@ -8,15 +8,16 @@ from typing import Any, cast
 
 import torch
 
-from safepatch.artifact import PatchArtifact
+from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.demo import METHOD, SHIPPED, SIBLING, TRAINED, shipped_patch, shipped_patches
+from safepatch.detectors.base import Detector
+from safepatch.detectors.embedded import embedded_detector
 from safepatch.diffusion import Components, decode_latents, encode_images
 from safepatch.evaluation import suite
-from safepatch.evaluation.detectors import Detector, embedded_detector
 from safepatch.evaluation.metrics import Estimate, precision, recall
 from safepatch.evaluation.suite import Bench, Protocol
 from safepatch.merging import merge
-from safepatch.runtime.load import load_pipeline
+from safepatch.models.load import load_pipeline
 from safepatch.taxonomy import CATEGORIES, Category
 from safepatch.tiny.models import BASE
 from safepatch.tiny.scenes import draw, sample_scene, to_tensor

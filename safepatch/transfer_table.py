@@ -9,16 +9,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safepatch.artifact import PatchArtifact
+from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.demo import shipped_patch, shipped_patches
+from safepatch.detectors.embedded import embedded_detector
 from safepatch.errors import lookup
 from safepatch.evaluation import suite
-from safepatch.evaluation.detectors import embedded_detector
 from safepatch.evaluation.metrics import Estimate, pooled
 from safepatch.evaluation.suite import Bench, Protocol
+from safepatch.models.load import load_pipeline
 from safepatch.patch import ControlPatch
 from safepatch.patch.files import absolute
-from safepatch.runtime.load import load_pipeline
 from safepatch.taxonomy import CATEGORIES
 from safepatch.tiny.models import BASE, MODELS, SIBLINGS
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from safepatch.diffusion import quiet
-from safepatch.runtime.checkpoint import CONFIGS
+from safepatch.models.checkpoint import CONFIGS
 from safepatch.tiny.text import MAX_TOKENS, new_tokenizer
 
 FAMILIES = ("sd1", "sd1-inpaint", "sd2", "sdxl", "sdxl-refiner")

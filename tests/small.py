@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from safepatch.artifact import PatchArtifact
+from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.data.pairs import Batch, PairBank
 from safepatch.diffusion import Components, generate, quiet
 from safepatch.patch import PATCH_KINDS, Features, Patch, ResidualPatch, Residuals

@@ -11,7 +11,7 @@ from safepatch.diffusion.components import (
     uncompiled,
     without_image_prompts,
 )
-from safepatch.diffusion.hosts import (
+from safepatch.diffusion.hosts.kinds import (
     UNET,
     HostKind,
     family,

@@ -12,7 +12,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0, JointAttnProc
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from safepatch.diffusion.hosts import TRANSFORMERS
+from safepatch.diffusion.hosts.kinds import TRANSFORMERS
 from safepatch.errors import BaseMismatch, UnsupportedModel
 
 UNCHECKED: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False}  # of a new pipeline

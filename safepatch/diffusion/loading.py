@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from safepatch.diffusion.components import UNCHECKED, Components, not_supported
-from safepatch.diffusion.hosts import TRANSFORMERS
+from safepatch.diffusion.hosts.kinds import TRANSFORMERS
 from safepatch.errors import ModelNotFound, UnsupportedModel
 
 CLIP = "openai/clip-vit-large-patch14"

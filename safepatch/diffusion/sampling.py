@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from safepatch.diffusion.components import UNCHECKED, Components, denoiser
-from safepatch.diffusion.hosts import FLUX, UNET, host_kind, usual_guidance
+from safepatch.diffusion.hosts.kinds import FLUX, UNET, host_kind, usual_guidance
 from safepatch.errors import PromptError, SafepatchError
 
 T5_TOKENS = 77  # of an instruction; a prompt has 256 or 512

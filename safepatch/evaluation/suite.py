@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from safepatch.artifact import PatchArtifact
+from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.data.prompts import Prompt, benign_prompts, unsafe_prompts
+from safepatch.detectors.base import Detector, shows_all, shows_any
 from safepatch.diffusion import generate, quiet
 from safepatch.errors import ConfigError, SafepatchError
-from safepatch.evaluation.detectors import Detector, shows_all, shows_any
 from safepatch.evaluation.metrics import Estimate, benign_drift, rate
 from safepatch.results import Row
 from safepatch.runtime.apply import apply

@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from safepatch.artifact import PatchArtifact, is_gate
-from safepatch.container import MappedTensors, raw_bytes, read_header, write_stream
+from safepatch.artifact.container import MappedTensors, raw_bytes, read_header, write_stream
+from safepatch.artifact.info import BUNDLE, PatchInfo
+from safepatch.artifact.patch_artifact import PatchArtifact, is_gate
 from safepatch.errors import MergeError
-from safepatch.info import BUNDLE, PatchInfo
 from safepatch.merging.conflicts import Comparison, compare, report
 from safepatch.merging.groups import has_gate, is_grouped, merged_layout
 from safepatch.merging.job import BundleJob, GroupedJob, IdentityJob, Job, Piece

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from safepatch.artifact.info import PatchInfo
 from safepatch.errors import MergeError
-from safepatch.info import PatchInfo
 from safepatch.merging.sources import Source
 
 JOINT = "up"  # last part of the names of the parameters that end a branch: a weight enters there, once

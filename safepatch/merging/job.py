@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from safepatch.artifact import cast, is_gate, part_prefix
-from safepatch.container import in_file_order
+from safepatch.artifact.container import in_file_order
+from safepatch.artifact.patch_artifact import cast, is_gate, part_prefix
 from safepatch.errors import MergeError
 from safepatch.merging.groups import gate_records, joined_shape, merged_layout, side_by_side
 from safepatch.merging.recipe import MergeRecipe

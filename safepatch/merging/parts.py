@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import Tensor
 
-from safepatch.artifact import PatchArtifact
+from safepatch.artifact.info import PatchInfo
+from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.errors import MergeError, nearest
-from safepatch.info import PatchInfo
 from safepatch.merging.groups import cut_out, is_grouped, places
 from safepatch.merging.recipe import DTYPES
 

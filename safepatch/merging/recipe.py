@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safepatch import container
+from safepatch.artifact import container
+from safepatch.artifact.info import BUNDLE
 from safepatch.config import load_config
 from safepatch.errors import MergeError, lookup
-from safepatch.info import BUNDLE
 from safepatch.merging.methods import METHODS, USES
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in container.DTYPES.values()}

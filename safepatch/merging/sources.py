@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safepatch.artifact import Factors, PatchArtifact, is_finite
-from safepatch.container import HASH_KEY, MappedTensors, check_hash, naming, read_header
+from safepatch.artifact.container import HASH_KEY, MappedTensors, check_hash, naming, read_header
+from safepatch.artifact.info import PatchInfo
+from safepatch.artifact.patch_artifact import Factors, PatchArtifact, is_finite
 from safepatch.errors import ArtifactError, BaseMismatch, MergeError, SafepatchError
-from safepatch.info import PatchInfo
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from safepatch.artifact import Factors, cast, factorize, is_finite, is_gate
+from safepatch.artifact.patch_artifact import Factors, cast, factorize, is_finite, is_gate
 from safepatch.errors import MergeError
 from safepatch.merging.groups import gate_records, gates_layout, is_grouped, joined_shape, side_by_side
 from safepatch.merging.job import Job, Piece

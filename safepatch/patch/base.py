@@ -7,7 +7,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from safepatch.artifact import PatchArtifact
+from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.diffusion import UNET, host_kind
 from safepatch.errors import BaseMismatch, ConfigError
 from safepatch.patch.gate import Gate, TextGate

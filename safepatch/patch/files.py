@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from safepatch.artifact import PatchArtifact
+from safepatch.artifact.info import PatchInfo
+from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.diffusion import family, fingerprint
 from safepatch.errors import BaseMismatch, lookup
-from safepatch.info import PatchInfo
 from safepatch.patch import PATCH_KINDS, Patch
 from safepatch.patch.drift import ENCODER, sketch
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from safepatch.artifact import PatchArtifact
+from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.diffusion import noise_pred
 from safepatch.errors import BaseMismatch, ConfigError
 from safepatch.patch.base import Patch, StoredPatch

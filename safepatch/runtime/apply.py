@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safepatch.artifact import Part, PatchArtifact
+from safepatch.artifact.patch_artifact import Part, PatchArtifact
 from safepatch.diffusion import Components, encode_prompts
 from safepatch.errors import ConfigError
 from safepatch.patch import Patch

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safepatch.artifact.info import PatchInfo, read_info
 from safepatch.diffusion import Components, family, fingerprint, host_kind, uncompiled
-from safepatch.info import PatchInfo, read_info
+from safepatch.models.load import load_unet, unet_config
 from safepatch.patch.drift import ENCODER, drift, sketch
 from safepatch.patch.files import check_fits
 from safepatch.runtime.corrector import Stats
 from safepatch.runtime.handle import Handle, attached
-from safepatch.runtime.load import load_unet, unet_config
 from safepatch.runtime.parts import Scale
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 from tqdm import tqdm
 
-from safepatch.artifact import PatchArtifact
-from safepatch.artifact import cast as converted
+from safepatch.artifact.patch_artifact import PatchArtifact
+from safepatch.artifact.patch_artifact import cast as converted
 from safepatch.data.pairs import Batch, PairBank, PairsConfig, build_bank, pair_examples, retain_examples
 from safepatch.diffusion import Components, add_noise, encode_prompts, noise_pred
 from safepatch.errors import ConfigError, lookup

@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from safepatch.artifact import Part, PatchArtifact
-from safepatch.artifact import cast as converted
+from safepatch.artifact.info import BUNDLE
+from safepatch.artifact.patch_artifact import Part, PatchArtifact
+from safepatch.artifact.patch_artifact import cast as converted
 from safepatch.data.prompts import benign_prompts, lookalike_prompts, unsafe_prompts
 from safepatch.diffusion import Components, add_noise, encode_prompts, generate_latents, noise_pred
 from safepatch.errors import MergeError, lookup
-from safepatch.info import BUNDLE
 from safepatch.merging import MergeRecipe, merge
 from safepatch.merging.engine import check_target
 from safepatch.objectives.safe_control import draw_timesteps

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from safepatch.artifact import PatchArtifact
-from safepatch.info import PatchInfo
+from safepatch.artifact.info import PatchInfo
+from safepatch.artifact.patch_artifact import PatchArtifact
 
 ROOT = Path(__file__).parents[2]
 WEAPONS = ROOT / "patches" / "weapons" / "weapons.safetensors"

@@ -8,14 +8,15 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from safepatch.artifact import PatchArtifact, verify
+from safepatch.artifact.patch_artifact import PatchArtifact, verify
 from safepatch.data.prompts import unsafe_prompts
 from safepatch.demo import SHIPPED_KINDS, shipped_patches
+from safepatch.detectors.base import shows_any
+from safepatch.detectors.embedded import embedded_detector
 from safepatch.diffusion import generate
-from safepatch.evaluation.detectors import embedded_detector, shows_any
 from safepatch.evaluation.suite import Bench, Protocol, drift, other_unsafe_rate, prompt_accuracy, unsafe_rate
+from safepatch.models.load import load_pipeline
 from safepatch.runtime.apply import apply
-from safepatch.runtime.load import load_pipeline
 from safepatch.table import detector_figures
 from safepatch.taxonomy import CATEGORIES
 from safepatch.tiny.models import ASSETS, SIBLINGS

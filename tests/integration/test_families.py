@@ -12,12 +12,12 @@ import transformers
 
 from safepatch.diffusion import Components, encode_prompts, quiet
 from safepatch.errors import BaseMismatch, ConfigError, ModelNotFound, UnsupportedModel
+from safepatch.models.checkpoint import CONFIGS, open_checkpoint
+from safepatch.models.load import load_pipeline
 from safepatch.patch.drift import drift, sketch
 from safepatch.patch.files import to_artifact
 from safepatch.runtime.apply import apply
 from safepatch.runtime.check import check
-from safepatch.runtime.checkpoint import CONFIGS, open_checkpoint
-from safepatch.runtime.load import load_pipeline
 from tests.families import FAMILIES, draw, original_layout, small_family_pipe, tokenizer_folder, write_original
 from tests.small import INSTRUCTION, awaken, new_artifact, new_patch
 
@@ -178,7 +178,7 @@ def test_a_pickle_that_holds_code_is_refused_also_then(tmp_path):
 
 
 def test_without_a_tokenizer_the_error_says_how_to_give_one(sd1, tmp_path, monkeypatch):
-    monkeypatch.setattr("safepatch.runtime.load.CLIP", str(tmp_path / "empty"))  # wherever this machine's cache is
+    monkeypatch.setattr("safepatch.models.load.CLIP", str(tmp_path / "empty"))  # wherever this machine's cache is
     with pytest.raises(ModelNotFound, match="--tokenizer FOLDER") as caught:
         load_pipeline(sd1.path)
     assert "\n" not in str(caught.value)

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from safepatch.artifact import Part, PatchArtifact, verify
+from safepatch.artifact.info import BUNDLE, PatchInfo
+from safepatch.artifact.patch_artifact import Part, PatchArtifact, verify
 from safepatch.diffusion import noise_pred
 from safepatch.errors import BaseMismatch, MergeError
-from safepatch.info import BUNDLE, PatchInfo
 from safepatch.merging import MergeRecipe, merge, split
 from safepatch.patch import ControlPatch, Residuals
 from safepatch.patch.files import from_artifact, to_artifact

@@ -17,15 +17,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from safepatch.artifact import PatchArtifact, verify
+from safepatch.artifact.patch_artifact import PatchArtifact, verify
 from safepatch.data.pairs import PairBank, PairsConfig, build_bank
 from safepatch.diffusion import Components, generate
 from safepatch.errors import SafepatchError, UnknownName
+from safepatch.models.load import load_pipeline
 from safepatch.objectives import OBJECTIVES, SafeControlConfig
 from safepatch.objectives.safe_control import new_adversaries
 from safepatch.patch import PATCH_KINDS, clone
 from safepatch.runtime.apply import apply
-from safepatch.runtime.load import load_pipeline
 from safepatch.taxonomy import CATEGORIES
 from safepatch.training import gating, trainer, validation
 from safepatch.training.config import PatchConfig, TrainConfig, TrainingConfig, load_train_config
@@ -345,7 +345,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(int(sys.argv[4]))
 from safepatch.objectives import SafeControlConfig
-from safepatch.runtime.load import load_pipeline
+from safepatch.models.load import load_pipeline
 from safepatch.training.config import load_train_config
 from safepatch.training.trainer import train
 

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 import safepatch
-from safepatch.artifact import PatchArtifact
+from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.diffusion import Components, encode_prompts, host_kind, quiet
 from safepatch.errors import BaseMismatch, ConfigError, PatchBypassed, UnsupportedModel
+from safepatch.models.load import load_pipeline
 from safepatch.patch import ControlPatch, LitePatch
 from safepatch.patch.files import from_artifact, to_artifact
 from safepatch.patch.transformer import TransformerControlPatch
 from safepatch.runtime.apply import apply, attach
 from safepatch.runtime.check import check, status
-from safepatch.runtime.load import load_pipeline
 from safepatch.training.config import load_train_config
 from safepatch.training.trainer import train
 from tests.families import PHOTO, draw, small_family_pipe, small_transformer_pipe

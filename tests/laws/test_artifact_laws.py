@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from safepatch.artifact import PatchArtifact, verify
+from safepatch.artifact.info import PatchInfo
+from safepatch.artifact.patch_artifact import PatchArtifact, verify
 from safepatch.errors import ArtifactError
-from safepatch.info import PatchInfo
 
 INFO = PatchInfo(
     kind="control",

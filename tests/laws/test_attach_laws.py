@@ -22,10 +22,10 @@ from diffusers import (
 from PIL import Image
 from torch import Tensor
 
-from safepatch.artifact import PatchArtifact
+from safepatch.artifact.info import BUNDLE
+from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.diffusion import quiet
 from safepatch.errors import ConfigError, PatchBypassed, UnknownName
-from safepatch.info import BUNDLE
 from safepatch.merging import MergeRecipe, combine
 from safepatch.patch import PATCH_KINDS
 from safepatch.runtime.apply import apply, attach

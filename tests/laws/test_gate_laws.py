@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from safepatch.artifact import PatchArtifact, is_gate
+from safepatch.artifact.patch_artifact import PatchArtifact, is_gate
 from safepatch.diffusion import Components
 from safepatch.errors import ConfigError, MergeError
 from safepatch.merging import merge, split

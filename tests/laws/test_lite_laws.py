@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from safepatch.artifact import PatchArtifact
+from safepatch.artifact.info import BUNDLE
+from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.errors import ConfigError, MergeError
-from safepatch.info import BUNDLE
 from safepatch.merging import merge, split
 from safepatch.patch import Features, LitePatch, Residuals
 from safepatch.patch.control import skip_channels

@@ -14,16 +14,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import safepatch
-from safepatch.artifact import PatchArtifact
+from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.diffusion import Components, noise_pred, quiet
 from safepatch.errors import BaseMismatch, ConfigError, ModelNotFound, PatchBypassed, SafepatchError
 from safepatch.merging import merge
+from safepatch.models.load import load_pipeline
 from safepatch.patch import LoraPatch
 from safepatch.patch.files import from_artifact, to_artifact
 from safepatch.patch.host import patched_noise_pred
 from safepatch.runtime.apply import apply, attach
 from safepatch.runtime.fuse import NOTE, Update, fuse, fuse_model
-from safepatch.runtime.load import load_pipeline
 from tests.families import (
     draw,
     original_layout,

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from safepatch.artifact import PatchArtifact, verify
+from safepatch.artifact.info import BUNDLE, PatchInfo
+from safepatch.artifact.patch_artifact import PatchArtifact, verify
 from safepatch.errors import ArtifactError
-from safepatch.info import BUNDLE, PatchInfo
 from safepatch.merging import METHODS, Options, merge, sums
 from safepatch.merging.methods import SUM_WEIGHTS, USES
 

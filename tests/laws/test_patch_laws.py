@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from safepatch.artifact import PatchArtifact
+from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.errors import BaseMismatch, ConfigError, UnknownName
 from safepatch.patch import PATCH_KINDS, Patch, Residuals
 from safepatch.patch.drift import ENCODER, sketch

@@ -11,9 +11,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from safepatch.artifact import PatchArtifact, verify
+from safepatch.artifact.info import FORMAT_VERSION, PatchInfo, read_info
+from safepatch.artifact.patch_artifact import PatchArtifact, verify
 from safepatch.errors import ArtifactError, UnknownName
-from safepatch.info import FORMAT_VERSION, PatchInfo, read_info
 
 INFO = PatchInfo("control", {"gore": "no gore"}, {"layers": 2}, {"family": "tiny", "hash": "0x1"}, {"sees": "prompt"})
 

@@ -13,9 +13,9 @@ PACKAGE = Path(__file__).parents[2] / "safepatch"
 
 ROWS = (
     ("errors", "taxonomy", "config", "results"),
-    ("diffusion", "container"),
+    ("diffusion",),
     ("info",),
-    ("tiny", "artifact"),
+    ("tiny", "artifact", "models"),
     ("data", "patch", "merging", "hub", "describe"),
     ("objectives", "runtime"),
     ("training", "guard", "attacks"),
@@ -116,7 +116,10 @@ def test_control_a_bad_import_is_caught(unit, source):
     ("unit", "source"),
     [
         ("config", "from safepatch.errors import ConfigError"),
-        ("merging", "from safepatch.merging.methods import ties\nfrom safepatch.artifact import PatchArtifact"),
+        (
+            "merging",
+            "from safepatch.merging.methods import ties\nfrom safepatch.artifact.patch_artifact import PatchArtifact",
+        ),
         ("evaluation", "from safepatch import attacks, runtime"),
         ("reporting", "import jinja2\nfrom safepatch.results import read"),
         ("__main__", "from safepatch.cli import main"),

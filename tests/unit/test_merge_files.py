@@ -16,9 +16,9 @@ import torch
 from typer.testing import CliRunner
 
 from safepatch import cli
-from safepatch.artifact import PatchArtifact
+from safepatch.artifact.info import BUNDLE, PatchInfo, read_info
+from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.errors import ArtifactError, MergeError, SafepatchError, UnknownName
-from safepatch.info import BUNDLE, PatchInfo, read_info
 from safepatch.merging import METHODS, MergeRecipe, load_recipe, merge, split
 from safepatch.merging.conflicts import block_of, compare
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from safepatch.artifact import PatchArtifact, verify
+from safepatch.artifact.info import PatchInfo
+from safepatch.artifact.patch_artifact import PatchArtifact, verify
 from safepatch.errors import ArtifactError, BaseMismatch, MergeError, UnknownName
-from safepatch.info import PatchInfo
 from safepatch.merging import METHODS, MergeRecipe, Options, combine, merge
 from safepatch.merging.methods import SUM_WEIGHTS
 

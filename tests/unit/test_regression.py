@@ -6,10 +6,10 @@ import pytest
 from typer.testing import CliRunner
 
 from safepatch import cli, merge_table, regression
-from safepatch.artifact import PatchArtifact
+from safepatch.artifact.info import PatchInfo
+from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.errors import ConfigError, SafepatchError, UnknownName
 from safepatch.evaluation.suite import Protocol
-from safepatch.info import PatchInfo
 from safepatch.merge_table import MergeTable, to_table
 from safepatch.regression import base_rows, by_category, evaluate_merge, merged_rows, to_markdown
 from safepatch.results import NONE, Row

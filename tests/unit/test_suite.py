@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from safepatch.data.prompts import Prompt
+from safepatch.detectors.base import Detector, shows_all, shows_any
 from safepatch.errors import SafepatchError
 from safepatch.evaluation import suite
-from safepatch.evaluation.detectors import Detector, shows_all, shows_any
 from safepatch.evaluation.suite import Bench, Protocol
 from safepatch.taxonomy import CATEGORIES
 from safepatch.tiny.world import CONCEPTS

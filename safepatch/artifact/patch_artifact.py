@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from safepatch.container import (
+from safepatch.artifact.container import (
     DTYPE_NAMES,
     check_hash,
     content_hash,
@@ -19,8 +19,8 @@ from safepatch.container import (
     read_header,
     write,
 )
+from safepatch.artifact.info import PatchInfo
 from safepatch.errors import ArtifactError, lookup
-from safepatch.info import PatchInfo
 
 FORMS = ({"delta"}, {"down", "up"})  # how one parameter may be stored: dense or low-rank
 

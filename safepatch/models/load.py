@@ -18,7 +18,7 @@ from safepatch.diffusion import (
     read_unet,
 )
 from safepatch.errors import ModelNotFound, UnsupportedModel, nearest
-from safepatch.runtime.checkpoint import Checkpoint, open_checkpoint
+from safepatch.models.checkpoint import Checkpoint, open_checkpoint
 from safepatch.tiny.models import ASSETS, BASE, MODELS, load_tiny
 
 # Which token fills a prompt up: OpenCLIP's text encoders were trained with "!", CLIP's with its end token.

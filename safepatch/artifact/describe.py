@@ -4,7 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safepatch.info import PatchInfo
+from safepatch.artifact.info import PatchInfo
 
 
 def described(info: PatchInfo) -> dict[str, Any]:

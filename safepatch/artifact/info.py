@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safepatch.container import HASH_KEY, NO_HASH, canonical_json, naming, read_header
+from safepatch.artifact.container import HASH_KEY, NO_HASH, canonical_json, naming, read_header
 from safepatch.errors import ArtifactError
 
 FORMAT_VERSION = 1

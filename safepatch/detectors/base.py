@@ -1,0 +1,57 @@
+"""What a detector is: a named judge of images. Detectors judge patches and never choose what a patch is trained on."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from safepatch.errors import ConfigError, nearest
+
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class Detector:
+    """A named judge of images.
+
+    Attributes:
+        name: what results and category files call it.
+        labels: what it can find, in the order of its probabilities.
+        probabilities: images in [0, 1], (B, 3, H, W), to a probability per label, (B, len(labels)).
+        threshold: at or above which a label counts as shown.
+        version: which weights or build this is, for people.
+        sha256: of the weights' file, empty where there is none.
+    """
+
+    name: str
+    labels: tuple[str, ...]
+    probabilities: Callable[[Tensor], Tensor]
+    threshold: float = 0.5
+    version: str = ""
+    sha256: str = ""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Probabilities in [0, 1], (B, labels), of images in [0, 1], (B, 3, H, W); each row's are its own."""
+        return torch.cat([self.probabilities(chunk) for chunk in images.split(BATCH)])
+
+    def find(self, images: Tensor) -> list[frozenset[str]]:
+        """The labels shown by each image."""
+        shown = (self(images) >= self.threshold).tolist()
+        return [frozenset(label for label, hit in zip(self.labels, row, strict=True) if hit) for row in shown]
+
+    def require(self, labels: Sequence[str], of: str) -> None:
+        """Raise `ConfigError` when the detector has no such label, naming the nearest; `of` says whose labels."""
+        for label in labels:
+            if label not in self.labels:
+                raise ConfigError(f"{of}: detector '{self.name}' has no label '{label}'{nearest(label, self.labels)}")
+
+
+def shows_any(found: Sequence[frozenset[str]], labels: Sequence[str]) -> Tensor:
+    """Whether each image shows at least one of `labels`, bool (N,)."""
+    return torch.tensor([bool(names & set(labels)) for names in found])
+
+
+def shows_all(found: Sequence[frozenset[str]], asked: Sequence[Sequence[str]]) -> Tensor:
+    """Whether each image shows everything that was asked of it, bool (N,)."""
+    return torch.tensor([names >= set(wanted) for names, wanted in zip(found, asked, strict=True)])

@@ -1,0 +1,1 @@
+"""The kinds of denoiser that patches know, and what training may ask of a frozen one."""

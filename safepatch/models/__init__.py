@@ -1,0 +1,1 @@
+"""Where pipelines come from: folders, single files, the Hub and the embedded models."""
