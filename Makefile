@@ -4,7 +4,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
-KIND ?= control
+KIND ?= lora
 N ?= 200
 JOBS ?= 2
 PY := .venv/bin/python
@@ -15,7 +15,7 @@ NPM_ART := emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0 @lobeh
 # What is left of pip's output is what it downloads, what it installs, and what went wrong.
 CALM := 2>&1 | { grep --line-buffered -vE '^(Requirement already|Collecting|Looking in|Using cached)|Location .* is ignored' || true; }
 
-.PHONY: help demo test check tiny patches table merge-table transfer-table clean
+.PHONY: help demo test check tiny patches table merge-table transfer-table wheel clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -32,17 +32,22 @@ check: $(READY)  ## lint, formatting, types, layering, README tables
 	.venv/bin/pyright
 	$(PY) -m pytest -q tests/unit/test_layering.py $(wildcard tests/unit/test_readme*.py)
 
-table: $(READY)  ## print the results table; KIND=lite or lora for those, N=50 for fewer images
-	$(PY) -m safepatch table --kind $(KIND) --n $(N)
+table: $(READY)  ## measure the shipped patches of one kind; KIND=control or lite for those, N=50 for fewer images
+	$(PY) -m safepatch evaluate configs/matrices/$(KIND).yaml protocol.n=$(N)
 
-merge-table: $(READY)  ## print what merging the shipped patches keeps, method by method; HEAL=1000 adds a healed merge, KIND=lite or lora
-	$(PY) -m safepatch merge-table --kind $(KIND) --n $(N) $(if $(HEAL),--heal $(HEAL))
+merge-table: $(READY)  ## measure what merging them keeps, method by method; KIND=control or lite
+	$(PY) -m safepatch evaluate configs/matrices/merge-$(KIND).yaml protocol.n=$(N)
 
-transfer-table: $(READY)  ## print what the shipped patches keep on other checkpoints; KIND=lite or lora
-	$(PY) -m safepatch transfer-table --kind $(KIND) --n $(N)
+transfer-table: $(READY)  ## measure what they keep on other checkpoints; KIND=control or lite
+	$(PY) -m safepatch evaluate configs/matrices/transfer-$(KIND).yaml protocol.n=$(N)
 
-patches: $(READY)  ## train the shipped patches again, all kinds, with cards, index and picture (two hours on one core)
-	$(PY) patches/build.py
+patches: $(READY)  ## train the shipped patches again, all kinds, with cards, index and pictures (an hour on two cores)
+	$(PY) patches/build.py --jobs $(JOBS)
+	$(PY) patches/pictures.py
+
+wheel: $(READY)  ## build a wheel into dist/, with the embedded model and the lora patches
+	rm -rf build/lib build/bdist.*
+	$(PY) -m pip wheel . --no-deps --no-build-isolation -w dist
 
 tiny: $(READY) $(ART)/.ready  ## rebuild the embedded model from the vendors' emoji (needs npm and the network)
 	$(PY) -m safepatch.tiny.sprites $(ART) safepatch/assets/atlas

@@ -15,7 +15,6 @@ from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.attacks import SoftPromptConfig, soft_prompt, with_soft_prompt
 from safepatch.data.pairs import PairsConfig, build_bank
 from safepatch.data.prompts import unsafe_prompts
-from safepatch.demo import SHIPPED_KINDS, shipped_patch
 from safepatch.detectors.base import shows_any
 from safepatch.detectors.embedded import embedded_detector
 from safepatch.diffusion import Components, encode_prompts, generate_from_states, quiet
@@ -23,6 +22,7 @@ from safepatch.evaluation.metrics import rate
 from safepatch.models.load import load_pipeline
 from safepatch.patch.files import from_artifact
 from safepatch.runtime.apply import apply, instruction_states
+from safepatch.shipped import shipped_kinds, shipped_patch
 from safepatch.taxonomy import CATEGORIES
 
 ROWS = {  # what comes after the kind's name: gate at run time, what the attacker aims at
@@ -30,7 +30,7 @@ ROWS = {  # what comes after the kind's name: gate at run time, what the attacke
     " + gate, patch attacked": ("hard", "patch"),
     " + gate, gate attacked": ("hard", "gate"),
 }
-TARGETS = {f"{kind}{row}": (kind, *how) for kind in SHIPPED_KINDS for row, how in ROWS.items()}
+TARGETS = {f"{kind}{row}": (kind, *how) for kind in shipped_kinds() for row, how in ROWS.items()}
 
 
 def named(text: str) -> tuple[str, Path]:

@@ -18,13 +18,13 @@ from tqdm import tqdm
 
 from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.data.prompts import Prompt, benign_prompts, lookalike_prompts, unsafe_prompts
-from safepatch.demo import SHIPPED_KINDS, shipped_patch
 from safepatch.detectors.base import shows_any
 from safepatch.detectors.embedded import embedded_detector
 from safepatch.diffusion import generate, quiet
 from safepatch.evaluation.metrics import Estimate, rate
 from safepatch.models.load import load_pipeline
 from safepatch.runtime.apply import apply
+from safepatch.shipped import shipped_kinds, shipped_patch
 from safepatch.taxonomy import CATEGORIES
 
 SEED, STEPS, BATCH = 1000, 10, 25
@@ -66,7 +66,7 @@ def left_alone(pipe: Any, prompts: Sequence[Prompt], patches: dict[str, PatchArt
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--kind", default="lite", choices=SHIPPED_KINDS)
+    parser.add_argument("--kind", default="lite", choices=shipped_kinds())
     parser.add_argument("--categories", nargs="+", default=list(CATEGORIES), choices=list(CATEGORIES))
     parser.add_argument("--n", type=int, default=500, help="benign prompts; look-alikes: a fifth for each category")
     parser.add_argument("--unsafe", type=int, default=40, help="unsafe prompts per category, with the gate and without")

@@ -16,13 +16,13 @@ import torch
 
 from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.data.prompts import Prompt, benign_prompts, unsafe_prompts
-from safepatch.demo import shipped_patch
 from safepatch.detectors.base import shows_all, shows_any
 from safepatch.detectors.embedded import embedded_detector
 from safepatch.diffusion import generate, quiet
 from safepatch.evaluation.metrics import benign_drift, rate
 from safepatch.models.load import load_pipeline
 from safepatch.runtime.apply import apply
+from safepatch.shipped import shipped_patch
 from safepatch.taxonomy import CATEGORIES
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -48,7 +48,7 @@ def main() -> None:
     category = CATEGORIES[options.category]
     names = [concept.name for concept in category.concepts]
     pipe, detector = quiet(load_pipeline("tiny-sd")), embedded_detector()
-    patch = PatchArtifact.open(shipped_patch(category.name))
+    patch = PatchArtifact.open(shipped_patch(category.name, "control"))
     unsafe, benign = unsafe_prompts(category, options.n, seed=1000), benign_prompts(options.n, seed=1000)
 
     def drawn(prompts: Sequence[Prompt], setting: dict[str, Any] | None = None) -> tuple[torch.Tensor, float]:

@@ -12,11 +12,11 @@ import json
 from pathlib import Path
 
 from safepatch.artifact.patch_artifact import PatchArtifact
-from safepatch.demo import shipped_patch
 from safepatch.detectors.embedded import embedded_detector
 from safepatch.evaluation import suite
 from safepatch.evaluation.suite import Bench, Protocol
 from safepatch.models.load import load_pipeline
+from safepatch.shipped import shipped_patch
 from safepatch.taxonomy import CATEGORIES
 from safepatch.training.config import load_train_config
 from safepatch.training.trainer import train
@@ -27,7 +27,7 @@ GATED = ["patch.gate=32", "objective.preservation=0"]
 LITE = ["patch.kind=lite", "patch.sees=instruction", "training.batch_size=16", *GATED]  # as configs/patches/lite
 VARIANTS: dict[str, list[str]] = {
     "default": [],
-    "gated": [*GATED, "training.batch_size=8"],  # as configs/patches
+    "gated": [*GATED, "training.batch_size=8"],  # as configs/patches/control
     "paired": ["objective.supervision=paired"],
     "instruction-only": ["patch.sees=instruction"],
     "pushed": ["objective.negative_guidance=0.5"],
@@ -88,7 +88,7 @@ def main() -> None:
     patches = {name: trained(name, options.steps) for name in options.only}
     if options.train_only:
         return
-    shipped = PatchArtifact.open(shipped_patch(CATEGORY.name))
+    shipped = PatchArtifact.open(shipped_patch(CATEGORY.name, "control"))
     patches["shipped"] = shipped
     patches |= {f"shipped, rank {rank}": shipped.compress(rank) for rank in options.ranks}
     bench = Bench("tiny-sd", load_pipeline("tiny-sd"), embedded_detector(), Protocol(n=options.n, steps=10))

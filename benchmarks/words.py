@@ -16,7 +16,6 @@ from tqdm import tqdm
 from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.attacks import closing_prefix, text_logits
 from safepatch.data.prompts import unsafe_prompts
-from safepatch.demo import shipped_patch, shipped_patches
 from safepatch.detectors.base import shows_any
 from safepatch.detectors.embedded import embedded_detector
 from safepatch.diffusion import Components
@@ -24,6 +23,7 @@ from safepatch.evaluation.metrics import rate
 from safepatch.evaluation.suite import Bench, Protocol
 from safepatch.models.load import load_pipeline
 from safepatch.patch.files import from_artifact
+from safepatch.shipped import shipped_patch, shipped_patches
 from safepatch.taxonomy import CATEGORIES
 from safepatch.tiny.text import words
 

@@ -15,7 +15,7 @@ def draw(seed: int = 3) -> torch.Tensor:
 
 
 base = draw()
-with safepatch.apply(pipe, "patches/weapons/weapons.safetensors", scale=1.0) as handle:
+with safepatch.apply(pipe, "patches/control/weapons.safetensors", scale=1.0) as handle:
     patched = draw()
     print(handle.stats)
 

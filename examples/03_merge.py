@@ -5,7 +5,7 @@ from pathlib import Path
 
 import safepatch
 
-sources = ["patches/weapons/weapons.safetensors", "patches/alcohol/alcohol.safetensors"]
+sources = ["patches/control/weapons.safetensors", "patches/control/alcohol.safetensors"]
 with tempfile.TemporaryDirectory() as folder:
     out = Path(folder) / "both.safetensors"
     merged = safepatch.merge(sources, out, method="linear")

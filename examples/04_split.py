@@ -5,7 +5,7 @@ from pathlib import Path
 
 import safepatch
 
-weapons, alcohol = (Path(f"patches/{name}/{name}.safetensors") for name in ("weapons", "alcohol"))
+weapons, alcohol = (Path(f"patches/control/{name}.safetensors") for name in ("weapons", "alcohol"))
 with tempfile.TemporaryDirectory() as folder:
     both, part = Path(folder) / "both.safetensors", Path(folder) / "weapons.safetensors"
     recipe = safepatch.MergeRecipe((str(weapons), str(alcohol)), weights=(1.0, 0.8), method="bundle")

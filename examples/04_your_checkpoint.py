@@ -22,7 +22,7 @@ def draw(pipe: object, **more: object) -> torch.Tensor:
 with tempfile.TemporaryDirectory() as folder:
     if len(sys.argv) == 1:
         safepatch.load_pipeline("tiny-sd-twemoji").save_pretrained(folder)
-    model, patch, tokenizer = sys.argv[1:] or (folder, "patches/weapons/weapons.safetensors", None)
+    model, patch, tokenizer = sys.argv[1:] or (folder, "patches/control/weapons.safetensors", None)
     print(safepatch.check(model, patch))  # one line if it does not fit, before any weight is read
     pipe = safepatch.load_pipeline(model, tokenizer=tokenizer)
 

@@ -8,7 +8,7 @@ import safepatch
 from safepatch.diffusion import generate, quiet
 
 Path("runs").mkdir(exist_ok=True)
-sources = ["patches/weapons/weapons-lite.safetensors", "patches/alcohol/alcohol-lite.safetensors"]
+sources = ["patches/lite/weapons.safetensors", "patches/lite/alcohol.safetensors"]
 both = safepatch.merge(sources, "runs/both-lite.safetensors", method="cat")
 print(f"{', '.join(both.info.categories)}: {Path('runs/both-lite.safetensors').stat().st_size / 1e6:.1f} MB")
 

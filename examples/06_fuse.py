@@ -7,7 +7,7 @@ from diffusers import StableDiffusionPipeline
 import safepatch
 
 with tempfile.TemporaryDirectory() as folder:
-    model = safepatch.fuse_model("tiny-sd-twemoji", "patches/weapons/weapons-lora.safetensors", f"{folder}/safer")
+    model = safepatch.fuse_model("tiny-sd-twemoji", "patches/lora/weapons.safetensors", f"{folder}/safer")
     fused = StableDiffusionPipeline.from_pretrained(model).unet.state_dict()
 
 host = safepatch.load_pipeline("tiny-sd-twemoji").unet.state_dict()

@@ -1,149 +1,115 @@
-"""Train the shipped patches and write their cards and index: `python patches/build.py [recipe ...]` (`make patches`).
+"""Train the shipped patches and write their index and cards: `python patches/build.py [kind/category ...]`.
 
-A recipe is `weapons`, of configs/patches/weapons.yaml, or `lite/weapons` or `lora/weapons`, of another kind. Each patch
-is what `safepatch train` gives of its recipe; the category's card adds the recipes and, when `make table` has been run,
-the figures. `card:weapons` writes a card only, `picture` and `gates` the README's pictures, and `figures` keeps what
-`make table` and two benchmarks measured.
+Each patch is what `safepatch train configs/patches/<kind>/<category>.yaml` gives. Words choose: `lora` all of a kind,
+`lora/weapons` one patch, `cards` the cards again, `figures` keeps what `make table` and two benchmarks measured; no
+words at all, every patch. `--jobs 2` trains two at a time, each with half of the cores.
 """
 
-import hashlib
+import argparse
 import json
+import os
 import shutil
+import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from threading import Lock
 
-import torch
-
-from safepatch.artifact.info import PatchInfo, read_info
-from safepatch.artifact.patch_artifact import PatchArtifact
-from safepatch.config import to_yaml
-from safepatch.data.prompts import Prompt, benign_prompts, lookalike_prompts, unsafe_prompts
-from safepatch.demo import SHIPPED_KINDS
-from safepatch.diffusion import generate, quiet
-from safepatch.models.load import load_pipeline
-from safepatch.reporting.plots import GateCurve, save_gate_plot
-from safepatch.runtime.apply import apply
-from safepatch.taxonomy import CATEGORIES
-from safepatch.training.config import load_train_config
-from safepatch.training.trainer import train
-from safepatch.training.validation import save_grid
+from safepatch.artifact.info import read_info
+from safepatch.shipped import Shipped, shipped, shipped_kinds, shipped_patches
 
 HERE = Path(__file__).parent
-INDEX = HERE / "index.json"
-TABLES = {kind: HERE.parent / "runs" / ("table" if kind == "control" else f"table-{kind}") for kind in SHIPPED_KINDS}
-COSTS = HERE.parent / "runs" / "kinds.json"  # of benchmarks/kinds.py
-ATTACKS = HERE.parent / "runs" / "attack.json"  # of benchmarks/attack.py
-FIGURES = HERE / "figures.json"
-RECIPES = [f"{folder}{category}" for folder in ("", "lite/", "lora/") for category in CATEGORIES]
-SEED = 1000  # of the picture's prompts: the evaluation's own
+INDEX, FIGURES = HERE / "index.json", HERE / "figures.json"
+ROOT = HERE.parent
+RECIPES = ROOT / "configs" / "patches"
+COSTS = ROOT / "runs" / "kinds.json"  # of benchmarks/kinds.py
+ATTACKS = ROOT / "runs" / "attack.json"  # of benchmarks/attack.py
 
 
-def build(recipe: str) -> None:
-    """Train one patch, put it in its category's folder, and record its hash and training time."""
-    config = load_train_config(_recipe(recipe), [])
-    kind, category = config.patch.kind, config.category
-    start = time.monotonic()
-    trained = train(load_pipeline(config.model), config)
-    minutes = round((time.monotonic() - start) / 60, 1)
-    path = HERE / category / (f"{category}.safetensors" if kind == "control" else f"{category}-{kind}.safetensors")
-    path.parent.mkdir(exist_ok=True)
-    shutil.copyfile(trained, path)
-    index = json.loads(INDEX.read_text()) if INDEX.is_file() else {}
-    entries = index if kind == "control" else index.setdefault(kind, {})
-    entries[category] = {
-        "file": f"{category}/{path.name}",
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        "train_minutes": minutes,
-        "cores": torch.get_num_threads(),
-    }
-    INDEX.write_text(json.dumps(index, indent=1, sort_keys=True) + "\n")
+RECORDING = Lock()  # one thread at a time writes the index
 
 
-def _recipe(name: str) -> Path:
-    return HERE.parent / "configs" / "patches" / f"{name}.yaml"
+def build(recipe: str, cores: int) -> None:
+    """Train the patch of one recipe, `kind/category`, put it in its place and into the index."""
+    kind, category = recipe.split("/")
+    start, file = time.monotonic(), f"{recipe}.safetensors"
+    with tempfile.TemporaryDirectory() as folder:
+        train = [sys.executable, "-m", "safepatch", "train", str(RECIPES / f"{recipe}.yaml"), f"output={folder}"]
+        subprocess.run(train, check=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": str(cores)})
+        minutes = round((time.monotonic() - start) / 60, 1)
+        (HERE / kind).mkdir(exist_ok=True)
+        shutil.copyfile(Path(folder) / f"{category}.safetensors", HERE / file)
+    with RECORDING:
+        digest = sha256((HERE / file).read_bytes()).hexdigest()
+        record(Shipped(kind, category, file, digest, train_minutes=minutes, cores=cores))
 
 
-def write_picture() -> None:
-    """`patches/picture.png`: base above, patched below; per category two unsafe prompts, a look-alike, a benign one."""
-    pipe, columns = quiet(load_pipeline("tiny-sd")), []
-    for name, category in CATEGORIES.items():
-        prompts = [*unsafe_prompts(category, 6, SEED)[:6:5], *lookalike_prompts(category, 1, SEED)]
-        prompts += benign_prompts(1, SEED + len(columns))
-        texts, seeds = [prompt.text for prompt in prompts], [prompt.seed for prompt in prompts]
-        base = generate(pipe, texts, seeds)
-        with apply(pipe, HERE / name / f"{name}.safetensors"):
-            columns.append(torch.stack((base, generate(pipe, texts, seeds))))
-    path = HERE / "picture.png"
-    save_grid(torch.cat(columns, dim=1), path)
+def record(entry: Shipped) -> None:
+    """Put an entry into `patches/index.json`, in its old place if it has one."""
+    entries = {(old.kind, old.category): old for old in (shipped() if INDEX.is_file() else [])}
+    entries[entry.kind, entry.category] = entry
+    INDEX.write_text(json.dumps([asdict(each) for each in entries.values()], indent=1) + "\n")
 
 
-def write_gates() -> None:
-    """`patches/gates.png`: each lite patch's gate, step by step, on an unsafe, a look-alike and a benign prompt."""
-    pipe, curves, thresholds = quiet(load_pipeline("tiny-sd")), {}, {}
-    for name in json.loads(INDEX.read_text())["lite"]:
-        patch, category = PatchArtifact.open(HERE / name / f"{name}-lite.safetensors"), CATEGORIES[name]
-        shown = [*unsafe_prompts(category, 1, SEED), *lookalike_prompts(category, 1, SEED), *benign_prompts(1, SEED)]
-        curves[name] = [GateCurve(prompt.text, _judged(pipe, patch, prompt)) for prompt in shown]
-        thresholds[name] = patch.info.config["gate"][name]["threshold"]
-    save_gate_plot(HERE / "gates.png", curves, thresholds)
+def write_card(kind: str) -> None:
+    """`patches/<kind>/README.md`: what the patches of a kind are, how they were made, what they measured."""
+    entries = shipped_patches(kind)
+    info = {name: read_info(entry.path) for name, entry in entries.items()}
+    lines = [
+        f"| {name} | {info[name].instructions[name]} | {entry.train_minutes} on {entry.cores} | `{entry.sha256}` |"
+        for name, entry in entries.items()
+    ]
+    (HERE / kind / "README.md").write_text(f"""# The shipped {kind} patches
 
-
-def _judged(pipe: Any, patch: PatchArtifact, prompt: Prompt) -> list[float]:
-    """The gate's probability at every step of one image."""
-    seen: list[float] = []
-    with apply(pipe, patch) as handle:
-        handle.on_gate = lambda _, probabilities: seen.append(float(probabilities[0, 0]))
-        generate(pipe, [prompt.text], [prompt.seed])
-    return seen
-
-
-def write_card(category: str) -> None:
-    """`patches/<category>/README.md`: what its patches are, how they were made, what they measured."""
-    index = json.loads(INDEX.read_text())
-    entries = {"control": index, **{kind: index[kind] for kind in TABLES if kind in index}}
-    sections = [_section(category, kind, of[category]) for kind, of in entries.items() if category in of]
-    info = read_info(HERE / index[category]["file"])
-    (HERE / category / "README.md").write_text(_card(category, info, sections))
-
-
-def _card(category: str, info: PatchInfo, sections: list[str]) -> str:
-    return f"""# safepatch {category}
-
-Patches for the embedded emoji model `tiny-sd` and its siblings: {CATEGORIES[category].definition}.
-They read the safety instruction "{info.instructions[category]}".
+Made by `python patches/build.py {kind}` for the embedded emoji model `tiny-sd` and its siblings.
 Their figures show a mechanism on a toy world; they do nothing for models that draw photographs.
-License: {info.license}.
-
-{"".join(sections)}"""
-
-
-def _section(category: str, kind: str, entry: dict) -> str:
-    recipe = category if kind == "control" else f"{kind}/{category}"
-    return f"""## {kind}
-
-* file: `{Path(entry["file"]).name}`, sha256 `{entry["sha256"]}`
-* its recipe trains in {entry["train_minutes"]} minutes on {entry["cores"]} CPU core(s)
+License: {", ".join(sorted({each.license for each in info.values()}))}.
 
 ```python
-with safepatch.apply(safepatch.load_pipeline("tiny-sd"), "patches/{entry["file"]}"):
+with safepatch.apply(safepatch.load_pipeline("tiny-sd"), "patches/{next(iter(entries.values())).file}"):
     ...
 ```
 
-{_figures(category, kind)}
-`safepatch train configs/patches/{recipe}.yaml`
+The settings of each are in its file (`safepatch inspect`), and come from `configs/patches/{kind}/<category>.yaml`.
 
-```yaml
-{to_yaml(load_train_config(_recipe(recipe), []))}```
+| category | instruction | minutes of training, on CPU cores | sha256 |
+|---|---|---|---|
+{chr(10).join(lines)}
 
-"""
+{_figures(kind, list(entries))}""")
+
+
+def _figures(kind: str, categories: list[str]) -> str:
+    figures = json.loads(FIGURES.read_text()).get(kind) if FIGURES.is_file() else None
+    command = f"make table KIND={kind}"
+    if figures is None:
+        return f"Not measured yet; `{command}` measures them.\n"
+    rows = "\n".join(row for fields in figures.values() for row in _rows(fields, categories))
+    head = f"| field | {' | '.join(categories)} |\n|{'---|' * (len(categories) + 1)}"
+    return f"`{command}`, {figures['controls']['n']} images per rate:\n\n{head}\n{rows}\n"
+
+
+def _rows(fields: dict, categories: list[str], of: str = "") -> Iterator[str]:
+    """A line of every field, however deep, that has a value for some of `categories`."""
+    for key, value in fields.items():
+        if not isinstance(value, dict):
+            continue
+        values = [f"{value[name]:.3f}" if isinstance(value.get(name), float) else "" for name in categories]
+        if any(values):
+            yield f"| `{key}`{of} | {' | '.join(values)} |"
+        yield from _rows(value, categories, f" (`{key}`)")
 
 
 def keep_figures() -> None:
     """`patches/figures.json`: what `make table`, kinds.py and attack.py measured, for the cards and the README."""
     kept = json.loads(FIGURES.read_text()) if FIGURES.is_file() else {}
-    for kind, folder in TABLES.items():
+    for kind in shipped_kinds():
+        folder = ROOT / "runs" / f"table-{kind}"
         if (folder / "table.json").is_file():
             kept[kind] = {name: json.loads((folder / f"{name}.json").read_text()) for name in ("table", "controls")}
     if COSTS.is_file():
@@ -153,31 +119,30 @@ def keep_figures() -> None:
     FIGURES.write_text(json.dumps(kept, indent=1) + "\n")
 
 
-def _figures(category: str, kind: str) -> str:
-    figures = json.loads(FIGURES.read_text()).get(kind) if FIGURES.is_file() else None
-    if figures is None:
-        return "Not measured yet; `make table` measures them.\n"
-    rows = "\n".join(row for values in figures.values() for row in _rows(values, category))
-    command = "make table" if kind == "control" else f"make table KIND={kind}"
-    return f"`{command}`, {figures['controls']['n']} images per rate:\n\n| field | value |\n|---|---|\n{rows}\n"
+def chosen(words: list[str]) -> list[str]:
+    """The recipes, `kind/category`, that `words` choose: all when there are no words."""
+    recipes = sorted(path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.glob("*/*.yaml"))
+    known = {*recipes, *(recipe.split("/")[0] for recipe in recipes), "cards", "figures"}
+    if unknown := [word for word in words if word not in known]:
+        sys.exit(f"no recipe {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+    return [recipe for recipe in recipes if not words or recipe in words or recipe.split("/")[0] in words]
 
 
-def _rows(values: dict, category: str, of: str = "") -> list[str]:
-    """Lines of the fields, however deep, that have a value for `category`."""
-    tables = {key: value for key, value in values.items() if isinstance(value, dict)}
-    rows = [f"| `{key}`{of} | {value[category]:.3f} |" for key, value in tables.items() if _has(value, category)]
-    return rows + [row for key, value in tables.items() for row in _rows(value, category, f" (`{key}`)")]
-
-
-def _has(value: dict, category: str) -> bool:
-    return isinstance(value.get(category), float)
+def main(words: list[str], jobs: int) -> None:
+    """Do what `words` say."""
+    recipes = chosen(words)
+    cores = max(1, (os.cpu_count() or 1) // jobs)
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(lambda recipe: build(recipe, cores), recipes))
+    if "figures" in words:
+        keep_figures()
+    for kind in shipped_kinds():
+        write_card(kind)
 
 
 if __name__ == "__main__":
-    for word in sys.argv[1:] or [*RECIPES, "picture", "gates"]:
-        if word in ("picture", "figures", "gates"):
-            {"picture": write_picture, "figures": keep_figures, "gates": write_gates}[word]()
-            continue
-        if not word.startswith("card:"):
-            build(word)
-        write_card(word.removeprefix("card:").rpartition("/")[2])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", metavar="WORD", help="what to make")
+    parser.add_argument("--jobs", type=int, default=1, help="patches trained at the same time")
+    options = parser.parse_args()
+    main(options.words, options.jobs)

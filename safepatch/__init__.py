@@ -3,24 +3,31 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 if TYPE_CHECKING:
     from safepatch.artifact.info import PatchInfo, read_info
     from safepatch.artifact.patch_artifact import PatchArtifact, verify
+    from safepatch.data.corpus import Corpus
+    from safepatch.data.prompts import Prompt
     from safepatch.errors import PatchBypassed, SafepatchError
     from safepatch.merging import MergeRecipe, merge, split
-    from safepatch.models.load import load_pipeline
+    from safepatch.models.load import ModelConfig, load_pipeline
     from safepatch.runtime.apply import apply
     from safepatch.runtime.check import Status, check, status
     from safepatch.runtime.fuse import fuse, fuse_model
     from safepatch.runtime.handle import Handle
+    from safepatch.taxonomy import Category
     from safepatch.training.config import TrainConfig, load_train_config
     from safepatch.training.healing import heal
     from safepatch.training.trainer import train
 
 # Where each public name lives; it is imported on first use, so that `import safepatch` loads no model library.
 _HOMES: dict[str, str] = {
+    "Corpus": "safepatch.data.corpus",
+    "Prompt": "safepatch.data.prompts",
+    "Category": "safepatch.taxonomy",
+    "ModelConfig": "safepatch.models.load",
     "Handle": "safepatch.runtime.handle",
     "MergeRecipe": "safepatch.merging",
     "PatchArtifact": "safepatch.artifact.patch_artifact",
@@ -45,11 +52,15 @@ _HOMES: dict[str, str] = {
 }
 
 __all__ = [
+    "Category",
+    "Corpus",
     "Handle",
     "MergeRecipe",
+    "ModelConfig",
     "PatchArtifact",
     "PatchBypassed",
     "PatchInfo",
+    "Prompt",
     "SafepatchError",
     "Status",
     "TrainConfig",

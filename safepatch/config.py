@@ -35,7 +35,11 @@ class Source:
 
 
 def load_config(
-    schema: type[T], path: Path | None = None, overrides: Sequence[str] = (), choices: Choices | None = None
+    schema: type[T],
+    path: Path | None = None,
+    overrides: Sequence[str] = (),
+    choices: Choices | None = None,
+    short: Mapping[str, str] | None = None,
 ) -> T:
     """The `schema` instance that `path` and then `overrides` describe.
 
@@ -45,12 +49,15 @@ def load_config(
         overrides: `key.key=value` items, values in YAML.
         choices: for each polymorphic node, by dotted key, the dataclasses its `name` picks from, e.g.
             `{"objective": {"esd": ESDConfig}}`. Each of them has a field `name`.
+        short: of nodes that may be written as one scalar, by their key, the field which that is: with
+            `{"model": "path"}`, `model: x` is `model: {path: x}`.
 
     Raises:
         ConfigError: for anything unknown, missing, unreadable or of a wrong type.
     """
     sources = [Source(str(path), _read_file(path))] if path is not None else []
-    sources.append(Source(COMMAND_LINE, _read_overrides(overrides)))
+    sources.append(Source(COMMAND_LINE, _read_overrides([_written_out(item, short or {}) for item in overrides])))
+    sources = [Source(source.where, _spelled_out(source.values, short or {})) for source in sources]
     config = OmegaConf.structured(schema)
     for key, table in (choices or {}).items():
         _choose(config, key, table, sources)
@@ -112,6 +119,21 @@ def _read_overrides(overrides: Sequence[str]) -> Values:
                 f"{COMMAND_LINE}: cannot read '{item}'; the value must be YAML, quote it if in doubt"
             ) from None
     return _raw(content)
+
+
+def _spelled_out(values: Values, short: Mapping[str, str]) -> Values:
+    """`values` with each scalar that is short for a mapping written as that mapping."""
+    return {
+        key: {short[key]: value} if key in short and isinstance(value, str | int | float) else value
+        for key, value in values.items()
+    }
+
+
+def _written_out(item: str, short: Mapping[str, str]) -> str:
+    """`model=x` as `model.path=x`, so that it may stand beside `model.dtype=y`; `objective=esd` likewise."""
+    key, equals, value = item.partition("=")
+    is_short = equals and key.strip() in short and not value.lstrip().startswith("{")
+    return f"{key.strip()}.{short[key.strip()]}={value}" if is_short else item
 
 
 def _raw(content: DictConfig) -> Values:

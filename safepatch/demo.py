@@ -12,46 +12,21 @@ from safepatch.data.prompts import Prompt, benign_prompts, unsafe_prompts
 from safepatch.detectors.base import shows_any
 from safepatch.detectors.embedded import embedded_detector
 from safepatch.diffusion import save_image
-from safepatch.errors import ArtifactError, lookup
 from safepatch.evaluation.suite import Bench, Protocol, drift, evaluate, prompt_accuracy, row, unsafe_rate
 from safepatch.merging import merge
 from safepatch.models.load import load_pipeline
 from safepatch.reporting.html import build_report
 from safepatch.results import Row, append_rows
+from safepatch.shipped import shipped_patch
 from safepatch.taxonomy import CATEGORIES
 from safepatch.tiny.world import UNSAFE
 from safepatch.training.config import load_train_config
 from safepatch.training.trainer import train
 
-PATCHES = Path(__file__).parent.parent / "patches"
 TRAINED, SHIPPED, KIND = "weapons", "alcohol", "lora"
-SHIPPED_KINDS = ("control", "lite", "lora")
 SIBLING = "tiny-sd-twemoji"
 METHOD = "bundle"  # one file, nothing lost, at the run-time cost of both
 SHOWN = 8  # image pairs per section of a report
-
-
-def shipped_patch(category: str, kind: str = "control") -> Path:
-    """The shipped patch of `category`; raises `ArtifactError` outside a checkout that holds it."""
-    name, recipe = (category, category) if kind == "control" else (f"{category}-{kind}", f"{kind}/{category}")
-    path = PATCHES / category / f"{name}.safetensors"
-    if not path.is_file():
-        raise ArtifactError(
-            f"no shipped patch at {path}; run from a checkout, or train it: configs/patches/{recipe}.yaml"
-        )
-    return path
-
-
-def shipped_patches(kind: str = "control") -> dict[str, dict]:
-    """Category -> file, hash and training time of every shipped patch of a kind, as `patches/index.json` has them.
-
-    Raises:
-        UnknownName: for a kind of which none is shipped.
-    """
-    lookup(dict.fromkeys(SHIPPED_KINDS), kind, what="kind of shipped patches")
-    index = json.loads((PATCHES / "index.json").read_text())
-    entries = index if kind == "control" else index.get(kind, {})
-    return {name: entries[name] for name in CATEGORIES if name in entries}
 
 
 def run_demo(out: Path, steps: int) -> Path:

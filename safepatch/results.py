@@ -1,15 +1,18 @@
-"""One measurement is one `Row`; a run is a `results.jsonl` of them: all that evaluation and reporting share."""
+"""One measurement is one `Row`; a run is a `rows.jsonl` of them: all that evaluation and reporting share."""
 
 import json
 import math
 import os
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 
 from safepatch.errors import SafepatchError, nearest
 
-NONE = "none"  # `patch` of a row that measures the untouched base, `attack` of a row without an attack
+NONE = "none"  # `patch` of the untouched base, `attack` where there is none, `detector` where none was asked
+FILES = ("rows.jsonl", "results.jsonl")  # what a run's folder holds its rows in; the second is older
+TOY = "Figures on the embedded emoji model show that the mechanism works; they are not results on photographs."
+PLAIN = ("", "plain")  # `prompt_set` of prompts as training knows them
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,14 @@ METRICS: dict[str, Metric] = {
     "benign_drift": Metric(
         "mean absolute pixel change of benign images, pixels in [0, 1]; lower is better", percent=False
     ),
+    "benign_identical": Metric("share of benign images that the patch leaves as they were, bit for bit", percent=True),
+    "lookalike_drift": Metric(
+        "mean absolute pixel change of images of harmless things that resemble the category; lower is better",
+        percent=False,
+    ),
+    "lookalike_identical": Metric(
+        "share of images of harmless things that resemble the category left as they were, bit for bit", percent=True
+    ),
     "retention": Metric(
         "share of a single patch's corrections that a merged patch keeps; higher is better", percent=True
     ),
@@ -63,7 +74,16 @@ class Row:
         high: upper end of its 95 % interval, at least `value`.
         n: how many images or prompts were measured, at least 1.
         seed: seed of the run.
-        detector: name of the detector that judged the images, `none` where no detector was asked.
+        detector: the detector that judged the images, as it was named; `none` where no detector was asked.
+        prompt_set: which of the category's prompts: plain, heldout, companion, lookalike, benign, other.
+        kind: of the patch.
+        patch_hash: its content hash.
+        steps: denoising steps, 0 where they are not recorded.
+        guidance_scale: of classifier-free guidance, 0 where it is not recorded.
+        scheduler: class of the model's.
+        threshold: of the detector, 0 where it is not recorded.
+        detector_version: which weights it has, for people.
+        detector_sha256: of those weights.
     """
 
     patch: str
@@ -77,6 +97,15 @@ class Row:
     n: int
     seed: int
     detector: str
+    prompt_set: str = ""
+    kind: str = ""
+    patch_hash: str = ""
+    steps: int = 0
+    guidance_scale: float = 0.0
+    scheduler: str = ""
+    threshold: float = 0.0
+    detector_version: str = ""
+    detector_sha256: str = ""
 
     def __post_init__(self) -> None:
         """Nonsense cannot be constructed: every error names the field that is wrong."""
@@ -87,14 +116,26 @@ class Row:
         if self.n < 1:
             raise SafepatchError(f"row needs n >= 1, got {self.n}; leave out what was not measured")
 
+    @property
+    def measure(self) -> str:
+        """The metric, with its prompt set and attack where they are not the usual ones."""
+        heldout = [] if self.metric != "unsafe_rate" or self.prompt_set in PLAIN else [self.prompt_set]
+        return ", ".join([self.metric, *heldout, *([] if self.attack == NONE else [self.attack])])
+
 
 FIELDS: dict[str, type] = {field.name: field.type for field in fields(Row)}  # pyright: ignore[reportAssignmentType]
+NEEDED = [field.name for field in fields(Row) if field.default is MISSING]  # older files lack the others
 
 
 def append_rows(path: Path, rows: Iterable[Row]) -> None:
     """Adds `rows` to the end of `path`, one JSON object per line; on return they are on the disk."""
+    append_lines(path, [asdict(row) for row in rows])
+
+
+def append_lines(path: Path, records: Iterable[object]) -> None:
+    """Adds one JSON line per record to the end of `path`; on return they are on the disk."""
     path = Path(path)
-    text = "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
+    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab") as file:
@@ -103,6 +144,14 @@ def append_rows(path: Path, rows: Iterable[Row]) -> None:
             os.fsync(file.fileno())
     except OSError as error:
         raise SafepatchError(f"cannot write {path} ({error.strerror}); choose a folder you may write to") from error
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Puts `rows` into `path` in place of what is there, all or nothing."""
+    part = path.with_suffix(".part")
+    part.unlink(missing_ok=True)
+    append_rows(part, rows)
+    os.replace(part, path)
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -132,7 +181,7 @@ def _row(record: dict[str, object], where: str) -> Row:
     for name in record:
         if name not in FIELDS:
             raise SafepatchError(f"{where} has an unknown field '{name}'{nearest(name, FIELDS)}")
-    missing = [name for name in FIELDS if name not in record]
+    missing = [name for name in NEEDED if name not in record]
     if missing:
         raise SafepatchError(f"{where} lacks {', '.join(missing)}; delete that line or run the evaluation again")
     try:

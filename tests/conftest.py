@@ -1,12 +1,18 @@
-"""Every test runs offline, on as many threads as `make test` leaves to it."""
+"""Every test runs offline, on as many threads as `make test` leaves to it, and keeps its latents to itself."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it once
+# Of this process, and of those that its tests start.
+os.environ["SAFEPATCH_CACHE"] = tempfile.mkdtemp(prefix="safepatch-tests-")
 
 import pytest
 import torch
 
+atexit.register(shutil.rmtree, os.environ["SAFEPATCH_CACHE"], ignore_errors=True)
 torch.set_num_threads(min(2, int(os.environ.get("OMP_NUM_THREADS", "2"))))
 
 

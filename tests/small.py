@@ -5,10 +5,10 @@ training, so it shows that mechanisms work, never that a patch is any good.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from safepatch.artifact.patch_artifact import PatchArtifact
-from safepatch.data.pairs import Batch, PairBank
-from safepatch.diffusion import Components, generate, quiet
+from safepatch.data.bank import Batch, Latents, PairBank, Retained, Texts
+from safepatch.data.category import Rewrite
+from safepatch.diffusion import Components, Conditioning, UNetHost, generate, quiet
 from safepatch.patch import PATCH_KINDS, Features, Patch, ResidualPatch, Residuals
 from safepatch.patch.files import to_artifact
 from safepatch.patch.host import HostHooks, answered
@@ -142,13 +143,48 @@ def same_residuals(left: tuple[tuple[Tensor, ...], Tensor], right: tuple[tuple[T
     return all(torch.equal(a, b) for a, b in pairs)
 
 
-def bank(seed: int, n: int = 12) -> PairBank:
-    """Random rows in which the unsafe prompts have something in common."""
+def new_small_host(unet: UNet2DConditionModel | None = None) -> UNetHost:
+    """A small pipeline, or its parts around `unet`, as objectives see it."""
+    return UNetHost(Components.of(new_small_pipe(unet)))
+
+
+class KeptTexts:
+    """Stands in for `Texts`: what a host would read of texts that nobody wrote.
+
+    Args:
+        states: of each, (N, tokens, width).
+    """
+
+    def __init__(self, states: Tensor) -> None:
+        self.states = states
+
+    def __getitem__(self, numbers: Sequence[int] | Tensor) -> Conditioning:
+        return Conditioning(self.states[torch.as_tensor(numbers)])
+
+
+def bank(seed: int, n: int = 12, safe_share: float = 0.5, retain: bool = True) -> PairBank:
+    """Random rows in which the unsafe prompts have something in common; of pairs, the first ones show the safe twin."""
     generator = torch.Generator().manual_seed(seed)
-    latents = [torch.randn(n, 4, 16, 16, generator=generator) for _ in range(3)]
-    states = [torch.randn(n, 6, 192, generator=generator) for _ in range(3)]
-    states[0][:, 2] = torch.randn(192, generator=torch.Generator().manual_seed(-1))
-    return PairBank(Batch(latents[0], latents[1], states[0], states[1], latents[2], states[2]))
+    latents = [torch.randn(n, 4, 16, 16, generator=generator) for _ in range(2)]
+    states = torch.randn(3 * n, 6, WIDTH, generator=generator)
+    states[:n, 2] = torch.randn(WIDTH, generator=torch.Generator().manual_seed(-1))
+    texts, numbers = cast(Texts, KeptTexts(states)), torch.arange(3 * n)
+    kept = Retained(cast(Latents, latents[1]), texts, numbers[2 * n :]) if retain else None
+    is_safe = torch.arange(n) < safe_share * n
+    return PairBank(
+        cast(Latents, latents[0]), is_safe, texts, numbers[:n], numbers[n : 2 * n], Rewrite("replace"), kept
+    )
+
+
+def batch(seed: int = 0, n: int = 2, edge: int = 8, rewrite: Rewrite | None = None) -> Batch:
+    """Random rows of `n` pairs and `n` that are to stay, with what a guided teacher is pushed away from."""
+    generator = torch.Generator().manual_seed(seed)
+    latents = [torch.randn(n, 4, edge, edge, generator=generator) for _ in range(2)]
+    unsafe, safe, retain = (Conditioning(torch.randn(n, MAX_TOKENS, WIDTH, generator=generator)) for _ in range(3))
+    away, empty = (Conditioning(torch.randn(1, MAX_TOKENS, WIDTH, generator=generator)) for _ in range(2))
+    rewrite = rewrite or Rewrite("replace")
+    guides = (away, empty) if rewrite.by == "guided" else (None, None)
+    return Batch(latents[0], unsafe, unsafe if rewrite.by == "guided" else safe, rewrite, latents[1], retain, *guides)
 
 
 def corrections(patch: ResidualPatch, unet: nn.Module, inputs: tuple[Tensor, ...], instruction: Tensor) -> Residuals:

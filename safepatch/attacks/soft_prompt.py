@@ -9,13 +9,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss, softplus
-from tqdm import tqdm
 
-from safepatch.data.pairs import PairBank
-from safepatch.diffusion import Components, add_noise, encode_prompts, noise_pred, training_target
+from safepatch import progress
+from safepatch.data.bank import PairBank
+from safepatch.diffusion import Conditioning, UNetHost, moved, training_target
 from safepatch.errors import ConfigError
 from safepatch.patch import Features, Patch
-from safepatch.patch.host import answered, patched_noise_pred
+from safepatch.patch.host import answered, patched_prediction
+
+SPREAD = 0.1  # of the free states around the padding that they start from
+GATE_WEIGHT = 0.1  # of a gate's suspicion, beside the error in drawing the category
 
 
 @dataclass(frozen=True)
@@ -52,65 +55,94 @@ class SoftPromptConfig:
             raise ConfigError(f"aim must be patch or gate, not '{self.aim}'")
 
 
-def soft_prompt(
-    components: Components, patch: Patch, instruction: Tensor, bank: PairBank, config: SoftPromptConfig
-) -> Tensor:
+@dataclass(frozen=True)
+class Noised:
+    """What the attacker learns from at one step: noised pictures of the category, B rows.
+
+    Attributes:
+        noisy: (B, 4, h, w).
+        timesteps: (B,).
+        target: what a model that draws the category predicts, (B, 4, h, w).
+        asked: what the host reads of the prompts, without the free states.
+    """
+
+    noisy: Tensor
+    timesteps: Tensor
+    target: Tensor
+    asked: Conditioning
+
+
+def soft_prompt(host: UNetHost, patch: Patch, instruction: Tensor, bank: PairBank, config: SoftPromptConfig) -> Tensor:
     """Text states (1, tokens, width) that, appended to the category's prompts or on their own, undo the patch best.
 
     Args:
-        components: the frozen host.
+        host: the frozen model.
         patch: what is attacked, with all its weights known.
         instruction: text states of its safety instruction, (1, tokens, width).
-        bank: unsafe prompts, and latents of what they ask for.
+        bank: pairs; of those whose picture is the unsafe member's, so one made with a `safe_share` below 1.
         config: the budget.
 
     Raises:
-        ConfigError: for aim `gate` on a patch without one.
+        ConfigError: for aim `gate` on a patch without one, or a bank without a picture of the category.
     """
     if config.aim == "gate" and patch.gate is None:
         raise ConfigError("the patch has no gate to attack; use aim patch")
+    unsafe = (~bank.is_safe).nonzero()[:, 0]
+    if not len(unsafe):
+        raise ConfigError("every picture of the bank is of a safe twin; build one with a safe_share below 1")
     generator = torch.Generator().manual_seed(config.seed)
-    states = bank.rows.unsafe_states
-    empty = encode_prompts(components, [""]).expand(config.batch_size, -1, -1)
-    start = states[:1, -config.tokens :] + 0.1 * torch.randn(1, config.tokens, states.shape[-1], generator=generator)
-    soft = start.clone().requires_grad_(True)
+    soft = _start(bank, config, generator).to(host.device).requires_grad_(True)
     optimizer = torch.optim.Adam([soft], lr=config.learning_rate)
     patch.eval().requires_grad_(False)
-    bar = tqdm(range(config.steps), desc=f"attacking the {config.aim}")
-    for step in bar:
-        batch = bank.batch(step, config.batch_size, config.seed)
-        latents = batch.unsafe_latents
-        timesteps = torch.randint(
-            0, components.scheduler.config.num_train_timesteps, (len(latents),), generator=generator
-        )
-        noise = torch.randn(latents.shape, generator=generator)
-        noisy = add_noise(components.scheduler, latents, noise, timesteps)
-        target = training_target(components.scheduler, latents, noise, timesteps)
-        attacked = with_soft_prompt(empty if config.place == "empty" else batch.unsafe_states, soft)
-        if config.aim == "patch":
-            predicted = patched_noise_pred(components.unet, patch, noisy, timesteps, attacked, instruction)
-            loss = mse_loss(predicted, target)
-        else:
-            loss = _gate_loss(components, patch, noisy, timesteps, attacked, target)
+    steps = progress.bar(range(config.steps), desc=f"attacking the {config.aim}")
+    for _ in steps:
+        rows = _noised(host, bank, unsafe, config, generator)
+        asked = rows.asked._replace(states=with_soft_prompt(rows.asked.states, soft))
+        lost = _patch_loss if config.aim == "patch" else _gate_loss
+        loss = lost(host, patch, instruction, rows, asked)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        bar.set_postfix(loss=f"{loss.item():.4f}")
+        steps.set_postfix(loss=f"{loss.item():.4f}")
     return soft.detach()
-
-
-def _gate_loss(
-    components: Components, patch: Patch, noisy: Tensor, timesteps: Tensor, states: Tensor, target: Tensor
-) -> Tensor:
-    """Small when the base still draws the category and the gate is closed on it."""
-    seen: list[Features] = []
-    with answered(components.unet, lambda features: seen.append(features)):
-        predicted = noise_pred(components.unet, noisy, timesteps, states)
-    assert patch.gate is not None
-    logits = patch.gate(seen[0].mid, timesteps, states)
-    return mse_loss(predicted, target) + 0.1 * softplus(logits).mean()
 
 
 def with_soft_prompt(states: Tensor, soft: Tensor) -> Tensor:
     """`states` (B, tokens, width) followed by the same `soft` (1, n, width) in every row."""
     return torch.cat((states, soft.expand(len(states), -1, -1)), dim=1)
+
+
+def _start(bank: PairBank, config: SoftPromptConfig, generator: torch.Generator) -> Tensor:
+    """The end of a prompt's padding with some noise, (1, tokens, width)."""
+    states = bank.texts[bank.unsafe[:1]].states.float()
+    return states[:, -config.tokens :] + SPREAD * torch.randn(1, config.tokens, states.shape[-1], generator=generator)
+
+
+def _noised(
+    host: UNetHost, bank: PairBank, unsafe: Tensor, config: SoftPromptConfig, generator: torch.Generator
+) -> Noised:
+    """Some of the rows whose numbers are `unsafe`, noised."""
+    picked = unsafe[torch.randint(len(unsafe), (config.batch_size,), generator=generator)]
+    latents = moved(bank.latents[picked], host.device)
+    timesteps = moved(torch.randint(host.steps, (len(latents),), generator=generator), host.device)
+    noise = moved(torch.randn(latents.shape, generator=generator), host.device)
+    target = training_target(host.components.scheduler, latents, noise, timesteps)
+    empty = config.place == "empty"
+    asked = host.encode([""]).expand(len(latents)) if empty else bank.texts[bank.unsafe[picked]]
+    return Noised(host.add_noise(latents, noise, timesteps), timesteps, target, asked.to(host.device, torch.float32))
+
+
+def _patch_loss(host: UNetHost, patch: Patch, instruction: Tensor, rows: Noised, asked: Conditioning) -> Tensor:
+    """Small when the patched model draws the category."""
+    predicted = patched_prediction(host, patch, rows.noisy, rows.timesteps, asked, instruction)
+    return mse_loss(predicted, rows.target)
+
+
+def _gate_loss(host: UNetHost, patch: Patch, instruction: Tensor, rows: Noised, asked: Conditioning) -> Tensor:
+    """Small when the base still draws the category and the gate is closed on it."""
+    seen: list[Features] = []
+    with answered(host.unet, seen.append):
+        predicted = host.predict(rows.noisy, rows.timesteps, asked)
+    assert patch.gate is not None
+    logits = patch.gate(seen[0].mid.float(), rows.timesteps, asked.states)
+    return mse_loss(predicted, rows.target) + GATE_WEIGHT * softplus(logits).mean()

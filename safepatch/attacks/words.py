@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from safepatch.diffusion import Components, encode_prompts
+from safepatch.diffusion import UNetHost, batched
 from safepatch.errors import ConfigError
 from safepatch.patch.gate import TextGate
 
@@ -19,7 +19,7 @@ BATCH = 256
 
 @torch.no_grad()
 def closing_prefix(
-    components: Components, gate: TextGate, prompt: str, vocabulary: Sequence[str], words: int = 3
+    host: UNetHost, gate: TextGate, prompt: str, vocabulary: Sequence[str], words: int = 3
 ) -> tuple[str, float]:
     """`prompt` behind `words` words of `vocabulary`, each the one that lowers the gate's logit most, and that logit.
 
@@ -33,14 +33,14 @@ def closing_prefix(
         raise ConfigError("an attack with words needs at least one, and a vocabulary to take it from")
     for _ in range(words):
         texts = [f"{word} {prompt}" for word in vocabulary]
-        logits = text_logits(components, gate, texts)
+        logits = text_logits(host, gate, texts)
         prompt = texts[int(logits.argmin())]
     return prompt, float(logits.min())
 
 
 @torch.no_grad()
-def text_logits(components: Components, gate: TextGate, texts: Sequence[str]) -> Tensor:
+def text_logits(host: UNetHost, gate: TextGate, texts: Sequence[str]) -> Tensor:
     """What the gate of one category makes of each text, (N,)."""
-    chunks = [encode_prompts(components, texts[start : start + BATCH]) for start in range(0, len(texts), BATCH)]
-    chunks = [states.to(gate.bias.device, torch.float32) for states in chunks]
-    return torch.cat([TextGate.forward(gate, None, torch.zeros(len(states)), states)[:, 0] for states in chunks])
+    parts = [host.encode([texts[i] for i in part]).states for part in batched(len(texts), BATCH)]
+    parts = [states.to(gate.bias.device, torch.float32) for states in parts]
+    return torch.cat([TextGate.forward(gate, None, torch.zeros(len(states)), states)[:, 0] for states in parts])

@@ -1,14 +1,12 @@
-"""Named prompt sets of the embedded world, and the filter that every prompt set passes through."""
+"""A prompt as a value that cannot be built if it may not be used, wherever its text came from."""
 
-import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
-from safepatch.errors import PromptError, lookup
-from safepatch.taxonomy import CATEGORIES, Category
-from safepatch.tiny.scenes import caption, sample_scene
-from safepatch.tiny.world import BENIGN, HELDOUT, KNOWN, Wording
+from safepatch.errors import PromptError
 
 # Whoever is named by one of these is, or may be, under age. Such a prompt is never used, whatever it asks for.
 _MINORS = re.compile(
@@ -23,17 +21,48 @@ _MINORS = re.compile(
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt with what its image should show.
+    """A prompt, with what is known of the image it asks for.
 
     Attributes:
         text: the wording.
-        concepts: names of the concepts it asks for, left to right.
-        seed: of the image, so that base and patched start from the same noise.
+        seed: of the image's starting noise; whoever draws chooses one where it is None.
+        guidance: classifier-free guidance scale that it wants to be drawn with, if it says so.
+        image: a picture of it, where there is one.
+        asks: canonical names of the things it asks for, where they are known; detectors may have labels for them.
+
+    Raises:
+        PromptError: for an empty text, and for one that involves minors. This cannot be turned off.
     """
 
     text: str
-    concepts: tuple[str, ...]
-    seed: int
+    seed: int | None = None
+    guidance: float | None = None
+    image: Path | None = None
+    asks: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse what may not be used."""
+        if not self.text.strip():
+            raise PromptError("a prompt is empty; say what to draw")
+        if mentions_minors(self.text):
+            raise PromptError("prompts that involve minors are never used; remove them")
+
+
+class _Empty(Prompt):
+    """The only prompt without words."""
+
+    def __post_init__(self) -> None:
+        pass
+
+
+EMPTY: Prompt = _Empty("")  # what unconditional rows, and an empty safe twin, are drawn from
+
+
+class Pair(NamedTuple):
+    """An unsafe prompt with its safe twin; where there is no rewrite the twin is the unsafe prompt itself."""
+
+    unsafe: Prompt
+    safe: Prompt
 
 
 def mentions_minors(text: str) -> bool:
@@ -54,59 +83,3 @@ def admit(prompts: Iterable[str]) -> list[str]:
     if not kept:
         raise PromptError("no prompt is left: prompts that involve minors are never used; remove them")
     return kept
-
-
-def unsafe_prompts(
-    category: Category, n: int, seed: int, heldout: bool = False, companion: bool | None = None
-) -> list[Prompt]:
-    """Prompts that ask for one unsafe concept each, half of them beside a benign one.
-
-    Args:
-        category: whose concepts to ask for, each equally often.
-        n: how many.
-        seed: of the choice.
-        heldout: use only names and templates that patch training never sees.
-        companion: all with a benign companion (True), none (False), or half (None).
-    """
-    rng = random.Random(f"unsafe {category.name} {seed} {heldout}")
-    wording = HELDOUT if heldout else KNOWN
-    return [_unsafe_prompt(category, i, rng, wording, companion, seed) for i in range(n)]
-
-
-def _unsafe_prompt(
-    category: Category, i: int, rng: random.Random, wording: Wording, companion: bool | None, seed: int
-) -> Prompt:
-    concept = category.concepts[i % len(category.concepts)]
-    paired = (i // len(category.concepts)) % 2 == 1 if companion is None else companion
-    names = [concept.name, rng.choice(BENIGN).name] if paired else [concept.name]
-    rng.shuffle(names)
-    scene = sample_scene(rng, names)
-    text = caption(scene, rng, wording)
-    return Prompt(text, scene.concepts, _image_seed(seed, i))
-
-
-def benign_prompts(n: int, seed: int, names: Sequence[str] | None = None, wording: Wording = KNOWN) -> list[Prompt]:
-    """Prompts for one or two benign concepts, each of `names` (all benign concepts if None) equally often."""
-    rng = random.Random(f"benign {seed}")
-    names = list(names or (concept.name for concept in BENIGN))
-    prompts = []
-    for i in range(n):
-        first = names[i % len(names)]
-        second = rng.choice([c.name for c in BENIGN if c.name != first])
-        scene = sample_scene(rng, rng.choice(([first], [first, second])))
-        prompts.append(Prompt(caption(scene, rng, wording), scene.concepts, _image_seed(seed, i)))
-    return prompts
-
-
-def lookalike_prompts(category: Category, n: int, seed: int) -> list[Prompt]:
-    """Prompts for the benign concepts that resemble `category` most."""
-    return benign_prompts(n, seed, category.lookalikes)
-
-
-def category(name: str) -> Category:
-    """The category called `name`; raises `UnknownName` with the nearest name."""
-    return lookup(CATEGORIES, name, what="category")
-
-
-def _image_seed(seed: int, i: int) -> int:
-    return 1_000_000 * (seed + 1) + i

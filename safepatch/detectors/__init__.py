@@ -1,1 +1,140 @@
 """Detectors: what does an image show? They judge patches and never choose what a patch is trained on."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+
+from safepatch.detectors.base import Detector
+from safepatch.errors import ConfigError, lookup, nearest
+from safepatch.taxonomy import Category
+
+Device = str | torch.device
+Pictures = Literal["embedded", "photographic"]
+
+
+class Entry(NamedTuple):
+    """A detector that can be opened.
+
+    Attributes:
+        build: categories, a folder or Hub id of weights (None: its usual ones) and a device to the detector.
+        made_for: whose pictures it can judge: those of the embedded models, or photographs and art of any model.
+        about: one line for people.
+    """
+
+    build: Callable[[Sequence[Category], str | Path | None, Device], Detector]
+    made_for: Pictures
+    about: str
+
+
+def _embedded(categories: Sequence[Category], source: str | Path | None, device: Device) -> Detector:
+    from safepatch.detectors.embedded import embedded_detector
+    from safepatch.detectors.weights import sha256_of
+    from safepatch.tiny.models import ASSETS
+
+    if source:
+        raise ConfigError(f"detector 'embedded' has its own weights; leave '@{source}' out")
+    return replace(embedded_detector(), sha256=sha256_of([ASSETS / "detector.safetensors"]))  # small: stays on the CPU
+
+
+def _safety_checker(categories: Sequence[Category], source: str | Path | None, device: Device) -> Detector:
+    from safepatch.detectors.safety_checker import safety_checker_detector
+
+    return safety_checker_detector(categories, source, device)
+
+
+def _clip(categories: Sequence[Category], source: str | Path | None, device: Device) -> Detector:
+    from safepatch.detectors.clip import clip_detector
+
+    return clip_detector(categories, source, device)
+
+
+DETECTORS: dict[str, Entry] = {
+    "embedded": Entry(_embedded, "embedded", "the embedded models' own classifier: emoji and nothing else"),
+    "safety-checker": Entry(_safety_checker, "photographic", "Stable Diffusion's safety checker: sexual content"),
+    "clip": Entry(_clip, "photographic", "zero-shot by CLIP: the texts under a category's `labels.clip`; uncalibrated"),
+}
+PICTURES: dict[Pictures, str] = {"embedded": "the embedded models' emoji", "photographic": "photographs and art"}
+
+
+@dataclass(frozen=True)
+class DetectorSpec:
+    """A detector as a user names it, `name[:threshold][@folder-or-hub-id]`; None means the detector's own."""
+
+    name: str
+    threshold: float | None = None
+    source: str | None = None
+
+    def __str__(self) -> str:
+        threshold = "" if self.threshold is None else f":{self.threshold:g}"
+        return self.name + threshold + (f"@{self.source}" if self.source else "")
+
+
+def parse_detector(text: str) -> DetectorSpec:
+    """What `name[:threshold][@folder-or-hub-id]` says.
+
+    Raises:
+        UnknownName: of a detector that there is not, with the nearest.
+        ConfigError: of a threshold that is no number between 0 and 1, or an empty part.
+    """
+    front, at, source = text.partition("@")
+    name, colon, threshold = front.partition(":")
+    lookup(DETECTORS, name, what="detector")
+    if at and not source:
+        raise ConfigError(f"detector '{text}' names no weights after '@'; write {front}@FOLDER or {front}@HUB-ID")
+    return DetectorSpec(name, _threshold(threshold, text) if colon else None, source or None)
+
+
+def open_detector(spec: DetectorSpec, categories: Sequence[Category], device: Device = "cpu") -> Detector:
+    """The detector of `spec`, ready to judge pictures of `categories` on `device`.
+
+    Raises:
+        ConfigError: as `require_labels`; before weights are read where a category gives no labels at all.
+        ModelNotFound: when its weights are nowhere.
+        UnsupportedModel: when they are of another model.
+    """
+    entry = lookup(DETECTORS, spec.name, what="detector")
+    for category in categories:
+        _require_some(spec.name, category)
+    detector = entry.build(categories, spec.source, device)
+    require_labels(detector, categories)
+    return detector if spec.threshold is None else replace(detector, threshold=spec.threshold)
+
+
+def require_labels(detector: Detector, categories: Sequence[Category]) -> None:
+    """Raise `ConfigError` when a category gives no labels for the detector, or one that the detector lacks."""
+    for category in categories:
+        _require_some(detector.name, category)
+        detector.require(category.labels[detector.name], of=f"category '{category.name}'")
+
+
+def misfit(name: str, pictures: Pictures) -> str | None:
+    """Why the detector cannot judge such pictures, a sentence for the first line of a page; None when it can."""
+    made_for = lookup(DETECTORS, name, what="detector").made_for
+    if made_for == pictures:
+        return None
+    return (
+        f"detector '{name}' was made for {PICTURES[made_for]}, not for {PICTURES[pictures]}: "
+        "its rates here certify nothing"
+    )
+
+
+def _require_some(name: str, category: Category) -> None:
+    if not category.labels.get(name):
+        others = nearest(name, category.labels) if category.labels else ""
+        raise ConfigError(
+            f"category '{category.name}' gives no labels for detector '{name}'; add `{name}: [...]` under `labels` "
+            f"in its file{others}"
+        )
+
+
+def _threshold(text: str, whole: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < 1:
+        raise ConfigError(f"detector '{whole}': threshold '{text}' is no number between 0 and 1, such as 0.5")
+    return value

@@ -22,6 +22,7 @@ class Detector:
         threshold: at or above which a label counts as shown.
         version: which weights or build this is, for people.
         sha256: of the weights' file, empty where there is none.
+        device: where `probabilities` runs; images come from anywhere.
     """
 
     name: str
@@ -30,10 +31,19 @@ class Detector:
     threshold: float = 0.5
     version: str = ""
     sha256: str = ""
+    device: str | torch.device = "cpu"
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Probabilities in [0, 1], (B, labels), of images in [0, 1], (B, 3, H, W); each row's are its own."""
-        return torch.cat([self.probabilities(chunk) for chunk in images.split(BATCH)])
+        """Probabilities in [0, 1], float32, (B, labels), of images in [0, 1] of any dtype, (B, 3, H, W).
+
+        Each row's are its own, and lie where the images lie.
+
+        Raises:
+            ConfigError: when an image is not finite: it shows nothing, which must not count as safe.
+        """
+        require_finite(images)
+        chunks = (chunk.to(self.device, torch.float32) for chunk in images.split(BATCH))
+        return torch.cat([self.probabilities(chunk) for chunk in chunks]).to(images.device)
 
     def find(self, images: Tensor) -> list[frozenset[str]]:
         """The labels shown by each image."""
@@ -45,6 +55,15 @@ class Detector:
         for label in labels:
             if label not in self.labels:
                 raise ConfigError(f"{of}: detector '{self.name}' has no label '{label}'{nearest(label, self.labels)}")
+
+
+def require_finite(images: Tensor) -> None:
+    """Raise `ConfigError` when a picture, (B, 3, H, W), holds values that are no numbers."""
+    if broken := int((~images.isfinite()).flatten(1).any(1).sum()):
+        raise ConfigError(
+            f"{broken} of {len(images)} pictures are not finite and cannot be judged; some autoencoders overflow in "
+            "half precision: draw with --dtype float32"
+        )
 
 
 def shows_any(found: Sequence[frozenset[str]], labels: Sequence[str]) -> Tensor:

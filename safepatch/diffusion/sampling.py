@@ -1,16 +1,18 @@
 """What training and generation do with a pipeline's parts: encode, add noise, predict it, draw."""
 
+import copy
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor
 
-from safepatch.diffusion.components import UNCHECKED, Components, denoiser
+from safepatch.diffusion.components import Components, denoiser
+from safepatch.diffusion.conditioning import Conditioning, moved
 from safepatch.diffusion.hosts.kinds import FLUX, UNET, host_kind, usual_guidance
 from safepatch.errors import PromptError, SafepatchError
 
@@ -22,31 +24,42 @@ def prediction_type(scheduler: object) -> str:
     return scheduler.config.prediction_type  # type: ignore[attr-defined]
 
 
-@torch.no_grad()
 def encode_prompts(components: Components, prompts: Sequence[str]) -> Tensor:
-    """Text states of `prompts` as the pipeline computes them, shape (B, tokens, width).
+    """Text states of `prompts` as the pipeline computes them, shape (B, tokens, width); see `encode`."""
+    return encode(components, prompts).states
 
-    SD 1 and 2 read the text encoder's last layer; SDXL reads the last but one of each encoder, side by side. Of T5,
-    which SD3 and Flux have, 77 tokens are taken.
+
+@torch.no_grad()
+def encode(components: Components, prompts: Sequence[str]) -> Conditioning:
+    """What the host reads of `prompts`, as its pipeline computes it.
+
+    SD 1 and 2 read the text encoder's last layer; SDXL reads the last but one of each encoder, side by side, and the
+    second one's pooled state, and zeros for the empty prompt. Of T5, which SD3 and Flux have, 77 tokens are taken.
     """
     if not prompts:
         raise PromptError("no prompts to encode; give at least one")
     if host_kind(components.unet) is not UNET:
-        return _encode_by_pipeline(components, prompts)
-    states = []
+        return Conditioning(_encode_by_pipeline(components, prompts))
+    is_xl, states = components.text_encoder_2 is not None, []
+    pooled: Tensor | None = None
     for tokenizer, text_encoder in components.text_encoders():
-        ids = tokenizer(
-            list(prompts),
-            padding="max_length",
-            max_length=tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        ).input_ids.to(text_encoder.device)
-        made = text_encoder(ids, output_hidden_states=components.text_encoder_2 is not None)
-        states.append(made.last_hidden_state if components.text_encoder_2 is None else made.hidden_states[-2])
-    return torch.cat(states, dim=-1)
+        made = text_encoder(_token_ids(tokenizer, prompts).to(text_encoder.device), output_hidden_states=is_xl)
+        states.append(made.hidden_states[-2] if is_xl else made.last_hidden_state)
+        pooled = made[0] if is_xl else None
+    joined = torch.cat(states, dim=-1)
+    if pooled is not None and components.text_encoder is not None and "" in prompts:  # SDXL's base, not its refiner
+        said = torch.tensor([bool(prompt) for prompt in prompts], device=joined.device)
+        joined, pooled = joined * said[:, None, None], pooled * said[:, None]
+    return Conditioning(joined, pooled)
 
 
+def _token_ids(tokenizer: Any, prompts: Sequence[str]) -> Tensor:
+    """(B, tokens), cut and filled up to the tokenizer's own length."""
+    length = {"max_length": tokenizer.model_max_length, "padding": "max_length", "truncation": True}
+    return tokenizer(list(prompts), return_tensors="pt", **length).input_ids
+
+
+@torch.no_grad()
 def _encode_by_pipeline(components: Components, prompts: Sequence[str]) -> Tensor:
     """As SD3's and Flux's own pipelines do."""
     from diffusers import FluxPipeline, StableDiffusion3Pipeline  # slow to import, and rarely needed
@@ -91,7 +104,7 @@ def add_noise(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: Tensor)
 
 def alphas(scheduler: Any, timesteps: Tensor) -> tuple[Tensor, Tensor]:
     """sqrt(a) and sqrt(1 - a) at `timesteps` (B,), each of shape (B, 1, 1, 1)."""
-    cumulative = scheduler.alphas_cumprod[timesteps.cpu()].to(timesteps.device)
+    cumulative = moved(scheduler.alphas_cumprod, timesteps.device)[timesteps]
     return cumulative.sqrt().view(-1, 1, 1, 1), (1 - cumulative).sqrt().view(-1, 1, 1, 1)
 
 
@@ -105,6 +118,8 @@ def training_target(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: T
 @torch.no_grad()
 def encode_images(vae: AutoencoderKL, images: Tensor) -> Tensor:
     """Scaled latents (B, 4, h, w) of images in [0, 1], shape (B, 3, H, W): the mode of the posterior."""
+    if vae.config.get("force_upcast") and vae.dtype == torch.float16:  # SDXL's overflows in half precision
+        vae = copy.deepcopy(vae).float()
     pixels = (images * 2 - 1).to(vae.device, vae.dtype)
     return vae.encode(pixels).latent_dist.mode() * vae.config["scaling_factor"]
 
@@ -175,17 +190,6 @@ def generate_from_states(
         output_type="pt",
     ).images
     return images.float().cpu()
-
-
-def generate_latents(components: Components, prompts: Sequence[str], seeds: Sequence[int], steps: int = 10) -> Tensor:
-    """Clean scaled latents (B, 4, h, w) that the model itself makes of `prompts`, one seed each; "" is allowed."""
-    names = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-    parts = {name: getattr(components, name) for name in names}
-    pipe = quiet(StableDiffusionPipeline(**parts, feature_extractor=None, **UNCHECKED))
-    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    guidance_scale = usual_guidance(components.unet)
-    options = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "output_type": "latent"}
-    return pipe(list(prompts), generator=generators, **options).images.float()
 
 
 def quiet(pipe: DiffusionPipeline) -> DiffusionPipeline:

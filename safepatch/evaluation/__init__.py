@@ -1,1 +1,1 @@
-"""What a patch does, measured: detectors, metrics with intervals, and the suite that writes `results.jsonl`."""
+"""What a patch does, measured: a bench that draws, metrics with intervals, and the matrix whose cells give rows."""

@@ -34,6 +34,7 @@ class MergeRecipe:
         rank: with `cat`, re-compress by SVD what has a larger rank; 0 keeps the sum exact.
         heal: steps of training, without images, that the merged patch then takes to do what `bundle` does; see
             `safepatch.heal`, which needs the base model. 0 is none.
+        heal_rate: learning rate of that; models much smaller than Stable Diffusion take ten times as much.
         conflicts: compare the sources pair by pair and record it in the file; takes one more pass over them.
         out: where a recipe file writes; not recorded.
     """
@@ -48,6 +49,7 @@ class MergeRecipe:
     seed: int = 0
     rank: int = 0
     heal: int = 0
+    heal_rate: float = 1e-4
     conflicts: bool = True
     out: str | None = None
 
@@ -82,6 +84,8 @@ class MergeRecipe:
                 raise MergeError(f"{name} is {getattr(self, name)}; give a share from 0 to 1")
         if self.rank < 0:
             raise MergeError(f"rank is {self.rank}; give 0 for an exact sum, or at least 1")
+        if not 0 < self.heal_rate < math.inf:
+            raise MergeError(f"heal_rate is {self.heal_rate}; give a learning rate above 0, such as 1e-4")
         if self.heal < 0:
             raise MergeError(f"heal is {self.heal}; give a number of training steps, or 0 for none")
 

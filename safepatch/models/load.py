@@ -1,10 +1,12 @@
 """Find a model by whatever a user calls it, and say what it is before its weights are read."""
 
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import MISSING
 
 from safepatch.diffusion import (
     CLIP,
@@ -17,12 +19,47 @@ from safepatch.diffusion import (
     read_json,
     read_unet,
 )
-from safepatch.errors import ModelNotFound, UnsupportedModel, nearest
+from safepatch.errors import ModelNotFound, UnsupportedModel, lookup, nearest
 from safepatch.models.checkpoint import Checkpoint, open_checkpoint
 from safepatch.tiny.models import ASSETS, BASE, MODELS, load_tiny
 
 # Which token fills a prompt up: OpenCLIP's text encoders were trained with "!", CLIP's with its end token.
 PAD_TOKENS = {("sd2", "tokenizer"): "!", ("sdxl", "tokenizer_2"): "!", ("sdxl-refiner", "tokenizer_2"): "!"}
+
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model, and how to open it.
+
+    Attributes:
+        path: an embedded model by name, a diffusers folder, a `.safetensors` file, or a Hub id.
+        tokenizer: for a single file, the folder of CLIP's tokenizer.
+        dtype: of its weights: `float32`, `float16` or `bfloat16`; embedded models stay float32.
+        prediction_type: for a single file, `epsilon` or `v_prediction` where the file does not say.
+        allow_pickle: open a `.ckpt` too.
+    """
+
+    path: str = MISSING
+    tokenizer: str | None = None
+    dtype: str | None = None
+    prediction_type: str | None = None
+    allow_pickle: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse a dtype that there is not."""
+        dtype_of(self.dtype)
+
+    def load(self) -> Any:
+        """The pipeline; see `load_pipeline`."""
+        return load_pipeline(self.path, self.tokenizer, self.allow_pickle, self.prediction_type, dtype_of(self.dtype))
+
+
+def dtype_of(name: str | None) -> torch.dtype | None:
+    """The dtype called `name`; raises `UnknownName` for one that models cannot have."""
+    return None if name is None else lookup(DTYPES, name, what="dtype")
 
 
 def load_pipeline(

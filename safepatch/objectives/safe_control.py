@@ -5,17 +5,21 @@ counterfactuals is Safe-Control's (Meng et al. 2025, arXiv 2508.21099). The pape
 those here are ours, found on the embedded model (DESIGN.md).
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import mse_loss
 
-from safepatch.data.pairs import Batch
-from safepatch.diffusion import Components, add_noise, noise_pred, training_target
+from safepatch.data.bank import SAFE_SHARE, Batch, DataConfig, PairBank, build_bank
+from safepatch.data.corpus import Corpus
+from safepatch.diffusion import Conditioning, UNetHost, joined, moved, training_target
 from safepatch.errors import ConfigError
-from safepatch.patch.host import patched_noise_pred
+from safepatch.objectives.adversary import AdversaryConfig, SoftPrompts, adversary, padding
+from safepatch.objectives.base import Losses, Player, Turn
+from safepatch.patch.host import patched_prediction
 
 SUPERVISION = ("distilled", "paired")
 
@@ -27,32 +31,25 @@ class SafeControlConfig:
     Attributes:
         name: `safe_control`.
         supervision: `distilled` regresses on the base's own prediction under the safe rewrite at the same noisy
-            latents; `paired` on the true noise of the safe counterfactual.
+            latents; `paired` on the true noise of the safe member's picture.
         preservation: weight of the loss on rows where the base's prediction must stay; with 0 they are left out, for a
             patch whose gate sees to them.
-        safe_share: share of the pairs whose noisy latents come from the safe scene (`distilled` only).
+        safe_share: share of the pairs whose latents are the safe member's (`distilled` only).
         negative_guidance: eta of a target pushed away from the unsafe prediction, safe + eta (safe - unsafe); the
             guidance combination of ESD (Gandikota et al. 2023, eq. 6). 0 leaves the safe prediction as it is; more is
             quicker and costs what stands beside the unsafe object.
-        adversaries: soft prompts that are trained against the patch while it learns, half of the pairs carrying one, as
-            in free adversarial training (Shafahi et al. 2019, arXiv 1904.12843); 0 trains without.
-        adversary_tokens: text states of each.
-        adversary_rate: how far each of their values moves per step.
-        adversary_life: steps after which one starts anew from a prompt's padding, as an attack of that many steps does.
         timestep_power: exponent of the uniform draw of timesteps; below 1 favours noisy ones, where it is decided what
             is drawn.
+        adversary: soft prompts that are trained against the patch while it learns.
     """
 
     name: str = "safe_control"
     supervision: str = "distilled"
     preservation: float = 4.0
-    safe_share: float = 0.5
+    safe_share: float = SAFE_SHARE
     negative_guidance: float = 0.0
     timestep_power: float = 0.6
-    adversaries: int = 0
-    adversary_tokens: int = 4
-    adversary_rate: float = 0.05
-    adversary_life: int = 100
+    adversary: AdversaryConfig = field(default_factory=AdversaryConfig)
 
     def __post_init__(self) -> None:
         """Refuse what has no meaning."""
@@ -62,140 +59,63 @@ class SafeControlConfig:
             )
         if self.preservation < 0 or not 0 <= self.safe_share <= 1:
             raise ConfigError("objective.preservation must be >= 0 and objective.safe_share within [0, 1]")
-        if self.adversaries < 0 or min(self.adversary_tokens, self.adversary_life) < 1:
-            raise ConfigError(
-                "objective.adversaries must be >= 0, objective.adversary_tokens and adversary_life at least 1"
-            )
         if self.timestep_power <= 0:
             raise ConfigError(f"objective.timestep_power must be above 0, not {self.timestep_power}")
 
-    def buffers(self, states: Tensor) -> dict[str, Tensor]:
-        """What the objective keeps with the patch while it trains, by name; `states` are the unsafe prompts'."""
-        return new_adversaries(self, states) if self.adversaries else {}
+    def prepare(self, host: UNetHost, corpus: Corpus, data: DataConfig) -> PairBank:
+        """Latents of one member of each pair, and of what is preserved."""
+        safe_share = 1.0 if self.supervision == "paired" else self.safe_share
+        return build_bank(host, corpus, data, safe_share, retain=self.preservation > 0)
 
-    def loss(
-        self, patch: nn.Module, components: Components, instruction: Tensor, batch: Batch, generator: torch.Generator
-    ) -> dict[str, Tensor]:
-        """See `safe_control_loss`."""
-        return safe_control_loss(self, patch, components, instruction, batch, generator)
+    def players(self, patch: Player, rows: PairBank) -> list[Player]:
+        """The patch, and the adversary if there is one."""
+        return [patch, adversary(self.adversary, rows.texts[[0]].states)] if self.adversary.count else [patch]
 
-
-def safe_control_loss(
-    config: SafeControlConfig,
-    patch: nn.Module,
-    components: Components,
-    instruction: Tensor,
-    batch: Batch,
-    generator: torch.Generator,
-) -> dict[str, Tensor]:
-    """The total `loss` and its parts `correct` and, where something is preserved, `preserve`, scalars.
-
-    Args:
-        config: settings.
-        patch: the only module that gets gradients.
-        components: the frozen host.
-        instruction: text states of the safety instruction, (1, tokens, width).
-        batch: B pairs and B' preserved rows.
-        generator: CPU generator that noise, timesteps and the choice of latents are drawn from.
-    """
-    scheduler = components.scheduler
-    if not config.preservation:
-        batch = replace(batch, retain_latents=batch.retain_latents[:0], retain_states=batch.retain_states[:0])
-    n = len(batch.unsafe_latents)
-    latents = _pair_latents(config, batch, generator)
-    latents = torch.cat((latents, batch.retain_latents))
-    timesteps = draw_timesteps(len(latents), scheduler.config.num_train_timesteps, config.timestep_power, generator)
-    timesteps = timesteps.to(latents.device)
-    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
-    noisy = add_noise(scheduler, latents, noise, timesteps)
-    asked, batch = _asked(config, patch, batch, generator)
-    with torch.no_grad():
-        target = noise_pred(components.unet, noisy, timesteps, torch.cat((batch.safe_states, batch.retain_states)))
-        if config.supervision == "paired":
-            truth = training_target(scheduler, latents[:n], noise[:n], timesteps[:n])
+    def loss(self, player: Player, turn: Turn) -> Losses:
+        """The patch's `loss`, its part `correct` and, where something is preserved, its part `preserve`."""
+        batch, n = cast(Batch, turn.batch), len(turn.batch.latents)
+        latents = batch.latents if batch.retain_latents is None else torch.cat((batch.latents, batch.retain_latents))
+        timesteps = draw_timesteps(len(latents), turn.host.steps, self.timestep_power, turn.generator)
+        timesteps = moved(timesteps, latents.device)
+        noise = moved(torch.randn(latents.shape, generator=turn.generator), latents.device)
+        noisy = turn.host.add_noise(latents, noise, timesteps)
+        retain = [] if batch.retain is None else [batch.retain]
+        target = self._target(turn.host, batch, noisy, timesteps)
+        if self.supervision == "paired":
+            truth = training_target(turn.host.components.scheduler, latents[:n], noise[:n], timesteps[:n])
             target = torch.cat((truth, target[n:]))
-        if config.negative_guidance:
-            unsafe = noise_pred(components.unet, noisy[:n], timesteps[:n], batch.unsafe_states)
-            target[:n] += config.negative_guidance * (target[:n] - unsafe)
-    states = torch.cat((asked, batch.retain_states))
-    predicted = patched_noise_pred(components.unet, patch, noisy, timesteps, states, instruction)
-    correct = mse_loss(predicted[:n], target[:n])
-    if not config.preservation:
-        return {"loss": correct, "correct": correct}
-    preserve = mse_loss(predicted[n:], target[n:])
-    return {"loss": correct + config.preservation * preserve, "correct": correct, "preserve": preserve}
+        asked = self._asked(turn, batch.unsafe, retain)
+        predicted = patched_prediction(turn.host, turn.patch, noisy, timesteps, asked, turn.instruction)
+        correct = mse_loss(predicted[:n], target[:n])
+        if not retain:
+            return {"loss": correct, "correct": correct}
+        preserve = mse_loss(predicted[n:], target[n:])
+        return {"loss": correct + self.preservation * preserve, "correct": correct, "preserve": preserve}
 
+    @torch.no_grad()
+    def _target(self, host: UNetHost, batch: Batch, noisy: Tensor, timesteps: Tensor) -> Tensor:
+        """What the patched model should predict: the teacher for the pairs, the base for what is preserved."""
+        n, retain = len(batch.latents), [] if batch.retain is None else [batch.retain]
+        target = host.predict(noisy, timesteps, joined([batch.safe, *retain]))
+        pairs = (noisy[:n], timesteps[:n])
+        if batch.away is not None and batch.empty is not None:
+            away, empty = (host.predict(*pairs, prompt.expand(n)) for prompt in (batch.away, batch.empty))
+            push = batch.rewrite.scale * (away - empty)
+            target[:n] -= torch.where(push.abs() < batch.rewrite.threshold, 0, push)
+        if self.negative_guidance:
+            target[:n] += self.negative_guidance * (target[:n] - host.predict(*pairs, batch.unsafe))
+        return target
 
-def _pair_latents(config: SafeControlConfig, batch: Batch, generator: torch.Generator) -> Tensor:
-    if config.supervision == "paired":
-        return batch.safe_latents
-    safe = torch.rand(len(batch.safe_latents), generator=generator) < config.safe_share
-    return torch.where(safe.view(-1, 1, 1, 1).to(batch.safe_latents.device), batch.safe_latents, batch.unsafe_latents)
+    def _asked(self, turn: Turn, unsafe: Conditioning, retain: Sequence[Conditioning]) -> Conditioning:
+        """What the patched model is asked; with an adversary, a share of the unsafe prompts end in a soft prompt."""
+        if not self.adversary.count:
+            return joined([unsafe, *retain])
+        prompts = cast(SoftPrompts, turn.others["adversary"])
+        padded = [kept._replace(states=self._padded(kept.states)) for kept in retain]
+        return joined([unsafe._replace(states=prompts.appended(unsafe.states, turn.generator)), *padded])
 
-
-def _asked(
-    config: SafeControlConfig, patch: nn.Module, batch: Batch, generator: torch.Generator
-) -> tuple[Tensor, Batch]:
-    """The unsafe prompts that the patch is asked about, and the batch with states of the same length.
-
-    With adversaries, half of the unsafe prompts end in a soft prompt, all others in more of their padding.
-    """
-    if not config.adversaries:
-        return batch.unsafe_states, batch
-    rows = len(batch.unsafe_states)
-    pick = torch.randint(config.adversaries, (rows,), generator=generator).to(batch.unsafe_states.device)
-    attacked = torch.rand(rows, generator=generator).to(pick.device) < 0.5
-    soft = _adversarial(config, getattr(patch, "module", patch), pick, attacked, generator)
-    padded = {
-        name: _padded(getattr(batch, name), config.adversary_tokens)
-        for name in ("unsafe_states", "safe_states", "retain_states")
-    }
-    asked = torch.cat((batch.unsafe_states, soft.to(batch.unsafe_states.dtype)), dim=1)
-    return torch.where(attacked[:, None, None], asked, padded["unsafe_states"]), replace(batch, **padded)
-
-
-def _adversarial(
-    config: SafeControlConfig, patch: nn.Module, pick: Tensor, attacked: Tensor, generator: torch.Generator
-) -> Tensor:
-    """The soft prompts that `pick` names, (B, tokens, width).
-
-    They are buffers of the patch. In the backward pass that trains it, each of those in use takes a step up the loss.
-    """
-    adversary, age, start = (cast(Tensor, getattr(patch, f"adversary{part}")) for part in ("", "_age", "_start"))
-    old = age >= config.adversary_life
-    if old.any():
-        adversary[old] = _fresh(config, start, generator).to(adversary)[old]
-        age[old] = 0
-    soft = adversary[pick].clone().requires_grad_()
-
-    def ascend(gradient: Tensor) -> None:
-        uphill = torch.zeros_like(adversary).index_add_(0, pick[attacked], gradient[attacked].to(adversary))
-        adversary.add_(uphill.sign(), alpha=config.adversary_rate)
-        age[pick[attacked].unique()] += 1
-
-    soft.register_hook(ascend)
-    return soft
-
-
-def _padded(states: Tensor, tokens: int) -> Tensor:
-    """`states` (B, T, width) with the last state, the end of the padding, `tokens` more times."""
-    return torch.cat((states, states[:, -1:].expand(-1, tokens, -1)), dim=1)
-
-
-def new_adversaries(config: SafeControlConfig, states: Tensor) -> dict[str, Tensor]:
-    """Soft prompts `adversary`, (adversaries, tokens, width), and for each of them its age in steps.
-
-    They start near the end of a prompt's padding, the last of `states` (N, T, width), all at different ages.
-    """
-    start = states[0, -1].float().cpu()
-    age = torch.arange(config.adversaries) * config.adversary_life // config.adversaries
-    fresh = _fresh(config, start, torch.Generator().manual_seed(0))
-    return {"adversary": fresh, "adversary_age": age, "adversary_start": start}
-
-
-def _fresh(config: SafeControlConfig, start: Tensor, generator: torch.Generator) -> Tensor:
-    shape = (config.adversaries, config.adversary_tokens, len(start))
-    return start.cpu() + 0.1 * torch.randn(shape, generator=generator)
+    def _padded(self, states: Tensor) -> Tensor:
+        return torch.cat((states, padding(states, self.adversary.tokens)), dim=1)
 
 
 def draw_timesteps(n: int, total: int, power: float, generator: torch.Generator) -> Tensor:

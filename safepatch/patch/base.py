@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -67,7 +68,7 @@ class Patch(nn.Module, ABC):
 
     Attributes:
         kind: how the patch acts on the model.
-        learning_rate: at which it trains well.
+        learning_rate: to begin with on a model of Stable Diffusion's size; small models learn at ten times that.
         joint_rate: multiple of that for its `joints`.
         sees: what it reads of the text: `instruction`, `instruction+prompt`, or, through the host alone, `prompt`.
         layout: what `from_unet` must be told, beside `sees`, to build the same module again; plain JSON values.
@@ -140,6 +141,10 @@ class Patch(nn.Module, ABC):
     @abstractmethod
     def ungated(cls, unet: Any, sees: str, empty: bool, **layout: Any) -> Self:
         """What `from_unet` makes, but for the gate."""
+
+    def recomputing(self, unet: Any) -> AbstractContextManager:
+        """What must hold while the host's blocks run once more in the backward pass, to save memory."""
+        return nullcontext()
 
     @abstractmethod
     def joints(self) -> list[nn.Parameter]:

@@ -31,7 +31,7 @@ class ClonePatch(ResidualPatch):
 
     kind = "control"
     reads_features = False
-    learning_rate = 1e-3
+    learning_rate = 1e-4
     joint_rate = 10.0
 
     def __init__(self, clone: Mapping[str, nn.Module], latent_channels: int, sees: str) -> None:

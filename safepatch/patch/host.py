@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from safepatch.diffusion import noise_pred
+from safepatch.diffusion import Conditioning, UNetHost
 from safepatch.patch.base import Features, ResidualPatch, Residuals
 from safepatch.patch.lora import LoraPatch
 
@@ -71,9 +71,10 @@ class HostHooks:
         if not self._down or self._down[-1].shape != skips[-1].shape:  # another block's hook is lost: see is_done
             return None
         residuals, self._down = self._down[-len(skips) :], self._down[: -len(skips)]
-        kwargs = {**kwargs, SKIPS: tuple(skip + r for skip, r in zip(skips, residuals, strict=True))}
-        if self._mid is not None:
-            kwargs["hidden_states"], self._mid = kwargs["hidden_states"] + self._mid, None
+        kwargs = {**kwargs, SKIPS: tuple(skip + r.to(skip.dtype) for skip, r in zip(skips, residuals, strict=True))}
+        if (added := self._mid) is not None:
+            mid, self._mid = kwargs["hidden_states"], None
+            kwargs["hidden_states"] = mid + added.to(mid.dtype)
         return args, kwargs
 
 
@@ -87,23 +88,31 @@ def answered(unet: Any, answer: Answer) -> Iterator[None]:
         hooks.remove()
 
 
-def patched_noise_pred(
-    unet: Any, patch: nn.Module, noisy_latents: Tensor, timesteps: Tensor, states: Tensor, instruction: Tensor
+def patched_prediction(
+    host: UNetHost,
+    patch: nn.Module,
+    noisy: Tensor,
+    timesteps: Tensor,
+    conditioning: Conditioning,
+    instruction: Tensor,
 ) -> Tensor:
-    """The UNet's prediction with the patch at scale 1, (B, 4, h, w); arguments as those of `noise_pred`.
+    """The host's prediction with the patch at scale 1, (B, 4, h, w), float32.
 
     Args:
-        unet: the host.
+        host: the frozen model.
         patch: a `Patch`, or one that a distributed trainer has wrapped.
-        noisy_latents: shape (B, 4, h, w).
-        timesteps: integer, shape (B,).
-        states: text states of the prompts, (B, tokens, width).
+        noisy: latents, (B, 4, h, w).
+        timesteps: integer, (B,).
+        conditioning: of B prompts.
         instruction: text states of the safety instruction, (1, tokens, width).
     """
-    inputs, inner = (noisy_latents, timesteps, states), getattr(patch, "module", patch)
+    inner = getattr(patch, "module", patch)
     if isinstance(inner, LoraPatch):
-        return patch(unet, *inputs)
+        return patch(host.unet, lambda: host.predict(noisy, timesteps, conditioning))
+    dtype = next(inner.parameters()).dtype
+    conditions = {name: value.to(dtype) for name, value in host.conditions(conditioning).items()}
+    inputs = (noisy.to(dtype), timesteps, conditioning.states.to(dtype), instruction.to(dtype), conditions)
     if not cast(ResidualPatch, inner).reads_features:
-        return noise_pred(unet, *inputs, patch(*inputs, instruction))
-    with answered(unet, lambda features: patch(*inputs, instruction, features=features)):
-        return noise_pred(unet, *inputs)
+        return host.predict(noisy, timesteps, conditioning, patch(*inputs))
+    with answered(host.unet, lambda features: patch(*inputs, features=features.to(dtype))):
+        return host.predict(noisy, timesteps, conditioning)

@@ -42,7 +42,7 @@ class LitePatch(ResidualPatch):
 
     kind = "lite"
     reads_features = True
-    learning_rate = 2e-3
+    learning_rate = 2e-4
     joint_rate = 1.0
 
     def __init__(

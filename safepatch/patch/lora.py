@@ -6,8 +6,8 @@ timestep it knows what the host's layers are given. It acts from the first layer
 the prompt's text.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, cast
 
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from safepatch.artifact.patch_artifact import PatchArtifact
-from safepatch.diffusion import noise_pred
 from safepatch.errors import BaseMismatch, ConfigError
 from safepatch.patch.base import Patch, StoredPatch
 from safepatch.patch.draw import Draw
@@ -64,7 +63,7 @@ class LoraPatch(Patch):
     """
 
     kind = "lora"
-    learning_rate = 1e-3
+    learning_rate = 1e-4
     joint_rate = 1.0
 
     def __init__(self, updates: dict[str, Update], rank: int) -> None:
@@ -90,16 +89,14 @@ class LoraPatch(Patch):
         """Fresh gates that read the text."""
         return TextGate(unet.config["cross_attention_dim"], width, gates)
 
-    def forward(self, unet: Any, noisy_latents: Tensor, timesteps: Tensor, states: Tensor) -> Tensor:
-        """The host's prediction with the updates at scale 1; arguments as those of `noise_pred`.
-
-        Raises:
-            ConfigError: with gradient checkpointing, whose second pass would run without the updates.
-        """
-        if self.gradient_checkpointing or getattr(unet, "is_gradient_checkpointing", False):
-            raise ConfigError("a lora patch trains through the host's own layers; turn gradient checkpointing off")
+    def forward(self, unet: Any, predict: Callable[[], Tensor]) -> Tensor:
+        """What `predict`, which calls `unet`, makes with the updates at scale 1."""
         with updated(unet, self):
-            return noise_pred(unet, noisy_latents, timesteps, states)
+            return predict()
+
+    def recomputing(self, unet: Any) -> AbstractContextManager:
+        """The updates again."""
+        return updated(unet, self)
 
     def joints(self) -> list[nn.Parameter]:
         """The zero-initialised factors."""

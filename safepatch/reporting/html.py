@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from safepatch.errors import SafepatchError
 from safepatch.reporting.plots import unsafe_rate_charts
-from safepatch.results import METRICS, Row, read_rows
+from safepatch.results import FILES, METRICS, TOY, Row, read_rows
 
 SECTION_FIELDS: dict[str, type] = {"title": str, "note": str, "unsafe": bool, "columns": list, "rows": list}
 ROW_FIELDS: dict[str, type] = {"prompt": str, "images": list, "unsafe": list}
@@ -46,17 +46,21 @@ class Section:
 
 
 def build_report(folder: Path) -> Path:
-    """Writes `folder/index.html` from `results.jsonl`, and from `protocol.json` and `images.json` where present."""
+    """Writes `folder/index.html` from its rows, and from protocol, notices and pictures where present.
+
+    A folder without rows is reported by its pictures alone.
+    """
     folder = Path(folder)
-    if not (folder / "results.jsonl").is_file():
-        raise SafepatchError(f"{folder} has no results.jsonl; run an evaluation that writes into this folder first")
-    rows = read_rows(folder / "results.jsonl")
-    if not rows:
-        raise SafepatchError(f"{folder / 'results.jsonl'} holds no rows; run an evaluation that writes some first")
-    return _write(folder / "index.html", _render(rows, _protocol(folder), _sections(folder)))
+    path = next((folder / name for name in FILES if (folder / name).is_file()), None)
+    if path is None:
+        raise SafepatchError(f"{folder} has no {FILES[0]}; run an evaluation that writes into this folder first")
+    rows, sections = read_rows(path), _sections(folder)
+    if not rows and not sections:
+        raise SafepatchError(f"{path} holds no rows and there are no pictures; run an evaluation that writes some")
+    return _write(folder / "index.html", _render(rows, _notices(folder), _protocol(folder), sections))
 
 
-def _render(rows: list[Row], protocol: dict[str, str], sections: list[Section]) -> str:
+def _render(rows: list[Row], notices: list[str], protocol: dict[str, str], sections: list[Section]) -> str:
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -66,6 +70,7 @@ def _render(rows: list[Row], protocol: dict[str, str], sections: list[Section]) 
         charts=unsafe_rate_charts(rows),
         categories=_by_category(rows),
         metrics={name: METRICS[name].meaning for name in sorted({row.metric for row in rows}) if name in METRICS},
+        notices=notices,
         protocol=protocol,
         sections=sections,
     )
@@ -81,6 +86,16 @@ def _by_category(rows: list[Row]) -> dict[str, list[Row]]:
 def _number(value: float, metric: str) -> str:
     percent = metric in METRICS and METRICS[metric].percent
     return f"{100 * value:.1f} %" if percent else f"{value:.4g}"
+
+
+def _notices(folder: Path) -> list[str]:
+    """What stands in the page's first lines; folders that do not say are older, and all of the embedded model."""
+    path = folder / "notices.json"
+    found = _json(path) if path.exists() else {"notices": [TOY]}
+    notices = found.get("notices") if isinstance(found, dict) else None
+    if not isinstance(notices, list) or not all(isinstance(notice, str) for notice in notices):
+        raise SafepatchError(f"{path} must be a JSON object with 'notices', a list of texts; correct it or delete it")
+    return notices
 
 
 def _protocol(folder: Path) -> dict[str, str]:

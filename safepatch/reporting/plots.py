@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from safepatch.errors import SafepatchError
-from safepatch.results import NONE, Row
+from safepatch.results import NONE, PLAIN, Row
 
 INK = "#010203"  # a color no bar has; in the SVG it becomes `currentColor`, so light and dark pages both read well
 COLORS = (
@@ -65,11 +65,11 @@ class Chart:
 
 
 def unsafe_rate_charts(rows: Iterable[Row]) -> list[Chart]:
-    """One chart per (base, attack, detector) that has `unsafe_rate` rows, in order of appearance."""
-    settings: dict[tuple[str, str, str], list[Row]] = {}
+    """One chart per (base, attack, prompt set, detector) with `unsafe_rate` rows, in order of appearance."""
+    settings: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         if row.metric == "unsafe_rate":
-            settings.setdefault((row.base, row.attack, row.detector), []).append(row)
+            settings.setdefault((row.base, row.attack, row.prompt_set, row.detector), []).append(row)
     return [_chart(same_setting) for same_setting in settings.values()]
 
 
@@ -78,7 +78,8 @@ def _chart(rows: list[Row]) -> Chart:
     series = _series(rows)
     colors = _colors(series)
     first = rows[0]
-    attack = "plain prompts" if first.attack == NONE else f"attack {first.attack}"
+    prompts = "plain prompts" if first.prompt_set in PLAIN else f"{first.prompt_set} prompts"
+    attack = prompts if first.attack == NONE else f"attack {first.attack}"
     return Chart(
         title=f"Unsafe rate by category: {first.base}, {attack}, judged by {first.detector}",
         svg=_svg(series, colors),

@@ -13,9 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from safepatch.taxonomy import Concept
 from safepatch.tiny.sprites import sprites
-from safepatch.tiny.world import COLORS, CONCEPTS, HELDOUT, KNOWN, Wording, phrase
+from safepatch.tiny.world import COLORS, CONCEPTS, HELDOUT, KNOWN, Concept, Wording, phrase
 
 SIZE = 64  # pixels
 

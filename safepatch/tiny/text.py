@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from safepatch.taxonomy import CATEGORIES
 from safepatch.tiny.loop import Schedule, fit
 from safepatch.tiny.scenes import Scene, caption, sample_scene
-from safepatch.tiny.world import COLORS, CONCEPTS, HELDOUT, KNOWN
+from safepatch.tiny.world import COLORS, CONCEPTS, HELDOUT, INSTRUCTIONS, KNOWN
 
 MAX_TOKENS = 24
 WIDTH = 192
@@ -31,9 +30,8 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 def words() -> list[str]:
     """Every word that captions and instructions use, sorted."""
     names = [name for concept in CONCEPTS.values() for name in concept.all_names]
-    instructions = [category.instruction for category in CATEGORIES.values()]
     templates = [t.format(x="a", y="an", c="red") for t in (*KNOWN.one, *KNOWN.two, *HELDOUT.one, *HELDOUT.two)]
-    return sorted(set(re.findall(r"[a-z]+", " ".join((*names, *instructions, *COLORS, *templates)))))
+    return sorted(set(re.findall(r"[a-z]+", " ".join((*names, *INSTRUCTIONS, *COLORS, *templates)))))
 
 
 def new_tokenizer() -> CLIPTokenizer:

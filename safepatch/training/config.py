@@ -4,13 +4,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import MISSING
 
 from safepatch.config import load_config
-from safepatch.data.pairs import PairsConfig
+from safepatch.data.bank import DataConfig
 from safepatch.errors import ConfigError, lookup
+from safepatch.models.load import ModelConfig
 from safepatch.objectives import OBJECTIVES, SafeControlConfig
 from safepatch.patch import PATCH_KINDS
+
+SHORT = {"model": "path", "objective": "name"}  # `model=x` is `model.path=x`
+PRECISIONS = ("no", "bf16", "fp16")
+OPTIMIZERS = ("adamw", "adamw8bit")
 
 
 @dataclass(frozen=True)
@@ -18,21 +24,20 @@ class PatchConfig:
     """Which patch to train.
 
     Attributes:
-        kind: `control`, a trainable clone of the host's encoder; `lite`, narrow branches on the host's features; or
-            `lora`, low-rank updates of the host's own layers.
+        kind: `lora`, low-rank updates of the host's own layers; `lite`, narrow branches on the host's features; or
+            `control`, a trainable clone of the host's encoder.
         sees: what its cross-attention reads: `instruction`, or `instruction+prompt`; a lora patch has none.
-        rank: of a control patch, store the deltas of layers wider than this as low-rank factors (0, the default,
-            stores them dense); of a lite patch, channels per branch (default 64); of a lora patch, of each update
-            (default 16).
+        rank: of a lora patch, of each update (default 16); of a lite patch, channels per branch (default 64); of a
+            control patch, store the deltas of layers wider than this as low-rank factors (default 0, dense).
         depth: of a lite patch, 3 x 3 convolutions per branch (default 1).
         gate: channels of a gate that keeps the patch off what it is not for; 0 trains none.
     """
 
-    kind: str = "control"
+    kind: str = "lora"
     sees: str = "instruction+prompt"
     rank: int | None = None
     depth: int | None = None
-    gate: int = 0
+    gate: int = 32
 
     def __post_init__(self) -> None:
         """Refuse what would fail only when training is over."""
@@ -61,11 +66,14 @@ class TrainingConfig:
         warmup: steps of the warm-up.
         ema_decay: of the exponential moving average that is saved.
         max_grad_norm: gradients are clipped to this norm.
-        mixed_precision: `no`, `bf16` or `fp16`.
+        optimizer: `adamw`, or `adamw8bit`, which keeps its state in 8 bits (needs the extra `8bit`).
+        mixed_precision: `no`, `bf16` or `fp16`; with either of these the host is held in that precision, the patch in
+            float32.
         gradient_accumulation: batches per step.
-        gradient_checkpointing: recompute the patch's activations in the backward pass to save memory.
+        gradient_checkpointing: recompute activations, the host's and the patch's, in the backward pass to save memory.
         seed: of batches, noise and timesteps.
         checkpoint_every: steps between checkpoints.
+        log_every: steps between lines of the log, each of them the mean since the last.
         validate_every: steps between validation pictures; 0 makes none.
         tensorboard: also log to tensorboard (needs the extra of that name).
     """
@@ -77,21 +85,26 @@ class TrainingConfig:
     warmup: int = 20
     ema_decay: float = 0.99
     max_grad_norm: float = 1.0
+    optimizer: str = "adamw"
     mixed_precision: str = "no"
     gradient_accumulation: int = 1
     gradient_checkpointing: bool = False
     seed: int = 0
     checkpoint_every: int = 100
+    log_every: int = 10
     validate_every: int = 0
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what cannot be run."""
-        for name in ("steps", "batch_size", "gradient_accumulation", "checkpoint_every"):
+        if self.mixed_precision == "False":  # what YAML makes of a bare `no`
+            object.__setattr__(self, "mixed_precision", "no")
+        for name in ("steps", "batch_size", "gradient_accumulation", "checkpoint_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"training.{name} must be at least 1, not {getattr(self, name)}")
-        if self.mixed_precision not in ("no", "bf16", "fp16"):
-            raise ConfigError(f"training.mixed_precision must be no, bf16 or fp16, not '{self.mixed_precision}'")
+        for name, allowed in (("mixed_precision", PRECISIONS), ("optimizer", OPTIMIZERS)):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"training.{name} must be one of {', '.join(allowed)}, not '{getattr(self, name)}'")
 
 
 @dataclass(frozen=True)
@@ -99,28 +112,51 @@ class TrainConfig:
     """One training run.
 
     Attributes:
-        category: what the patch is for.
+        category: what the patch is for: a shipped category's name, or a category file.
         model: the base: `tiny-sd`, a diffusers folder, a checkpoint file or a Hub id.
-        output: folder for the patch, its log and its checkpoint.
+        output: folder for the patch, its log and its checkpoint; `runs/train/CATEGORY-KIND` if not given.
         patch, objective, data, training: the parts.
     """
 
     category: str = MISSING
-    model: str = "tiny-sd"
-    output: str = "runs/train/${category}"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    output: str = ""
     patch: PatchConfig = field(default_factory=PatchConfig)
     objective: Any = field(default_factory=SafeControlConfig)
-    data: PairsConfig = field(default_factory=PairsConfig)
+    data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
     def __post_init__(self) -> None:
-        """Fill in what depends on the kind."""
+        """Fill in what depends on the rest."""
         kind = lookup(PATCH_KINDS, self.patch.kind, what="patch kind")
         rates = {name: getattr(self.training, name) for name in ("learning_rate", "joint_rate")}
         rates = {name: getattr(kind, name) if rate is None else rate for name, rate in rates.items()}
         object.__setattr__(self, "training", replace(self.training, **rates))
+        if not self.output:
+            object.__setattr__(self, "output", f"runs/train/{Path(self.category).stem}-{self.patch.kind}")
+
+    def load_model(self) -> Any:
+        """The base's pipeline, in the precision that it is trained in unless its own is given."""
+        usual = {"no": None, "bf16": "bfloat16", "fp16": "float16"}[self.training.mixed_precision]
+        return replace(self.model, dtype=self.model.dtype or usual).load()
 
 
 def load_train_config(path: Path | None, overrides: list[str]) -> TrainConfig:
-    """The configuration of a YAML file with dotlist overrides; raises `ConfigError` for anything it cannot mean."""
-    return load_config(TrainConfig, path, overrides, choices={"objective": OBJECTIVES})
+    """The configuration of a YAML file with dotlist overrides; raises `ConfigError` for anything it cannot mean.
+
+    Args:
+        path: a training configuration, or a category file, with all else as it is by default.
+        overrides: `key.key=value` items.
+    """
+    if path is not None and is_category_file(path):
+        path, overrides = None, [f"category={path}", *overrides]
+    return load_config(TrainConfig, path, overrides, choices={"objective": OBJECTIVES}, short=SHORT)
+
+
+def is_category_file(path: Path) -> bool:
+    """Whether a YAML file defines a category, rather than how to train for one."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return False  # whoever reads it next says what is wrong
+    return isinstance(content, dict) and "category" not in content and "definition" in content

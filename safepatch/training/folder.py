@@ -1,13 +1,12 @@
 """The folder of a training run: its configuration, its log, its checkpoint, and at the end the patch."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safepatch.config import to_dict
 from safepatch.errors import SafepatchError
-from safepatch.training.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -21,12 +20,12 @@ class RunFolder:
     path: Path
 
     @classmethod
-    def claim(cls, config: TrainConfig) -> "RunFolder":
-        """The folder `config.output`, made and tried; a checkpoint of another configuration in it is refused."""
-        out = cls(Path(config.output))
+    def claim(cls, path: Path, config: Mapping[str, Any]) -> "RunFolder":
+        """The folder `path`, made and tried; a checkpoint of another configuration in it is refused."""
+        out = cls(path)
         try:
             out.path.mkdir(parents=True, exist_ok=True)
-            out._write_config(json.dumps(to_dict(config), indent=1, sort_keys=True) + "\n")
+            out._write_config(json.dumps(config, indent=1, sort_keys=True) + "\n")
         except OSError as error:
             raise SafepatchError(f"cannot write to {out.path} ({error.strerror}); choose another output=") from error
         return out
@@ -53,7 +52,8 @@ class RunFolder:
     def rewind_log(self, step: int) -> None:
         """Drop what an earlier run logged after `step`, where this one goes on."""
         lines = self._log.read_text().splitlines() if self._log.is_file() else []
-        self._log.write_text("".join(f"{line}\n" for line in lines[:step]))
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        self._log.write_text("".join(f"{line}\n" for line in kept))
 
     def log(self, values: dict[str, Any]) -> None:
         """Add one line."""

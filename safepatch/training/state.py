@@ -1,13 +1,16 @@
 """What changes while a patch is trained, and all that a checkpoint must hold."""
 
-from dataclasses import dataclass
+import errno
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from safepatch.errors import SafepatchError
+from safepatch.errors import ConfigError, SafepatchError
+from safepatch.objectives import Player
 from safepatch.patch import Patch
 from safepatch.training.config import TrainingConfig
 
@@ -19,50 +22,79 @@ class State:
     Attributes:
         patch: the weights of this step.
         average: their moving average.
-        optimizer: of `patch`; each of its groups has its own `multiple` of the learning rate.
+        players: the patch's own, and whoever plays with it or against it.
         step: optimizer steps done.
+        scaler: of fp16's losses, if there is one.
     """
 
     patch: Patch
     average: AveragedModel
-    optimizer: torch.optim.Optimizer
+    players: Sequence[Player]
     step: int = 0
-
-    @classmethod
-    def fresh(cls, patch: Patch, options: TrainingConfig) -> "State":
-        """The state before the first step."""
-        patch.train()
-        average = AveragedModel(patch, multi_avg_fn=get_ema_multi_avg_fn(options.ema_decay)).requires_grad_(False)
-        return cls(patch, average, _optimizer(patch, options))
+    scaler: Any = field(default=None)
 
     @property
     def averaged(self) -> Patch:
         """The patch with the averaged weights."""
         return cast(Patch, self.average.module)
 
+    @property
+    def parts(self) -> Mapping[str, Any]:
+        """What a checkpoint keeps the state of, by name."""
+        parts: dict[str, Any] = {"average": self.average}
+        for player in self.players:
+            parts |= {player.name: player.module, f"{player.name}.optimizer": player.optimizer}
+        return parts | ({"scaler": self.scaler} if self.scaler else {})
+
     def save(self, path: Path) -> None:
-        """Write atomically: a kill at any moment leaves the previous checkpoint or the new one."""
-        parts = {"patch": self.patch, "average": self.average, "optimizer": self.optimizer}
+        """Write atomically: a kill at any moment, or a full disk, leaves the previous checkpoint or the new one.
+
+        Raises:
+            SafepatchError: when it cannot be written.
+        """
         partial = path.with_suffix(".partial")
-        torch.save({"step": self.step, **{name: part.state_dict() for name, part in parts.items()}}, partial)
-        partial.replace(path)
+        try:
+            torch.save({"step": self.step, **{name: part.state_dict() for name, part in self.parts.items()}}, partial)
+            partial.replace(path)
+        except (OSError, RuntimeError) as error:  # torch's zip writer says RuntimeError where the disk is full
+            partial.unlink(missing_ok=True)
+            is_full = getattr(error, "errno", errno.ENOSPC) == errno.ENOSPC
+            raise SafepatchError(
+                f"{'the disk is full' if is_full else 'cannot write'}: {path}, step {self.step}; the checkpoint before "
+                "it is kept, make room and run the same command to resume"
+            ) from error
 
     def load(self, path: Path) -> None:
         """Continue from `path`; raises `SafepatchError` when it was written for another module."""
-        saved = torch.load(path, map_location="cpu", weights_only=True)
         try:
-            self.patch.load_state_dict(saved["patch"])
-            self.average.load_state_dict(saved["average"])
-            self.optimizer.load_state_dict(saved["optimizer"])
-        except (RuntimeError, ValueError) as error:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            for name, part in self.parts.items():
+                part.load_state_dict(saved[name])
+        except (RuntimeError, ValueError, KeyError) as error:
             raise SafepatchError(f"{path} is of another version of safepatch; delete it to start anew") from error
         self.step = saved["step"]
 
 
-def _optimizer(patch: Patch, options: TrainingConfig) -> torch.optim.Optimizer:
+def fresh_average(patch: Patch, decay: float) -> AveragedModel:
+    """The moving average of a patch that has not learned yet."""
+    return AveragedModel(patch, multi_avg_fn=get_ema_multi_avg_fn(decay)).requires_grad_(False)
+
+
+def patch_player(patch: Patch, options: TrainingConfig) -> Player:
+    """The patch as a player; each group of its parameters has its own `multiple` of the learning rate."""
     joints = {id(parameter) for parameter in patch.joints()}
+    free = [parameter for parameter in patch.parameters() if parameter.requires_grad]
     groups = [
-        {"params": [p for p in patch.parameters() if id(p) in joints], "multiple": options.joint_rate},
-        {"params": [p for p in patch.parameters() if id(p) not in joints], "multiple": 1.0},
+        {"params": [p for p in free if id(p) in joints], "multiple": cast(float, options.joint_rate)},
+        {"params": [p for p in free if id(p) not in joints], "multiple": 1.0},
     ]
-    return torch.optim.AdamW(groups, lr=cast(float, options.learning_rate), weight_decay=0.0)
+    make = _adamw8bit() if options.optimizer == "adamw8bit" else torch.optim.AdamW
+    return Player("patch", patch, make(groups, lr=cast(float, options.learning_rate), weight_decay=0.0))
+
+
+def _adamw8bit() -> Any:
+    try:
+        from bitsandbytes.optim import AdamW8bit  # type: ignore[import-not-found]
+    except ImportError as error:
+        raise ConfigError("adamw8bit needs bitsandbytes; pip install 'safepatch-diffusion[8bit]'") from error
+    return AdamW8bit

@@ -7,9 +7,9 @@ killed and resumed ends in the same file as one that was not.
 import math
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,23 +17,21 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.config import to_dict
-from safepatch.data.pairs import PairBank, build_bank
-from safepatch.diffusion import Components
+from safepatch.data.corpus import Corpus
+from safepatch.diffusion import Components, UNetHost
 from safepatch.errors import SafepatchError, lookup
+from safepatch.objectives import Objective, Player, Rows, Turn
 from safepatch.patch import PATCH_KINDS, Patch
-from safepatch.patch.base import require_unet
 from safepatch.patch.files import to_artifact
 from safepatch.patch.gate import TextGate
-from safepatch.runtime.apply import instruction_states
-from safepatch.taxonomy import CATEGORIES
+from safepatch.progress import bar
 from safepatch.training.config import TrainConfig, TrainingConfig
 from safepatch.training.folder import RunFolder
-from safepatch.training.gating import fit_gate
-from safepatch.training.state import State
+from safepatch.training.gates import fit_gate
+from safepatch.training.state import State, fresh_average, patch_player
 from safepatch.training.validation import save_validation_grid
 
 
@@ -41,47 +39,41 @@ class Interrupted(SafepatchError):
     """Ctrl-C during training; a checkpoint was kept."""
 
 
-def train(pipe: Any, config: TrainConfig, bank: PairBank | None = None) -> Path:
+def train(pipe: Any, config: TrainConfig, corpus: Corpus | None = None) -> Path:
     """Train the patch that `config` describes on the frozen `pipe` and return the path of its file.
 
     Args:
         pipe: the base model's pipeline; its modules are frozen and moved to the device that trains, not changed.
         config: the run. Its `output` folder gets `<category>.safetensors`, `log.jsonl`, `config.json` and, until the
             run is done, `checkpoint.pt`, from which an interrupted run continues by itself.
-        bank: the training data, when it is at hand; else it is built from `config.data`.
+        corpus: the words, when they are at hand; else those of `config.category`.
 
     Raises:
         Interrupted: on Ctrl-C, after a checkpoint was written.
-        ConfigError: when the model draws with a transformer.
-        SafepatchError: when the output folder cannot be written.
+        ConfigError: when the model draws with a transformer, or the category cannot be used.
+        SafepatchError: when the output folder or the cache cannot be written.
     """
-    category = lookup(CATEGORIES, config.category, what="category")
-    out = RunFolder.claim(config)
-    accelerator = _accelerator(config.training, out)
-    components = Components.of(pipe).freeze().to(accelerator.device)
-    require_unet(components.unet, "training")
-    bank = bank or build_bank(components, category, config.data)
-    run = Run(config, components, bank, _fresh_state(components, config, bank), accelerator)
-    if out.checkpoint.is_file():
-        run.state.load(out.checkpoint)
+    corpus = corpus or Corpus.open(config.category)
+    out = RunFolder.claim(Path(config.output), to_dict(config))
+    accelerator = new_accelerator(config.training, out.path)
+    host = UNetHost(Components.of(pipe).freeze().to(accelerator.device), config.data.size)
+    rows = config.objective.prepare(host, corpus, config.data)
+    instruction = host.encode([corpus.category.instruction]).states.float()
+    patch = lookup(PATCH_KINDS, config.patch.kind, what="patch kind").from_unet(
+        host.unet, config.patch.sees, **config.patch.layout
+    )
+    run = Run(corpus.name, config.objective, host, rows, instruction, config.training, accelerator)
+    if config.training.validate_every:
+        run = replace(run, show=lambda patch, path: save_validation_grid(pipe, patch, corpus, path))
+    state = run.finish(patch, out)
+    averaged, gates = state.averaged, {}
+    if config.patch.gate:
+        averaged.add_gate(host.unet, config.patch.gate)
+        averaged.to(host.device)
+        gates = {corpus.name: fit_gate(cast(TextGate, averaged.gate), host, corpus, config.data, rows)}
+    path = out.path / f"{corpus.name}.safetensors"
     if accelerator.is_main_process:
-        out.rewind_log(run.state.step)
-    with _ctrl_c_waits() as asked:
-        for values in run.steps():
-            step = run.state.step
-            if accelerator.is_main_process:
-                out.log({"step": step, **values})
-                accelerator.log(values, step=step)
-                if asked() or step % config.training.checkpoint_every == 0:
-                    run.state.save(out.checkpoint)
-                if config.training.validate_every and step % config.training.validate_every == 0:
-                    save_validation_grid(pipe, run.state.averaged, category, out.path / f"step{step:06d}.png")
-            if asked():
-                raise Interrupted(f"stopped at step {step}; {out.checkpoint} is kept, run the same command to resume")
-    artifact = run.result()
-    path = out.path / f"{config.category}.safetensors"
-    if accelerator.is_main_process:
-        artifact.save(path)
+        _packed(averaged, host, corpus, config, run.record(state), gates).save(path)
         out.checkpoint.unlink(missing_ok=True)
     accelerator.wait_for_everyone()
     accelerator.end_training()
@@ -90,76 +82,155 @@ def train(pipe: Any, config: TrainConfig, bank: PairBank | None = None) -> Path:
 
 @dataclass(frozen=True)
 class Run:
-    """One training run: what does not change in it, and its state.
+    """One training run, but for what changes in it.
 
     Attributes:
-        config: the run's settings.
-        components: the frozen base model.
-        bank: the training data.
-        state: what is trained.
+        label: of the progress bar.
+        objective: whose losses.
+        host: the frozen model.
+        rows: the objective's training data.
+        instruction: text states of the safety instruction, (1, tokens, width).
+        options: how to train.
         accelerator: device, precision and processes.
+        show: draws validation pictures of a patch into a file, if there are to be any.
     """
 
-    config: TrainConfig
-    components: Components
-    bank: PairBank
-    state: State
+    label: str
+    objective: Objective
+    host: UNetHost
+    rows: Rows
+    instruction: Tensor
+    options: TrainingConfig
     accelerator: Accelerator
+    show: Callable[[Patch, Path], None] | None = None
 
-    def steps(self) -> Iterator[dict[str, float]]:
-        """Run the remaining optimizer steps; yields the losses of each after counting it."""
-        options, state, accelerator = self.config.training, self.state, self.accelerator
-        instruction = instruction_states(self.components, [CATEGORIES[self.config.category].instruction])
-        wrapped, state.optimizer = accelerator.prepare(state.patch, state.optimizer)
-        bar = tqdm(
-            total=options.steps,
-            initial=state.step,
-            desc=f"training {self.config.category}",
-            disable=not accelerator.is_main_process,
-        )
-        while state.step < options.steps:
-            for group in state.optimizer.param_groups:
-                group["lr"] = group["multiple"] * learning_rate(options, state.step)
-            values = self.accumulate(wrapped, instruction)
-            accelerator.clip_grad_norm_(wrapped.parameters(), options.max_grad_norm)
-            state.optimizer.step()
-            state.optimizer.zero_grad(set_to_none=True)
-            state.average.update_parameters(accelerator.unwrap_model(wrapped))
-            state.step += 1
-            bar.update()
-            bar.set_postfix({name: f"{value:.4f}" for name, value in values.items()})
-            yield values
-        bar.close()
+    def finish(self, patch: Patch, out: RunFolder) -> State:
+        """Train `patch` to the last step, from the folder's checkpoint where there is one.
 
-    def accumulate(self, patch: nn.Module, instruction: Tensor) -> dict[str, float]:
+        Raises:
+            Interrupted: on Ctrl-C, after a checkpoint was written.
+        """
+        state = self._begun(patch, out)
+        writer = _Writer(self, state, out)
+        with _ctrl_c_waits() as asked, _tensor_cores(self.host.device):
+            for losses in self.steps(state):
+                writer.note(losses, stop=asked())
+                if asked():
+                    raise Interrupted(
+                        f"stopped at step {state.step}; {out.checkpoint} is kept, run the same command to resume"
+                    )
+        self.host.keep_activations()
+        return state
+
+    def _begun(self, patch: Patch, out: RunFolder) -> State:
+        """The state before the next step."""
+        patch.to(self.host.device).train()
+        patch.gradient_checkpointing = self.options.gradient_checkpointing
+        if self.options.gradient_checkpointing:
+            self.host.save_memory(lambda: patch.recomputing(self.host.unet))
+        players = self.objective.players(patch_player(patch, self.options), self.rows)
+        for player in players:
+            player.module.to(self.host.device)
+        state = State(patch, fresh_average(patch, self.options.ema_decay), players, scaler=self.accelerator.scaler)
+        if out.checkpoint.is_file():
+            state.load(out.checkpoint)
+        if self.accelerator.is_main_process:
+            out.rewind_log(state.step)
+        if self.host.device.type == "cuda" and self.show is None:
+            self.host.put_aside()
+        return state
+
+    def steps(self, state: State) -> Iterator[Mapping[str, Tensor]]:
+        """Run the remaining optimizer steps; yields the losses of each, on the device, after counting it."""
+        wrapped = self._wrapped(state)
+        shown = {"desc": f"training {self.label}", "shown": self.accelerator.is_main_process}
+        with bar(total=self.options.steps, initial=state.step, **shown) as progress:
+            while state.step < self.options.steps:
+                losses: dict[str, Tensor] = {}
+                for player in state.players:
+                    if not player.rides and state.step % player.every == 0:
+                        losses |= self._move(player, state, wrapped)
+                state.average.update_parameters(self.accelerator.unwrap_model(wrapped["patch"]))
+                state.step += 1
+                progress.update()
+                yield losses
+
+    def _wrapped(self, state: State) -> dict[str, nn.Module]:
+        """Each player's module as the accelerator runs it; their optimizers become its own."""
+        wrapped = {}
+        for player in state.players:
+            if player.rides:
+                wrapped[player.name] = player.module
+            else:
+                wrapped[player.name], player.optimizer = self.accelerator.prepare(player.module, player.optimizer)
+        return wrapped
+
+    def _move(self, player: Player, state: State, wrapped: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+        """One optimizer step of a player, and of those who ride on it if it is the patch."""
+        riders = [other for other in state.players if other.rides and player.name == "patch"]
+        for group in player.optimizer.param_groups:
+            group["lr"] = group.get("multiple", 1.0) * learning_rate(self.options, state.step)
+        losses = self._accumulate(player, state, wrapped)
+        self.accelerator.clip_grad_norm_(wrapped[player.name].parameters(), self.options.max_grad_norm)
+        for mover in (player, *riders):
+            if mover.rides and self.accelerator.num_processes > 1:
+                for parameter in mover.module.parameters():
+                    parameter.grad = cast(Tensor, self.accelerator.reduce(parameter.grad))
+            mover.optimizer.step()
+            mover.optimizer.zero_grad(set_to_none=True)
+        return losses
+
+    def _accumulate(self, player: Player, state: State, wrapped: Mapping[str, nn.Module]) -> dict[str, Tensor]:
         """Back-propagate the batches of one optimizer step; returns the mean of each loss part."""
-        options, accelerator, totals = self.config.training, self.accelerator, {}
+        options, accelerator, totals = self.options, self.accelerator, dict[str, Tensor]()
         pieces = options.gradient_accumulation
+        others = {name: module for name, module in wrapped.items() if name != "patch"}
         for piece in range(pieces):
-            draw = (self.state.step * pieces + piece) * accelerator.num_processes + accelerator.process_index
-            batch = self.bank.batch(draw, options.batch_size, options.seed).to(accelerator.device)
+            draw = (state.step * pieces + piece) * accelerator.num_processes + accelerator.process_index
+            batch = self.rows.batch(draw, options.batch_size, options.seed).to(self.host.device)
             generator = torch.Generator().manual_seed(options.seed * 1_000_003 + draw)
+            turn = Turn(self.host, wrapped["patch"], self.instruction, batch, generator, others)
             with accelerator.autocast():
-                losses = self.config.objective.loss(patch, self.components, instruction, batch, generator)
+                losses = self.objective.loss(player, turn)
             accelerator.backward(losses["loss"] / pieces)
             for name, value in losses.items():
-                totals[name] = totals.get(name, 0.0) + value.item() / pieces
+                name = name if player.name == "patch" else f"{player.name}.{name}"
+                totals[name] = totals.get(name, 0.0) + value.detach() / pieces
         return totals
 
-    def result(self) -> PatchArtifact:
-        """The averaged patch as an artifact, a gate fitted when the configuration asks for one."""
-        config, patch, gates = self.config, self.state.averaged, {}
-        if config.patch.gate:
-            patch.add_gate(self.components.unet, config.patch.gate)
-            patch.to(self.components.unet.device)
-            gate, category = cast(TextGate, patch.gate), CATEGORIES[config.category]
-            gates = {config.category: fit_gate(gate, self.components, category, self.bank, config.training.seed)}
-        training = {
-            "steps": self.state.step,
-            "processes": self.accelerator.num_processes,
-            "torch": torch.__version__.split("+")[0],
-        }
-        return _pack(patch, self.components, config, training, gates)
+    def record(self, state: State) -> dict[str, Any]:
+        """What a file tells of the run; no clock, so that equal runs give equal files."""
+        torch_version = torch.__version__.split("+")[0]
+        return {"steps": state.step, "processes": self.accelerator.num_processes, "torch": torch_version}
+
+
+class _Writer:
+    """What a run leaves in its folder while it goes on; losses are fetched from the device when a line is due."""
+
+    def __init__(self, run: Run, state: State, out: RunFolder) -> None:
+        self.run, self.state, self.out = run, state, out
+        self._losses: list[Mapping[str, Tensor]] = []
+
+    def note(self, losses: Mapping[str, Tensor], stop: bool) -> None:
+        """After a step: write what is due, and a checkpoint too if the run is to `stop`."""
+        options, accelerator, step = self.run.options, self.run.accelerator, self.state.step
+        if not accelerator.is_main_process:
+            return
+        self._losses.append(losses)
+        is_checkpoint = stop or step % options.checkpoint_every == 0
+        if is_checkpoint or step % options.log_every == 0 or step == options.steps:
+            self._log(step)
+        if is_checkpoint:
+            self.state.save(self.out.checkpoint)
+        if options.validate_every and self.run.show and step % options.validate_every == 0:
+            self.run.show(self.state.averaged, self.out.path / f"step{step:06d}.png")
+
+    def _log(self, step: int) -> None:
+        names = list(dict.fromkeys(name for losses in self._losses for name in losses))
+        means = torch.stack([torch.stack([of[n] for of in self._losses if n in of]).float().mean() for n in names])
+        values, self._losses = dict(zip(names, means.tolist(), strict=True)), []
+        self.out.log({"step": step, **values})
+        self.run.accelerator.log(values, step=step)
 
 
 def learning_rate(options: TrainingConfig, step: int) -> float:
@@ -171,22 +242,25 @@ def learning_rate(options: TrainingConfig, step: int) -> float:
     return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def _fresh_state(components: Components, config: TrainConfig, bank: PairBank) -> State:
-    kind = lookup(PATCH_KINDS, config.patch.kind, what="patch kind")
-    patch = kind.from_unet(components.unet, config.patch.sees, **config.patch.layout)
-    patch.gradient_checkpointing = config.training.gradient_checkpointing
-    for name, value in config.objective.buffers(bank.rows.unsafe_states).items():  # in checkpoints, not in the file
-        patch.register_buffer(name, value)
-    return State.fresh(patch.to(components.unet.device), config.training)
-
-
-def _accelerator(options: TrainingConfig, out: RunFolder) -> Accelerator:
+def new_accelerator(options: TrainingConfig, folder: Path) -> Accelerator:
+    """The device, the precision and the processes of a run."""
     AcceleratorState._reset_state()  # it would refuse another precision than an earlier run's in the same process
     log_with = "tensorboard" if options.tensorboard else None
-    accelerator = Accelerator(mixed_precision=options.mixed_precision, log_with=log_with, project_dir=out.path)
+    accelerator = Accelerator(mixed_precision=options.mixed_precision, log_with=log_with, project_dir=folder)
     if log_with:
         accelerator.init_trackers("tensorboard")
     return accelerator
+
+
+@contextmanager
+def _tensor_cores(device: torch.device) -> Iterator[None]:
+    """Within the block a GPU may multiply float32 on its tensor cores (TF32)."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if device.type == "cuda" else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @contextmanager
@@ -209,14 +283,16 @@ def _ctrl_c_waits() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, usual)
 
 
-def _pack(
-    patch: Patch, components: Components, config: TrainConfig, training: dict[str, Any], gates: dict[str, Any]
+def _packed(
+    patch: Patch, host: UNetHost, corpus: Corpus, config: TrainConfig, training: dict[str, Any], gates: dict[str, Any]
 ) -> PatchArtifact:
     """The trained patch as an artifact in float16, low-rank when the configuration says so; `gates` by category."""
-    instructions = {config.category: CATEGORIES[config.category].instruction}
     recorded = {name: value for name, value in to_dict(config).items() if name != "output"}
+    recorded["data"] = {name: value for name, value in recorded["data"].items() if name != "cache"}
+    recorded |= {"category": corpus.name, "model": Path(config.model.path).name, "rewrite": to_dict(corpus.rewrite)}
     recorded |= {"gate": gates} if gates else {}
-    artifact = to_artifact(patch, components.unet, instructions, recorded, training)
+    instructions = {corpus.name: corpus.category.instruction}
+    artifact = to_artifact(patch, host.unet, instructions, recorded, training)
     if config.patch.kind == "control" and config.patch.rank:
         artifact = artifact.compress(config.patch.rank)
     return artifact.astype(torch.float16)

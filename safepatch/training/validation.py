@@ -1,25 +1,24 @@
 """Validation pictures: base above, patched below, same prompts and seeds."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
 
-from safepatch.data.prompts import benign_prompts, unsafe_prompts
+from safepatch.data.corpus import Corpus
 from safepatch.diffusion import generate, quiet
 from safepatch.patch import Patch
 from safepatch.runtime.apply import attach
-from safepatch.taxonomy import Category
 
 
-def save_validation_grid(pipe: Any, patch: Patch, category: Category, path: Path) -> None:
+def save_validation_grid(pipe: Any, patch: Patch, corpus: Corpus, path: Path) -> None:
     """Write a grid of five unsafe and five benign prompts as PNG."""
-    prompts = [*unsafe_prompts(category, 5, seed=90), *benign_prompts(5, seed=90)]
-    texts, seeds = [p.text for p in prompts], [p.seed for p in prompts]
+    prompts = [*corpus.evaluation("plain", 5, seed=90), *corpus.evaluation("benign", 5, seed=90)]
+    texts, seeds = [p.text for p in prompts], [cast(int, p.seed) for p in prompts]
     quiet(pipe)
     base = generate(pipe, texts, seeds, steps=10)
-    with attach(pipe, patch, [category.instruction]):
+    with attach(pipe, patch, [corpus.category.instruction]):
         patched = generate(pipe, texts, seeds, steps=10)
     save_grid(torch.stack((base, patched)), path)
 

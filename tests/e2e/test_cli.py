@@ -13,7 +13,8 @@ from safepatch.artifact.info import PatchInfo
 from safepatch.artifact.patch_artifact import PatchArtifact
 
 ROOT = Path(__file__).parents[2]
-WEAPONS = ROOT / "patches" / "weapons" / "weapons.safetensors"
+WEAPONS = ROOT / "patches" / "control" / "weapons.safetensors"
+RECIPE = "configs/patches/control/weapons.yaml"
 PATCHED = ("generate", "--prompt", "a knife", "-o", "x.png", "--patch", WEAPONS)
 
 
@@ -45,7 +46,7 @@ def other_architecture(tmp_path: Path) -> Path:
 
 
 def test_dry_run_prints_every_field_and_trains_nothing(tmp_path: Path) -> None:
-    printed = run("train", "configs/patches/weapons.yaml", "training.steps=7", f"output={tmp_path}/run", "--dry-run")
+    printed = run("train", RECIPE, "training.steps=7", f"output={tmp_path}/run", "--dry-run")
     assert "steps: 7" in printed
     assert "preservation:" in printed
     assert not (tmp_path / "run").exists()
@@ -54,10 +55,10 @@ def test_dry_run_prints_every_field_and_trains_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (("train", "configs/patches/weapons.yaml", "training.stepz=5"), "did you mean 'steps'"),
-        (("train", "configs/patches/weapons.yaml", "category=weapon"), "did you mean 'weapons'"),
-        (("train", "configs/patches/weapons.yaml", "training.steps=0"), "at least 1"),
-        (("train", "configs/patches/weapons.yaml", "objective.name=safe_controll"), "did you mean 'safe_control'"),
+        (("train", RECIPE, "training.stepz=5"), "did you mean 'steps'"),
+        (("train", RECIPE, "category=weapon"), "did you mean 'weapons'"),
+        (("train", RECIPE, "training.steps=0"), "at least 1"),
+        (("train", RECIPE, "objective.name=safe_controll"), "did you mean 'safe_control'"),
         (("train", "configs/nowhere.yaml"), "nowhere.yaml"),
         (("verify", "nowhere.safetensors"), "nowhere.safetensors"),
         (("inspect", "README.md"), "README.md"),
@@ -73,8 +74,8 @@ def test_dry_run_prints_every_field_and_trains_nothing(tmp_path: Path) -> None:
         ((*PATCHED, "--start", "0.8", "--end", "0.2"), "0 <= start < end <= 1"),
         ((*PATCHED, "--gate", "ajar"), "gate must be one of off, soft, hard"),
         ((*PATCHED, "--gate-threshold", "2"), "gate_threshold must be within [0, 1]"),
-        (("train", "configs/patches/weapons.yaml", "patch.kind=lite", "patch.rank=0"), "at least 1"),
-        (("train", "configs/patches/weapons.yaml", "patch.kind=lit"), "did you mean 'lite'"),
+        (("train", RECIPE, "patch.kind=lite", "patch.rank=0"), "at least 1"),
+        (("train", RECIPE, "patch.kind=lit"), "did you mean 'lite'"),
         (("gate", "runs/none.safetensors", "-o", "x.safetensors"), "none.safetensors"),
         (("table", "--kind", "light"), "did you mean 'lite'"),
     ],
@@ -126,7 +127,7 @@ def test_inspect_as_json_names_categories_and_kind() -> None:
 
 def test_merge_then_generate_writes_an_image(tmp_path: Path) -> None:
     merged, image = tmp_path / "both.safetensors", tmp_path / "out.png"
-    run("merge", WEAPONS, ROOT / "patches" / "alcohol" / "alcohol.safetensors", "-o", merged)
+    run("merge", WEAPONS, ROOT / "patches" / "control" / "alcohol.safetensors", "-o", merged)
     words = ("generate", "--model", "tiny-sd", "--patch", merged, "--prompt", "a knife next to a cat", "--steps", "3")
     run(*words, "-o", image)
     assert image.read_bytes().startswith(b"\x89PNG")
@@ -148,7 +149,7 @@ def test_an_unwritable_output_is_one_line() -> None:
 
 
 def test_a_gate_can_be_taken_off(tmp_path: Path) -> None:
-    gated = ROOT / "patches" / "weapons" / "weapons-lora.safetensors"
+    gated = ROOT / "patches" / "lora" / "weapons.safetensors"
     assert PatchArtifact.open(gated).info.config["layout"] == {"rank": 16, "gate": 32}  # control
     run("gate", gated, "-o", tmp_path / "plain.safetensors", "--width", 0)
     assert PatchArtifact.open(tmp_path / "plain.safetensors").info.config["layout"] == {"rank": 16}

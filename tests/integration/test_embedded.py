@@ -1,8 +1,6 @@
 """The embedded model and the shipped patches: the claim itself, with the base as its control."""
 
-import json
 from hashlib import sha256
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,20 +8,18 @@ from diffusers import StableDiffusionPipeline
 
 from safepatch.artifact.patch_artifact import PatchArtifact, verify
 from safepatch.data.prompts import unsafe_prompts
-from safepatch.demo import SHIPPED_KINDS, shipped_patches
 from safepatch.detectors.base import shows_any
 from safepatch.detectors.embedded import embedded_detector
 from safepatch.diffusion import generate
 from safepatch.evaluation.suite import Bench, Protocol, drift, other_unsafe_rate, prompt_accuracy, unsafe_rate
 from safepatch.models.load import load_pipeline
 from safepatch.runtime.apply import apply
+from safepatch.shipped import Shipped, shipped, shipped_patch
 from safepatch.table import detector_figures
 from safepatch.taxonomy import CATEGORIES
 from safepatch.tiny.models import ASSETS, SIBLINGS
 
-PATCHES = Path(__file__).parents[2] / "patches"
-INDEX = json.loads((PATCHES / "index.json").read_text())
-ENTRIES = [entry for kind in SHIPPED_KINDS for entry in shipped_patches(kind).values()]
+ENTRIES = shipped()
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +53,10 @@ def test_the_detector_finds_what_scenes_show(bench: Bench) -> None:
     assert blank == [frozenset()]
 
 
-@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry["file"])
-def test_shipped_file_is_the_one_in_the_index(entry: dict) -> None:
-    path = PATCHES / entry["file"]
-    assert sha256(path.read_bytes()).hexdigest() == entry["sha256"]
-    assert verify(path).categories == (Path(entry["file"]).parent.name,)
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.file)
+def test_shipped_file_is_the_one_in_the_index(entry: Shipped) -> None:
+    assert sha256(entry.path.read_bytes()).hexdigest() == entry.sha256
+    assert verify(entry.path).categories == (entry.category,)
 
 
 def test_a_negative_prompt_that_names_the_concept_does_not_undo_the_patch(bench: Bench) -> None:
@@ -75,14 +70,14 @@ def test_a_negative_prompt_that_names_the_concept_does_not_undo_the_patch(bench:
 
     assert shown(None) > 0.5  # control: the base does show them
     avoided = shown(negatives)
-    with apply(bench.pipe, PATCHES / INDEX["weapons"]["file"]):
+    with apply(bench.pipe, shipped_patch("weapons", "control")):
         assert shown(negatives) <= min(avoided, 0.2)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry["file"])
-def test_patch_lowers_its_unsafe_rate_and_leaves_the_rest_alone(entry: dict, bench: Bench) -> None:
-    patch = PatchArtifact.open(PATCHES / entry["file"])
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.file)
+def test_patch_lowers_its_unsafe_rate_and_leaves_the_rest_alone(entry: Shipped, bench: Bench) -> None:
+    patch = PatchArtifact.open(entry.path)
     category = patch.info.categories[0]
     before, after = (unsafe_rate(bench, CATEGORIES[category], p) for p in (None, patch))
     assert before.value > 0.5  # control: the base does show the behavior

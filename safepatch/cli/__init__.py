@@ -1,0 +1,30 @@
+"""The command line: one short function per verb; heavy imports happen inside, so that `--help` is instant."""
+
+import os
+import sys
+
+import typer
+
+from safepatch.errors import SafepatchError
+
+app = typer.Typer(
+    help="Train, merge, apply and measure safety patches for text-to-image models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """Run the command line; an error a user can act on is one line and exit code 2."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns about torchvision, which is not needed
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # no bars in log files
+    try:
+        app()
+    except SafepatchError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+
+
+from safepatch.cli import apply, artifact, evaluate, train  # noqa: E402 F401 -- each adds its verbs to `app`

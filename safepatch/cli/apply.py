@@ -1,0 +1,98 @@
+"""Verbs that put a patch on a model: generate, fuse, check."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from safepatch.cli import app
+from safepatch.cli.options import AllowPickle, Device, Dtype, Model, PatchFile, Tokenizer, opened
+from safepatch.errors import SafepatchError
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Option(help="What to draw.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="PNG to write.")],
+    model: Model = "tiny-sd",
+    patch: Annotated[Path | None, typer.Option(help="Patch to apply.")] = None,
+    scale: Annotated[
+        str, typer.Option(help="Strength of the patch, 0 is off; or by category: gore=1,weapons=0.6.")
+    ] = "1",
+    start: Annotated[float, typer.Option(help="Share of the denoising after which the patch begins to act.")] = 0.0,
+    end: Annotated[float, typer.Option(help="Share of the denoising after which it stops.")] = 1.0,
+    gate: Annotated[str | None, typer.Option(help="off, soft or hard; hard if the patch has a gate.")] = None,
+    gate_threshold: Annotated[
+        float | None, typer.Option(help="Probability from which the gate opens; what the patch says if not given.")
+    ] = None,
+    speed: Annotated[str, typer.Option(help="full, or fast: a control patch runs at every second step.")] = "full",
+    seed: Annotated[int, typer.Option(help="Of the starting noise.")] = 0,
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 20,
+    guidance_scale: Annotated[float | None, typer.Option(help="Of guidance; what is usual if not given.")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    tokenizer: Tokenizer = None,
+    allow_pickle: AllowPickle = False,
+    prediction_type: Annotated[
+        str | None, typer.Option(help="Of a single file's UNet: epsilon or v_prediction; default: what its family has.")
+    ] = None,
+) -> None:
+    """Generate one image, with or without a patch."""
+    from contextlib import nullcontext
+
+    from safepatch.data.prompts import admit
+    from safepatch.diffusion import generate as run
+    from safepatch.diffusion import save_image
+    from safepatch.runtime.apply import apply
+    from safepatch.runtime.check import require_fit
+
+    admit([prompt])
+    scales = _scale(scale)
+    if patch:
+        require_fit(model, patch, allow_pickle)  # before gigabytes of weights are read
+    pipe = opened(model, device, dtype, tokenizer, allow_pickle, prediction_type)
+    options = {"start": start, "end": end, "gate": gate, "gate_threshold": gate_threshold, "speed": speed}
+    with apply(pipe, patch, scales, **options) if patch else nullcontext():
+        images = run(pipe, [prompt], [seed], steps, guidance_scale, [negative_prompt] if negative_prompt else None)
+    save_image(images[0], out)
+    typer.echo(f"image: {out}")
+
+
+@app.command()
+def fuse(
+    patch: Annotated[Path, typer.Option(help="A lora patch, or a merge of such.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="A new folder; for a single file, a .safetensors file.")],
+    model: Model = "tiny-sd",
+    scale: Annotated[float, typer.Option(help="Strength of the patch.")] = 1.0,
+    allow_pickle: AllowPickle = False,
+) -> None:
+    """Write a lora patch into a copy of a model, which any program can load; it cannot be taken off again."""
+    from safepatch.runtime.fuse import fuse_model
+
+    typer.echo(f"fused: {fuse_model(model, patch, out, scale, allow_pickle)}")
+
+
+@app.command()
+def check(patch: PatchFile, model: Model = "tiny-sd", allow_pickle: AllowPickle = False) -> None:
+    """Say whether a patch fits a model, and how far the model is from the one it was trained on; exit code 0 or 2."""
+    from safepatch.runtime.check import check as run
+
+    fit = run(model, patch, allow_pickle)
+    unknown = "unknown, the patch does not record its base's encoder"
+    typer.echo(f"fits: {patch} ({', '.join(fit.info.categories)}) on {model}")
+    typer.echo(f"family: {fit.family}")
+    typer.echo(f"fingerprint: {json.dumps(fit.fingerprint)}")
+    typer.echo(f"drift from the patch's base: {unknown if fit.drift is None else f'{fit.drift:.2g}'}")
+
+
+def _scale(text: str) -> float | dict[str, float]:
+    """`0.8`, or `gore=1.0,weapons=0.6` by category."""
+    try:
+        if "=" not in text:
+            return float(text)
+        named = [part.split("=") for part in text.split(",")]
+        return {name.strip(): float(value) for name, value in named}
+    except ValueError:
+        raise SafepatchError(f"--scale takes a number, or CATEGORY=NUMBER,..., not '{text}'") from None

@@ -1,0 +1,146 @@
+"""Verbs for patch files: merge, split, inspect, verify."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from safepatch.cli import app
+from safepatch.cli.options import Category, Device, Model, ModelDtype, PatchFile, opened
+from safepatch.errors import SafepatchError
+
+if TYPE_CHECKING:
+    from safepatch.artifact.info import PatchInfo
+    from safepatch.merging import MergeRecipe
+
+
+@app.command()
+def merge(
+    sources: Annotated[list[Path], typer.Argument(help="Patch files of one architecture, or one recipe (.yaml).")],
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Where to write the merged patch.")] = None,
+    method: Annotated[str | None, typer.Option(help="How to merge, see the README; bundle if not given.")] = None,
+    weights: Annotated[str | None, typer.Option(help="Comma-separated weights, one per source.")] = None,
+    density: Annotated[float | None, typer.Option(help="Share of entries that a sparsifying method keeps.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the methods that drop at random, and of healing.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the merged tensors: float16, bfloat16, float32.")] = None,
+    rank: Annotated[int | None, typer.Option(help="With cat: re-compress to this rank.")] = None,
+    conflicts: Annotated[bool | None, typer.Option(help="Compare the sources pair by pair; on if not given.")] = None,
+    heal: Annotated[
+        int | None, typer.Option(help="Training steps, without images, to do what bundle does at one patch's cost.")
+    ] = None,
+    heal_rate: Annotated[float | None, typer.Option(help="With --heal: its learning rate; 1e-4 if not given.")] = None,
+    mixed_precision: Annotated[str, typer.Option(help="With --heal: no, bf16 or fp16.")] = "no",
+    category: Category = None,
+    evaluate: Annotated[bool, typer.Option("--evaluate", help="Measure and draw every category.")] = False,
+    model: Model = "tiny-sd",
+    n: Annotated[int, typer.Option(help="With --evaluate: images per rate.")] = 200,
+    device: Device = "cpu",
+    model_dtype: ModelDtype = None,
+) -> None:
+    """Merge patches into one file; an option given here overrides the recipe's."""
+    given = {"method": method, "density": density, "seed": seed, "dtype": dtype, "rank": rank, "conflicts": conflicts}
+    options = {
+        name: value for name, value in {**given, "heal": heal, "heal_rate": heal_rate}.items() if value is not None
+    }
+    recipe = _recipe(sources, {**options, **({"weights": _numbers(weights)} if weights else {})})
+    target = out or (Path(recipe.out) if recipe.out else None)
+    if target is None:
+        raise SafepatchError("nowhere to write the merged patch; give -o FILE, or 'out' in the recipe")
+    from safepatch.artifact.describe import merge_lines
+
+    if recipe.heal:
+        info = _healed(recipe, target, category, model, mixed_precision, device, model_dtype)
+    else:
+        from safepatch.merging import merge as run
+
+        info = run(recipe, target).info
+    typer.echo("\n".join(merge_lines(info, target)))
+    if evaluate:
+        from safepatch.evaluation.run import measure_merge
+
+        typer.echo(measure_merge(recipe.sources, target, model, category, n, device, model_dtype))
+
+
+def _healed(
+    recipe: "MergeRecipe",
+    target: Path,
+    category: list[str] | None,
+    model: str,
+    precision: str,
+    device: str,
+    dtype: str | None,
+) -> "PatchInfo":
+    from safepatch.data.corpus import Corpus
+    from safepatch.runtime.check import require_fit
+    from safepatch.training.healing import OPTIONS, heal
+
+    require_fit(model, recipe.sources[0])  # before gigabytes of weights are read
+    corpora = [Corpus.open(name) for name in category or []]
+    pipe = opened(model, device, dtype)
+    return heal(pipe, recipe, target, corpora, replace(OPTIONS, mixed_precision=precision)).info
+
+
+def _recipe(sources: list[Path], options: dict[str, Any]) -> "MergeRecipe":
+    from safepatch.merging import MergeRecipe, load_recipe
+    from safepatch.merging.recipe import HEALED
+
+    if any(path.suffix in (".yaml", ".yml") for path in sources):
+        if len(sources) > 1:
+            raise SafepatchError("give one recipe, or patch files; not both")
+        return replace(load_recipe(sources[0]), **options)
+    if options.get("heal"):
+        options = {"method": HEALED, **options}
+    return MergeRecipe(tuple(map(str, sources)), **options)
+
+
+@app.command()
+def split(
+    merged: PatchFile,
+    category: Annotated[str, typer.Argument(help="Which part.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Where to write the part.")],
+) -> None:
+    """Take a category's patch back out of a merge by cat or bundle, bit for bit."""
+    from safepatch.merging import split as run
+
+    part = run(merged, category, out)
+    typer.echo(f"split {', '.join(part.info.categories)}: {out}, unchanged ({part.content_hash[:14]})")
+
+
+@app.command()
+def inspect(
+    patch: PatchFile,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    picture: Annotated[Path | None, typer.Option(help="Draw a merge's conflicts as a heat map, .png or .svg.")] = None,
+) -> None:
+    """Say what a patch file is, from its header alone."""
+    from safepatch.artifact.describe import described
+    from safepatch.artifact.info import read_info
+
+    info = described(read_info(patch))
+    if picture:
+        from safepatch.reporting.plots import save_conflict_map
+
+        labels = [", ".join(source["categories"]) for source in info["sources"]]
+        save_conflict_map(picture, labels, info["conflicts"])
+    if as_json:
+        typer.echo(json.dumps(info, indent=1, sort_keys=True))
+        return
+    for key, value in info.items():
+        typer.echo(f"{key:15s} {json.dumps(value, sort_keys=True) if isinstance(value, dict | list) else value}")
+
+
+@app.command()
+def verify(patch: PatchFile) -> None:
+    """Check a patch file: structure, finite values, content hash."""
+    from safepatch.artifact.patch_artifact import verify as run
+
+    typer.echo(f"ok: {patch} is intact ({', '.join(run(patch).categories)})")
+
+
+def _numbers(text: str | None) -> list[float] | None:
+    try:
+        return [float(part) for part in text.split(",")] if text else None
+    except ValueError:
+        raise SafepatchError(f"--weights takes numbers separated by commas, not '{text}'") from None

@@ -1,0 +1,105 @@
+"""Verbs that measure: evaluate, the demo."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from safepatch.cli import app
+from safepatch.errors import ConfigError
+
+if TYPE_CHECKING:
+    from safepatch.evaluation.matrix import Matrix
+
+PICTURES = 8  # of each prompt set, in the report of one patch
+
+
+@app.command()
+def evaluate(
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="[MATRIX.yaml] [key=value]...", help="A matrix; any of its fields.")
+    ] = None,
+    model: Annotated[list[str] | None, typer.Option("--model", help="Instead of a matrix: on what; tiny-sd.")] = None,
+    patch: Annotated[list[Path] | None, typer.Option("--patch", help="Patch to measure; may be repeated.")] = None,
+    category: Annotated[
+        list[str] | None, typer.Option("--category", help="Name or file; what the patch is for if not given.")
+    ] = None,
+    detector: Annotated[
+        list[str] | None, typer.Option("--detector", help="Judge, NAME[:THRESHOLD][@WEIGHTS]; may be repeated.")
+    ] = None,
+    device: Annotated[str | None, typer.Option("--device", help="Where to draw: cpu, cuda, cuda:1, mps.")] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="Of the model: float32, float16, bfloat16.")] = None,
+    n: Annotated[int | None, typer.Option("-n", "--n", help="Images per rate; 200.")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="Denoising steps; 20.")] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder of rows and report; runs/evaluate.")] = None,
+) -> None:
+    """Measure what patches stop and what they cost; what is finished is not measured again. Writes an HTML report."""
+    given = {"device": device, "dtype": dtype, "protocol.n": n, "protocol.steps": steps, "out": out}
+    overrides = [f"{name}={value}" for name, value in given.items() if value is not None]
+    path = Path(words[0]) if words and "=" not in words[0] else None
+    overrides = [*(words or [])[path is not None :], *overrides]
+    if path:
+        if model or patch or category or detector:
+            raise ConfigError("a matrix names models, patches, categories and detectors; leave these options out")
+        from safepatch.evaluation.matrix import load_matrix
+
+        measure(load_matrix(path, overrides))
+        return
+    if not patch:
+        raise ConfigError("nothing to measure; give a matrix (.yaml), or --patch FILE")
+    measure(_matrix(model or ["tiny-sd"], patch, category or [], detector or [], overrides))
+
+
+def _matrix(
+    models: list[str], patches: list[Path], categories: list[str], detectors: list[str], overrides: list[str]
+) -> "Matrix":
+    """The matrix that the options describe."""
+    from dataclasses import replace
+
+    from safepatch.config import load_config
+    from safepatch.evaluation.matrix import Matrix, PatchEntry
+
+    options = load_config(Matrix, None, [*overrides, "models=[none]"])
+    values: dict[str, Any] = {"models": models, "categories": categories, "detectors": detectors}
+    return replace(options, **values, patches=_named(patches, PatchEntry), pictures=PICTURES)
+
+
+def _named(patches: list[Path], entry: Any) -> list[Any]:
+    """An entry per file, called by its stem, or by its path where stems are equal."""
+    stems = [path.stem for path in patches]
+    return [
+        entry(name=path.stem if stems.count(path.stem) == 1 else str(path.with_suffix("")), path=str(path))
+        for path in patches
+    ]
+
+
+def measure(matrix: "Matrix") -> None:
+    """Run a matrix and print its table, after what a reader must know first."""
+    from safepatch.evaluation.run import run_matrix
+    from safepatch.reporting.html import build_report
+    from safepatch.reporting.tables import summary
+
+    for notice in matrix.notices():
+        typer.echo(notice)
+    rows = run_matrix(matrix, heal=_heal, tell=typer.echo)
+    if rows:
+        typer.echo(summary(rows))
+    typer.echo(f"report: {build_report(Path(matrix.out))}")
+
+
+def _heal(model: str, recipe: Any, path: Path) -> None:
+    import safepatch
+
+    safepatch.heal(safepatch.load_pipeline(model), recipe, path)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the report.")] = Path("runs/demo"),
+    steps: Annotated[int, typer.Option(help="Training steps of the demo's own patch.")] = 400,
+    n: Annotated[int, typer.Option("-n", "--n", help="Images per rate.")] = 20,
+) -> None:
+    """The whole job in a few minutes: train, merge, load onto a sibling checkpoint, generate, score, report."""
+    from safepatch.demo import run_demo
+
+    typer.echo(f"report: {run_demo(out, steps, n)}")

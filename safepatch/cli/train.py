@@ -1,0 +1,87 @@
+"""Verbs that learn: write a category file, train a patch, fit a gate."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from safepatch.cli import app
+from safepatch.cli.options import AllowPickle, Category, Device, Dtype, Model, PatchFile, Tokenizer, opened
+from safepatch.errors import SafepatchError
+
+
+@app.command()
+def new(
+    name: Annotated[str, typer.Argument(help="Of the category; the files are named after it.")],
+    folder: Annotated[Path, typer.Option("-o", "--out", help="Where to write them.")] = Path(),
+) -> None:
+    """Write a category file and its prompts, commented and valid as they are: edit them and go."""
+    from safepatch.data.new import write_category
+
+    for path in write_category(name, folder):
+        typer.echo(f"wrote: {path}")
+    typer.echo(f"next: edit them, then  safepatch train {folder / name}.yaml model=YOUR-MODEL --dry-run")
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="A category file, or the YAML configuration of a run.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Any field as key.key=value; model=... is one.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved configuration and what it will take, and stop.")
+    ] = False,
+) -> None:
+    """Train a patch for one category."""
+    from safepatch.config import to_yaml
+    from safepatch.data.corpus import Corpus
+    from safepatch.training.config import load_train_config
+
+    resolved = load_train_config(config, overrides or [])
+    corpus = Corpus.open(resolved.category)
+    for note in corpus.notes:
+        typer.echo(note)
+    if dry_run:
+        typer.echo(to_yaml(resolved), nl=False)
+        return
+    from safepatch.training.trainer import train as run
+
+    path = run(resolved.load_model(), resolved, corpus)
+    typer.echo(f"patch: {path} ({path.stat().st_size / 1e6:.1f} MB)")
+
+
+@app.command()
+def gate(
+    patch: PatchFile,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Where to write the patch with its gate.")],
+    model: Model = "tiny-sd",
+    category: Category = None,
+    width: Annotated[int, typer.Option(help="Channels of the gate; 0 takes off the one that is there.")] = 32,
+    seed: Annotated[int, typer.Option(help="Of captions, pictures and noise.")] = 0,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    tokenizer: Tokenizer = None,
+    allow_pickle: AllowPickle = False,
+) -> None:
+    """Fit a gate to a patch: it acts where it is for, and leaves every other image as it was, bit for bit."""
+    from safepatch.artifact.patch_artifact import PatchArtifact
+    from safepatch.data.bank import DataConfig
+    from safepatch.data.corpus import Corpus
+    from safepatch.training.gates import add_gate, without_gate
+
+    artifact = PatchArtifact.open(patch)
+    if width == 0:
+        without_gate(artifact).save(out)
+        typer.echo(f"no gate: {out}")
+        return
+    if len(category or []) > 1:
+        raise SafepatchError("a gate is fitted for one category; give --category once")
+    corpus = Corpus.open((category or artifact.info.categories)[0])
+    pipe = opened(model, device, dtype, tokenizer, allow_pickle)
+    gated = add_gate(artifact, pipe, corpus, width, DataConfig(seed=seed))
+    gated.save(out)
+    for name, record in gated.info.config["gate"].items():
+        typer.echo(
+            f"gate for {name}: opens at {record['threshold']:.3f}; on unseen examples it opened for "
+            f"{record['unsafe_steps_opened']:.1%} of unsafe steps and {record['harmless_scenes_opened']:.1%} of "
+            f"harmless ones: {out}"
+        )

@@ -1,0 +1,338 @@
+"""A category's words: pairs to learn from, prompts to leave alone, and prompts that only evaluation uses."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from random import Random
+
+from safepatch.data.category import (
+    WORDS,
+    CategoryFile,
+    Concept,
+    Phrases,
+    Rewrite,
+    category_path,
+    default_fills,
+    find_file,
+    read_category,
+    word_list,
+)
+from safepatch.data.prompts import EMPTY, Pair, Prompt
+from safepatch.data.readers import Line, PromptFile, read_prompts
+from safepatch.data.words import Words, noun, replaced
+from safepatch.errors import ConfigError, PromptError, lookup
+from safepatch.taxonomy import Category
+
+# Shares of what is preserved, of those sets that a corpus has. With neighbours a patch learns to do its own job only.
+RETAIN_SHARES: dict[str, float] = {"file": 0.35, "benign": 0.35, "lookalike": 0.25, "other": 0.25, "empty": 0.15}
+COMPANIONS = 0.65  # share of the unsafe prompts of training that show a harmless thing too
+SHOWN_CONCEPTS = 8  # of those that the teacher of `guided` is pushed away from
+
+
+class Corpus:
+    """One category's words.
+
+    Args:
+        category: what the words are for.
+        pairs: (unsafe, safe) prompts, or their texts.
+        retain: prompts, or texts, that must stay as they are.
+        heldout: unsafe prompts, or texts, for evaluation only.
+        words: what captions are made of, beside or instead of `pairs`.
+        rewrite: where the safe twins of captions come from; `guided` also says how the teacher is pushed.
+        neighbours: corpora of other categories, which a patch must leave alone.
+        notes: what was read, a line for each file.
+
+    Attributes:
+        away: what `guided` pushes away from.
+    """
+
+    def __init__(
+        self,
+        category: Category,
+        pairs: Iterable[tuple[Prompt | str, Prompt | str]] = (),
+        retain: Iterable[Prompt | str] = (),
+        heldout: Iterable[Prompt | str] = (),
+        words: Words | None = None,
+        rewrite: Rewrite | None = None,
+        neighbours: Sequence["Corpus"] = (),
+        notes: Sequence[str] = (),
+    ) -> None:
+        self.category = category
+        self.words = words or Words()
+        self.rewrite = rewrite or Rewrite(by="column" if not self.words.concepts else "replace")
+        self.neighbours = tuple(neighbours)
+        self.notes = tuple(notes)
+        self._pairs = tuple(Pair(_prompt(unsafe), _twin(safe)) for unsafe, safe in pairs)
+        self._retain = tuple(map(_prompt, retain))
+        self._heldout = tuple(map(_prompt, heldout))
+        if not self._pairs and not self.words.concepts:
+            raise ConfigError(f"the corpus of '{category.name}' has no words; give pairs, or words with concepts")
+        _refuse_overlap(self._pairs, self._heldout, category.name)
+
+    @classmethod
+    def open(cls, name: str | Path) -> "Corpus":
+        """The corpus of a shipped category by its name, or of a category file.
+
+        Raises:
+            ConfigError: for a category file that cannot be used.
+            PromptError: for a prompt file that cannot be used; it says which row.
+        """
+        path = category_path(name)
+        file = read_category(path)
+        return _opened(file, path.parent, neighbours=[_neighbour(other, path) for other in file.neighbours])
+
+    @property
+    def name(self) -> str:
+        """The category's."""
+        return self.category.name
+
+    @property
+    def away(self) -> Prompt:
+        """The concepts that the teacher of `guided` is pushed away from, as one prompt."""
+        names = [noun(concept.name) for concept in self.words.concepts[:SHOWN_CONCEPTS]]
+        return Prompt(", ".join(names) or self.category.definition)
+
+    def pairs(self, n: int, seed: int, companions: float = COMPANIONS) -> list[Pair]:
+        """`n` unsafe prompts with their safe twins; of files and of captions in turn where there are both.
+
+        A share `companions` of the captions shows a harmless thing too.
+        """
+        rng = Random(f"pairs {self.name} {seed}")
+        files = _cycled(self._pairs, n, rng)
+        return [
+            files[i] if self._pairs and (i % 2 or not self.words.concepts) else self._caption(i, rng, companions)
+            for i in range(n)
+        ]
+
+    def retain(self, n: int, seed: int) -> list[Prompt]:
+        """`n` prompts that must stay as they are, mixed by `RETAIN_SHARES`; the empty prompt is among them."""
+        rng = Random(f"retain {self.name} {seed}")
+        sets = self._harmless_sets()
+        kinds = rng.choices(list(sets), [RETAIN_SHARES[kind] for kind in sets], k=n)
+        return [sets[kind](rng) for kind in kinds]
+
+    def evaluation(self, name: str, n: int, seed: int) -> list[Prompt]:
+        """Up to `n` prompts, each with a seed, for one of the sets of `EVALUATIONS`; none where there are no words.
+
+        Raises:
+            UnknownName: for another set.
+        """
+        made = lookup(EVALUATIONS, name, what="prompt set")(self, n, seed)
+        return [p if p.seed is not None else replace(p, seed=image_seed(seed, i)) for i, p in enumerate(made)]
+
+    def _caption(self, i: int, rng: Random, companions: float) -> Pair:
+        beside = self.words.has_companions and rng.random() < companions
+        unsafe, twin = self.words.unsafe(i, rng, beside)
+        return Pair(unsafe, self._twin_of(unsafe, twin))
+
+    def _twin_of(self, unsafe: Prompt, replacement: str) -> Prompt:
+        by = self.rewrite.by
+        if by == "target":
+            return Prompt(str(self.rewrite.target))
+        if by == "empty":
+            return EMPTY
+        if by == "guided":
+            return unsafe
+        if not replacement:
+            raise ConfigError(
+                f"category '{self.name}': '{unsafe.text}' has no safe twin; give its concept a replacement, or set "
+                "rewrite.by to target, empty or guided"
+            )
+        return Prompt(replacement)
+
+    def _harmless_sets(self) -> dict[str, Callable[[Random], Prompt]]:
+        words, neighbours = self.words, self.neighbours
+        sets: dict[str, Callable[[Random], Prompt]] = {"empty": lambda _: EMPTY}
+        if self._retain:
+            sets["file"] = lambda rng: rng.choice(self._retain)
+        for name, things in (("benign", words.benign), ("lookalike", words.lookalikes)):
+            if things:
+                sets[name] = lambda rng, things=things: words.harmless(
+                    things, rng.randrange(len(things)), rng, rng.random() < 0.5
+                )
+        if neighbours:
+            sets["other"] = lambda rng: rng.choice(neighbours)._plain(rng)
+        return sets
+
+    def _plain(self, rng: Random, i: int | None = None, companion: bool | None = None, heldout: bool = False) -> Prompt:
+        """An unsafe prompt in wording that training knows, or in held-out wording."""
+        known = self._heldout if heldout else tuple(pair.unsafe for pair in self._pairs)
+        i = rng.randrange(1 << 20) if i is None else i
+        if known and (i % 2 or not self.words.concepts):
+            return known[(i // 2 if self.words.concepts else i) % len(known)]
+        paired = rng.random() < 0.5 if companion is None else companion
+        return self.words.unsafe(i, rng, paired and self.words.has_companions, heldout)[0]
+
+
+@cache
+def common_words() -> Words:
+    """The shipped vocabulary of common things, in the shipped wordings."""
+    return _words(CategoryFile("common", "", "", concepts=[Concept("something")]), WORDS)[0]
+
+
+def image_seed(seed: int, i: int) -> int:
+    """Of the i-th image of an evaluation, so that base and patched start from the same noise."""
+    return 1_000_000 * (seed + 1) + i
+
+
+def _unsafe(corpus: Corpus, n: int, seed: int, heldout: bool = False) -> list[Prompt]:
+    """Each concept equally often, in every other round beside something harmless."""
+    rng, concepts = Random(f"unsafe {corpus.name} {seed} {heldout}"), max(1, len(corpus.words.concepts))
+    return [corpus._plain(rng, i, (i // concepts) % 2 == 1, heldout) for i in range(n)]
+
+
+def _heldout_prompts(corpus: Corpus, n: int, seed: int) -> list[Prompt]:
+    words = corpus.words
+    has_words = words.concepts and (words.heldout_templates or any(concept.heldout for concept in words.concepts))
+    return _unsafe(corpus, n, seed, heldout=True) if corpus._heldout or has_words else []
+
+
+def _with_companion(corpus: Corpus, n: int, seed: int) -> list[Prompt]:
+    rng = Random(f"companion {corpus.name} {seed}")
+    has_any = corpus.words.concepts and corpus.words.has_companions
+    return [corpus.words.unsafe(i, rng, companion=True)[0] for i in range(n)] if has_any else []
+
+
+def _harmless(things: Sequence[Phrases], corpus: Corpus, n: int, rng: Random) -> list[Prompt]:
+    return [corpus.words.harmless(things, i, rng, rng.random() < 0.5) for i in range(n)] if things else []
+
+
+def _lookalike(corpus: Corpus, n: int, seed: int) -> list[Prompt]:
+    return _harmless(corpus.words.lookalikes, corpus, n, Random(f"lookalike {corpus.name} {seed}"))
+
+
+def _benign(corpus: Corpus, n: int, seed: int) -> list[Prompt]:
+    rng = Random(f"benign {seed}")  # so that categories with the same words are measured by the same prompts
+    made, files = _harmless(corpus.words.benign, corpus, n, rng), _cycled(corpus._retain, n, rng)
+    return [files[i] if files and i % 2 else prompt for i, prompt in enumerate(made)] or files
+
+
+def _others(corpus: Corpus, n: int, seed: int) -> list[Prompt]:
+    share = max(1, n // max(1, len(corpus.neighbours)))
+    return [prompt for other in corpus.neighbours for prompt in other.evaluation("plain", share, seed)]
+
+
+# What evaluation asks for: name -> prompts of a corpus.
+EVALUATIONS: dict[str, Callable[[Corpus, int, int], list[Prompt]]] = {
+    "plain": _unsafe,
+    "heldout": _heldout_prompts,
+    "companion": _with_companion,
+    "lookalike": _lookalike,
+    "benign": _benign,
+    "other": _others,
+}
+
+
+def _opened(file: CategoryFile, folder: Path, neighbours: Sequence[Corpus] = ()) -> Corpus:
+    """The corpus of what a category file in `folder` says."""
+    words, notes = _words(file, folder)
+    rewrite, pairs = file.rewrite, []
+    if file.pairs:
+        read = read_prompts(find_file(file.pairs, folder), safe=rewrite.column)
+        rewrite = _settled(rewrite, file, read)
+        pairs, left_out = _file_pairs(read, rewrite, file)
+        notes += [read.described(), *left_out]
+    else:
+        rewrite = _settled(rewrite, file, None)
+    retain = [read_prompts(find_file(name, folder)) for name in file.retain]
+    heldout = [read_prompts(find_file(file.heldout, folder))] if file.heldout else []
+    notes += [each.described() for each in (*retain, *heldout)]
+    kept, unseen = ([_of_line(line) for each in some for line in each.lines] for some in (retain, heldout))
+    return Corpus(file.category, pairs, kept, unseen, words, rewrite, neighbours, notes)
+
+
+def _neighbour(name: str, path: Path) -> Corpus:
+    """Of another category its words only, not what it leaves alone."""
+    other = path.parent / name if (path.parent / name).is_file() else category_path(name)
+    return _opened(read_category(other), other.parent)
+
+
+def _words(file: CategoryFile, folder: Path) -> tuple[Words, list[str]]:
+    lost, lists = 0, {}
+    for name in ("templates", "heldout_templates", "companions", "lookalikes", "benign"):
+        lists[name], left_out = word_list(getattr(file, name), folder)
+        lost += left_out
+    fills = {}
+    for name, entries in default_fills(file.fills).items():
+        things, left_out = word_list(entries, folder)
+        fills[name], lost = tuple(thing[0] for thing in things), lost + left_out
+    for name in ("templates", "heldout_templates"):
+        lists[name] = tuple(thing[0] for thing in lists[name])
+    notes = [f"{file.name}: left out {lost} words or templates that involve minors"] if lost else []
+    return Words(tuple(file.concepts), fills=fills, **lists), notes
+
+
+def _settled(rewrite: Rewrite, file: CategoryFile, read: PromptFile | None) -> Rewrite:
+    """The rewrite with its `by`, which follows from what the file gives where it is left out."""
+    if rewrite.by is not None:
+        return rewrite
+    if read is not None and "safe" in read.took:
+        return replace(rewrite, by="column")
+    if rewrite.target:
+        return replace(rewrite, by="target")
+    replaceable = file.concepts and all(concept.replacement for concept in file.concepts)
+    return replace(rewrite, by="replace" if replaceable else "guided")
+
+
+def _file_pairs(
+    read: PromptFile, rewrite: Rewrite, file: CategoryFile
+) -> tuple[list[tuple[Prompt, Prompt]], list[str]]:
+    """Pairs of the file's lines, and a note on lines that name none of the concepts to replace."""
+    if rewrite.by == "column" and "safe" not in read.took:
+        raise PromptError(
+            f"{read.path.name} has no column of safe prompts; name one by rewrite.column, or set "
+            "rewrite.by to replace, target, empty or guided"
+        )
+    pairs = [(_of_line(line), twin) for line in read.lines if (twin := _line_twin(line, rewrite, file)) is not None]
+    lost = len(read.lines) - len(pairs)
+    if not pairs:
+        raise PromptError(f"no prompt of {read.path.name} names one of the concepts, so there is nothing to replace")
+    return pairs, [f"{read.path.name}: left out {lost} prompts that name none of the concepts"] if lost else []
+
+
+def _line_twin(line: Line, rewrite: Rewrite, file: CategoryFile) -> Prompt | None:
+    if rewrite.by == "column":
+        return Prompt(str(line.safe), image=line.safe_image)
+    if rewrite.by == "target":
+        return Prompt(str(rewrite.target), image=line.safe_image)
+    if rewrite.by == "empty":
+        return EMPTY
+    if rewrite.by == "guided":
+        return _of_line(line)
+    text = replaced(line.text, file.concepts)
+    return None if text == line.text else Prompt(text, image=line.safe_image)
+
+
+def _of_line(line: Line) -> Prompt:
+    return Prompt(line.text, line.seed, line.guidance, line.image)
+
+
+def _prompt(given: Prompt | str) -> Prompt:
+    return given if isinstance(given, Prompt) else Prompt(given)
+
+
+def _twin(given: Prompt | str) -> Prompt:
+    return EMPTY if given == "" else _prompt(given)
+
+
+def _cycled(items: Sequence, n: int, rng: Random) -> list:
+    """`n` of `items` in random order, each as often as any other."""
+    made: list = []
+    while items and len(made) < n:
+        made += rng.sample(list(items), len(items))
+    return made[:n]
+
+
+def _refuse_overlap(pairs: Sequence[Pair], heldout: Sequence[Prompt], name: str) -> None:
+    known = {_plain_text(pair.unsafe.text): i for i, pair in enumerate(pairs, start=1)}
+    for row, prompt in enumerate(heldout, start=1):
+        if _plain_text(prompt.text) in known:
+            raise PromptError(
+                f"category '{name}': held-out prompt {row} is row {known[_plain_text(prompt.text)]} of the pairs too "
+                f"('{prompt.text[:60]}'); take it out of one file"
+            )
+
+
+def _plain_text(text: str) -> str:
+    return " ".join(text.casefold().split())

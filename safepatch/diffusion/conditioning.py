@@ -1,0 +1,47 @@
+"""What a host is told of a prompt: its text states, and where the family has them the pooled ones."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Conditioning(NamedTuple):
+    """What a host reads of B prompts.
+
+    Attributes:
+        states: text states, (B, tokens, width).
+        pooled: SDXL's, SD3's and Flux's pooled text states, (B, width'); None for SD 1 and 2.
+    """
+
+    states: Tensor
+    pooled: Tensor | None = None
+
+    def of(self, rows: slice | Tensor) -> "Conditioning":
+        """Some of the rows, by a slice, their numbers or a mask."""
+        return self._each(lambda part: part[rows])
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Conditioning":
+        """The same on `device`, in `dtype` if one is given."""
+        return self._each(lambda part: moved(part, device, dtype))
+
+    def expand(self, n: int) -> "Conditioning":
+        """One prompt's for n rows, or n prompts' as they are."""
+        return self._each(lambda part: part.expand(n, *part.shape[1:]))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Conditioning":
+        return Conditioning(change(self.states), None if self.pooled is None else change(self.pooled))
+
+
+def joined(parts: Sequence[Conditioning]) -> Conditioning:
+    """The rows of several, one after the other."""
+    pooled = [part.pooled for part in parts if part.pooled is not None]
+    return Conditioning(torch.cat([part.states for part in parts]), torch.cat(pooled) if pooled else None)
+
+
+def moved(tensor: Tensor, device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
+    """`tensor` on `device`; towards a GPU by pinned memory, so that nobody waits for the copy."""
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, dtype, non_blocking=True)

@@ -1,0 +1,96 @@
+"""The cells of a matrix and the log of those that are finished: each is measured once, whatever happens.
+
+`cells.jsonl` holds one line per finished cell, with its rows and pictures; a line is whole or it is not there, so a run
+that was killed loses the cell in hand and nothing else.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safepatch.data.corpus import EVALUATIONS, Corpus
+from safepatch.evaluation.bench import Protocol
+from safepatch.results import Row, append_lines
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell; two that are equal would give the same rows.
+
+    Attributes:
+        model, patch, category: by name.
+        detector: as it was named; `none` for the cell of what needs no detector.
+        settings: a digest of all else that its figures depend on.
+    """
+
+    model: str
+    patch: str
+    category: str
+    detector: str
+    settings: str
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a cell gave: rows, and pictures as `gallery` keeps them."""
+
+    rows: Sequence[Row]
+    pictures: Sequence[dict[str, Any]] = ()
+
+
+class CellLog:
+    """The finished cells of a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._cells: dict[Cell, Finished] = {}
+        for record in _records(path):
+            rows = [Row(**row) for row in record["rows"]]
+            self._cells[Cell(**record["cell"])] = Finished(rows, record["pictures"])
+
+    def __contains__(self, cell: Cell) -> bool:
+        return cell in self._cells
+
+    def __getitem__(self, cell: Cell) -> Finished:
+        return self._cells[cell]
+
+    def add(self, cell: Cell, finished: Finished) -> None:
+        """Keep a finished cell; on return it is on the disk."""
+        rows = [asdict(row) for row in finished.rows]
+        append_lines(self.path, [{"cell": asdict(cell), "rows": rows, "pictures": list(finished.pictures)}])
+        self._cells[cell] = finished
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    """The lines that are whole."""
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
+    records = []
+    for line in filter(str.strip, lines):
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue  # torn by a crash: the cell is measured again
+    return records
+
+
+def digest(*values: object) -> str:
+    """A short name of plain values, the same for equal ones."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def words_of(corpus: Corpus, protocol: Protocol) -> str:
+    """A digest of the prompts that a corpus is measured by, and of the labels that judge them."""
+    prompts = {name: corpus.evaluation(name, protocol.n, protocol.seed) for name in EVALUATIONS}
+    texts = {name: [(p.text, p.seed, p.guidance, p.asks) for p in made] for name, made in prompts.items()}
+    labels = {each.name: dict(each.category.labels) for each in (corpus, *corpus.neighbours)}
+    return digest(texts, labels)
+
+
+def stamp(model: str) -> str:
+    """What tells that the model at a path is another than before; empty for embedded names and Hub ids."""
+    path = Path(model)
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else []
+    return digest([(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]) if files else ""

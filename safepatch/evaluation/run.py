@@ -1,0 +1,213 @@
+"""Run a matrix: every cell that is not finished is measured, in an order that loads each model and patch once."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from safepatch.artifact.patch_artifact import PatchArtifact
+from safepatch.data.corpus import Corpus
+from safepatch.detectors import misfit, open_detector, parse_detector
+from safepatch.detectors.base import Detector
+from safepatch.diffusion import denoiser
+from safepatch.evaluation import gallery
+from safepatch.evaluation.bench import Bench
+from safepatch.evaluation.cells import Cell, CellLog, Finished, digest, stamp, words_of
+from safepatch.evaluation.matrix import Matrix, pictures_of
+from safepatch.evaluation.subjects import Healer, Subject, subjects
+from safepatch.evaluation.suite import MEASURES, evaluate
+from safepatch.models.load import load_pipeline
+from safepatch.patch.files import absolute
+from safepatch.results import NONE, Row, write_rows
+
+Tell = Callable[[str], object]
+
+
+class Task(NamedTuple):
+    """A cell with what it takes to measure it."""
+
+    cell: Cell
+    subject: Subject
+    corpus: Corpus
+    metrics: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A matrix with its words, patches and detectors opened.
+
+    Attributes:
+        matrix: what to measure.
+        corpora: by category.
+        subjects: the base and the patches.
+        detectors: by how they were named.
+    """
+
+    matrix: Matrix
+    corpora: Mapping[str, Corpus]
+    subjects: Sequence[Subject]
+    detectors: Mapping[str, Detector]
+    _words: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, matrix: Matrix, heal: Healer | None = None) -> "Plan":
+        """The plan of a matrix; makes its merges.
+
+        Raises:
+            SafepatchError: for a category, patch or detector that cannot be opened.
+        """
+        corpora = matrix.corpora()
+        specs = dict.fromkeys(spec for model in _models(matrix) for spec in matrix.detectors_on(model))
+        detectors = {spec: _open(spec, list(corpora.values()), matrix.device) for spec in specs}
+        words = {name: words_of(corpus, matrix.protocol) for name, corpus in corpora.items()}
+        return cls(matrix, corpora, subjects(matrix, list(corpora), heal), detectors, words)
+
+    def tasks(self, model: str) -> Iterator[Task]:
+        """The cells of a model, in the order they are measured."""
+        metrics, specs, seen = self.matrix.metrics_on(model), self.matrix.detectors_on(model), stamp(model)
+        judged = tuple(name for name in metrics if MEASURES[name].judged)
+        unjudged = tuple(name for name in metrics if not MEASURES[name].judged)
+        pictures = self.matrix.pictures if model not in self.matrix.transfer else 0
+        for subject in self.subjects:
+            for category in subject.files if subject.absolute != model else ():
+                corpus, about = self.corpora[category], [asdict(self.matrix.protocol), self.matrix.dtype, seen]
+                about += [self._words[category], subject.identity(category)]
+                for spec in specs if judged else ():
+                    detector = self.detectors[spec]
+                    how = digest(about, judged, detector.threshold, detector.version, detector.sha256)
+                    yield Task(Cell(model, subject.name, category, spec, how), subject, corpus, judged)
+                if pictures or (unjudged and subject.name != NONE):
+                    how = digest(about, unjudged, pictures, specs)
+                    yield Task(Cell(model, subject.name, category, NONE, how), subject, corpus, unjudged)
+
+    def bench(self, model: str) -> Bench:
+        """The model, ready to draw."""
+        dtype = getattr(torch, self.matrix.dtype) if self.matrix.dtype else None
+        return Bench(model, load_pipeline(model, dtype=dtype).to(self.matrix.device), None, self.matrix.protocol)
+
+    def judges(self, model: str) -> list[Detector]:
+        """The model's detectors that were made for its pictures."""
+        specs = self.matrix.detectors_on(model)
+        return [self.detectors[s] for s in specs if misfit(self.detectors[s].name, pictures_of(model)) is None]
+
+
+def run_matrix(matrix: Matrix, heal: Healer | None = None, tell: Tell = print) -> list[Row]:
+    """Measure what is not measured yet; writes `rows.jsonl` and what the report needs into the matrix's folder.
+
+    Args:
+        matrix: what to measure.
+        heal: as in `subjects`.
+        tell: where progress goes, a line for each cell.
+
+    Returns:
+        The rows of all cells, in the matrix's order.
+    """
+    plan, out = Plan.of(matrix, heal), Path(matrix.out)
+    log, cells = CellLog(out / "cells.jsonl"), []
+    tasks = {model: list(plan.tasks(model)) for model in _models(matrix)}
+    every = [task.cell for each in tasks.values() for task in each]
+    for model, todo in tasks.items():
+        missing = [task for task in todo if task.cell not in log]
+        bench = plan.bench(model) if missing else None
+        for task, patch in _opened(bench, missing) if bench else ():
+            tell(f"[{every.index(task.cell) + 1}/{len(every)}] {_said(task.cell)}")
+            log.add(task.cell, measure(plan, bench, task, patch))
+        cells += [task.cell for task in todo]
+        write_results(plan, [log[cell] for cell in cells])
+    return [row for cell in cells for row in log[cell].rows]
+
+
+def measure(plan: Plan, bench: Bench, task: Task, patch: PatchArtifact | None) -> Finished:
+    """One cell."""
+    cell, matrix = task.cell, plan.matrix
+    if cell.detector != NONE:
+        labels = [label for corpus in plan.corpora.values() for label in _labels(corpus, plan.detectors[cell.detector])]
+        judged = replace(bench, detector=plan.detectors[cell.detector], unsafe_labels=frozenset(labels))
+        rows = evaluate(judged, task.corpus, patch, cell.patch, task.metrics)
+        return Finished([replace(row, detector=cell.detector) for row in rows])
+    rows = evaluate(bench, task.corpus, patch, cell.patch, task.metrics)
+    of, count = gallery.Pictures(cell.model, cell.patch, cell.category), 0
+    if cell.model not in matrix.transfer:
+        count = matrix.pictures
+    kept = gallery.save_pictures(bench, task.corpus, patch, of, count, Path(matrix.out), plan.judges(cell.model))
+    return Finished(rows, kept)
+
+
+def write_results(plan: Plan, finished: Sequence[Finished]) -> None:
+    """Write rows, protocol, notices and pictures; of equal cells, equal bytes."""
+    out, rows = Path(plan.matrix.out), [row for each in finished for row in each.rows]
+    out.mkdir(parents=True, exist_ok=True)
+    write_rows(out / "rows.jsonl", rows)
+    notices = {"notices": plan.matrix.notices()}
+    (out / "notices.json").write_text(json.dumps(notices, indent=1) + "\n", encoding="utf-8")
+    (out / "protocol.json").write_text(json.dumps(protocol_of(plan, rows), indent=1) + "\n", encoding="utf-8")
+    gallery.write_gallery(out, dict(plan.corpora), [picture for each in finished for picture in each.pictures])
+
+
+def protocol_of(plan: Plan, rows: Sequence[Row]) -> dict[str, str]:
+    """How it was measured, as texts for people."""
+    patches = dict.fromkeys(f"{row.patch}: {row.kind}, {row.patch_hash}" for row in rows if row.patch != NONE)
+    protocol, guidance = plan.matrix.protocol, dict.fromkeys(f"{row.guidance_scale:g}" for row in rows)
+    judges = [
+        f"{spec}: threshold {each.threshold:g}, {each.version or 'no version'}, sha256 {each.sha256 or 'none'}"
+        for spec, each in plan.detectors.items()
+    ]
+    return {
+        "models": ", ".join(_models(plan.matrix)),
+        "patches": "; ".join(patches) or ", ".join(subject.name for subject in plan.subjects),
+        "categories": ", ".join(plan.corpora),
+        "detectors": "; ".join(judges) or NONE,
+        "images per rate": str(protocol.n),
+        "denoising steps": str(protocol.steps),
+        "guidance scale": ", ".join(guidance) or str(protocol.guidance_scale or "what is usual for the model"),
+        "scheduler": ", ".join(dict.fromkeys(row.scheduler for row in rows)) or "the model's",
+        "seed": str(protocol.seed),
+        "dtype": plan.matrix.dtype or "float32",
+    }
+
+
+def _opened(bench: Bench, tasks: Sequence[Task]) -> Iterator[tuple[Task, PatchArtifact | None]]:
+    """Tasks with their patches, each opened once while tasks in a row share it; its images are then forgotten."""
+    last: tuple[object, PatchArtifact | None] = (None, None)
+    for task in tasks:
+        key = (task.subject.name, task.subject.files[task.cell.category])
+        if key != last[0]:
+            if last[1]:
+                bench.forget(last[1])
+            last = (key, _patch(bench, task.subject, task.cell.category))
+        yield task, last[1]
+
+
+def _patch(bench: Bench, subject: Subject, category: str) -> PatchArtifact | None:
+    path = subject.files[category]
+    if path is None:
+        return None
+    patch = PatchArtifact.open(path)
+    if subject.absolute is None:
+        return patch
+    return absolute(patch, denoiser(load_pipeline(subject.absolute)), denoiser(bench.pipe))
+
+
+def _open(spec: str, corpora: Sequence[Corpus], device: str) -> Detector:
+    """The detector for the corpora, which must have labels for it, and for those neighbours that have some."""
+    parsed = parse_detector(spec)
+    categories = {corpus.name: corpus.category for corpus in corpora}
+    others = {other.name: other.category for corpus in corpora for other in corpus.neighbours}
+    labelled = {name: category for name, category in others.items() if category.labels.get(parsed.name)}
+    return open_detector(parsed, list({**labelled, **categories}.values()), device)
+
+
+def _labels(corpus: Corpus, detector: Detector) -> Sequence[str]:
+    return corpus.category.labels.get(detector.name, ())
+
+
+def _models(matrix: Matrix) -> list[str]:
+    return [*matrix.models, *matrix.transfer]
+
+
+def _said(cell: Cell) -> str:
+    patch = "no patch" if cell.patch == NONE else cell.patch
+    return f"{cell.model}, {patch}, {cell.category}, {'pictures' if cell.detector == NONE else cell.detector}"

@@ -1,0 +1,106 @@
+"""Soft prompts that are trained against a patch while it learns: a player that any objective can have.
+
+Free adversarial training (Shafahi et al. 2019, arXiv 1904.12843): in the backward pass that trains the patch, each soft
+prompt in use takes a step up the loss, so an adversary costs no pass of its own.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from safepatch.errors import ConfigError
+from safepatch.objectives.base import Player
+
+SPREAD = 0.1  # of fresh soft prompts around the padding they start from
+
+
+@dataclass(frozen=True)
+class AdversaryConfig:
+    """How strong the adversary is.
+
+    Attributes:
+        count: soft prompts; 0 trains without.
+        tokens: text states of each.
+        rate: how far each of their values moves per step.
+        life: steps after which one starts anew, as an attack of that many steps does.
+        share: of the unsafe prompts, that carry one.
+    """
+
+    count: int = 0
+    tokens: int = 4
+    rate: float = 0.05
+    life: int = 100
+    share: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Refuse what has no meaning."""
+        if self.count < 0 or min(self.tokens, self.life) < 1 or not 0 <= self.share <= 1:
+            raise ConfigError("adversary.count must be >= 0, tokens and life at least 1, and share within [0, 1]")
+
+
+class SoftPrompts(nn.Module):
+    """Soft prompts near the end of a prompt's padding, all at different ages.
+
+    Args:
+        config: how many, and how long they live.
+        start: the padding's text state, (width,).
+    """
+
+    start: Tensor
+    age: Tensor
+
+    def __init__(self, config: AdversaryConfig, start: Tensor) -> None:
+        super().__init__()
+        self.config = config
+        self.register_buffer("start", start.detach().float().cpu().clone())
+        self.register_buffer("age", torch.arange(config.count) * config.life // config.count)
+        self.states = nn.Parameter(self._fresh(torch.Generator().manual_seed(0)))
+
+    def appended(self, states: Tensor, generator: torch.Generator) -> Tensor:
+        """`states` (B, T, width) with a soft prompt behind a share of the rows, and more padding behind the others."""
+        self._restart(generator)
+        rows = len(states)
+        pick = torch.randint(len(self.states), (rows,), generator=generator).to(states.device)
+        attacked = (torch.rand(rows, generator=generator) < self.config.share).to(states.device)[:, None, None]
+        soft = torch.where(attacked, self.states[pick].to(states.dtype), padding(states, self.config.tokens))
+        return torch.cat((states, soft), dim=1)
+
+    @torch.no_grad()
+    def _restart(self, generator: torch.Generator) -> None:
+        """Soft prompts that have lived long enough start anew."""
+        old = self.age >= self.config.life
+        self.states.copy_(torch.where(old[:, None, None], self._fresh(generator).to(self.states), self.states))
+        self.age.copy_(torch.where(old, torch.zeros_like(self.age), self.age))
+
+    def _fresh(self, generator: torch.Generator) -> Tensor:
+        shape = (self.config.count, self.config.tokens, len(self.start))
+        return self.start.cpu() + SPREAD * torch.randn(shape, generator=generator)
+
+
+class SignAscent(torch.optim.Optimizer):
+    """A step of fixed length up the loss for each value that has a gradient (Goodfellow et al. 2015, eq. 1)."""
+
+    def __init__(self, prompts: SoftPrompts) -> None:
+        super().__init__([prompts.states], {"lr": prompts.config.rate})
+        self._prompts = prompts
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Move, and count a step of life for those in use."""
+        for group in self.param_groups:
+            for states in (p for p in group["params"] if p.grad is not None):
+                states.add_(states.grad.sign(), alpha=group["lr"])
+                self._prompts.age += states.grad.flatten(1).any(1)
+
+
+def adversary(config: AdversaryConfig, states: Tensor) -> Player:
+    """The player whose soft prompts start from the end of prompts' padding, the last of `states` (1, T, width)."""
+    prompts = SoftPrompts(config, states[0, -1])
+    return Player("adversary", prompts, SignAscent(prompts), rides=True)
+
+
+def padding(states: Tensor, tokens: int) -> Tensor:
+    """The end of the padding, the last of `states` (B, T, width), `tokens` more times."""
+    return states[:, -1:].expand(-1, tokens, -1)

@@ -1,0 +1,82 @@
+"""What an objective is: it owns its data, its players and its losses; the training loop knows no more of it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from safepatch.data.bank import DataConfig
+from safepatch.diffusion import UNetHost
+
+Losses = dict[str, Tensor]
+
+
+@dataclass
+class Player:
+    """A module that learns, and how.
+
+    Attributes:
+        name: of its losses in logs, and of its state in checkpoints; the patch's is `patch`.
+        module: what learns.
+        optimizer: of its parameters.
+        every: it moves at every so many-th step.
+        rides: it has no loss of its own, but learns from the gradients that the patch's leaves behind.
+    """
+
+    name: str
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    every: int = 1
+    rides: bool = False
+
+
+class Rows(Protocol):
+    """Training data: whatever it holds, (step, size, seed) stands for one batch of it."""
+
+    def batch(self, step: int, size: int, seed: int) -> Any:
+        """The batch, with a method `to(device)`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One batch to learn from.
+
+    Attributes:
+        host: the frozen model.
+        patch: what learns, perhaps wrapped by a distributed trainer.
+        instruction: text states of the safety instruction, (1, tokens, width).
+        batch: of the objective's own rows.
+        generator: CPU generator that everything random is drawn from.
+        others: the other players' modules, by name.
+    """
+
+    host: UNetHost
+    patch: nn.Module
+    instruction: Tensor
+    batch: Any
+    generator: torch.Generator
+    others: Mapping[str, nn.Module] = field(default_factory=dict)
+
+
+class Objective(Protocol):
+    """What a patch is trained for; a typed configuration of this kind is one line of `OBJECTIVES`."""
+
+    @property
+    def name(self) -> str:
+        """Its key in `OBJECTIVES`."""
+        ...
+
+    def prepare(self, host: UNetHost, corpus: Any, data: DataConfig) -> Rows:
+        """Everything that is learned from, made once; of a `Corpus`, or of several where the objective is for more."""
+        ...
+
+    def players(self, patch: Player, rows: Any) -> list[Player]:
+        """Who learns: the patch first, then whoever plays with it or against it."""
+        ...
+
+    def loss(self, player: Player, turn: Turn) -> Losses:
+        """The total `loss` of a player, and its parts, scalars."""
+        ...

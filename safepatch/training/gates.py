@@ -1,0 +1,262 @@
+"""Fit the gate of a trained patch: which rows is it for, told from the prompt and from what the host makes of it.
+
+The host is frozen, so what the gate reads is computed once; fitting it then takes seconds. A gate that reads text alone
+needs no pictures, so it sees thousands of captions: of the user's words, of what must stay, and of a shipped vocabulary
+of common things, so that it has met more English than the category's own. The threshold is set on examples of another
+seed, so that no harmless one of them opens the gate at any step.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from random import Random
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from safepatch.artifact.patch_artifact import PatchArtifact
+from safepatch.artifact.patch_artifact import cast as converted
+from safepatch.data.bank import DataConfig, PairBank, Retained, Texts, build_bank, build_retained
+from safepatch.data.corpus import Corpus, common_words
+from safepatch.diffusion import Components, UNetHost, batched, moved
+from safepatch.errors import ConfigError
+from safepatch.patch import Features
+from safepatch.patch.files import from_artifact, to_artifact
+from safepatch.patch.gate import TextGate
+from safepatch.patch.host import answered
+from safepatch.progress import bar
+
+ROWS, CAPTIONS = 3072, 12_288  # to learn from: of a gate that reads features, and of one that reads text alone
+BYTES = 1 << 30  # that what a gate learns from may take: of larger models it sees fewer rows
+STEPS, BATCH = 600, 128
+VALIDATION_PAIRS, UNSEEN = 120, 4000  # pairs, and captions, of which those that were learned from are left out
+VALIDATION_STEPS = (0.999, 0.799, 0.549, 0.299, 0.049)  # shares of the schedule
+VALIDATION_SEED = 7919  # is added to the seed, far from what anybody chooses for another run
+FEW = 20  # unseen unsafe captions; with fewer, those that were learned from set the threshold
+# Where the threshold is put on the way from the most suspicious harmless logit to the median of the unsafe ones: the
+# worst of thousands of captions needs less of a margin than the worst of a hundred pictures.
+MARGIN, TEXT_MARGIN = 0.25, 0.1
+
+
+class Rows(NamedTuple):
+    """What a gate reads, N rows.
+
+    Attributes:
+        mid: what the host's mid block makes of them, (N, C, h, w), float16; None of a gate that reads text alone.
+        timesteps: (N,).
+        texts, numbers: what the host reads of each prompt.
+        wanted: whether each is one the patch is for, (N,) float.
+    """
+
+    mid: Tensor | None
+    timesteps: Tensor
+    texts: Texts
+    numbers: Tensor
+    wanted: Tensor
+
+    def logits(self, gate: TextGate, index: Tensor) -> Tensor:
+        """What the gate makes of some of the rows, (B,)."""
+        mid = None if self.mid is None else self.mid[index].float()
+        return gate(mid, self.timesteps[index], self.texts[self.numbers[index]].states.float())[:, 0]
+
+
+def fit_gate(gate: TextGate, host: UNetHost, corpus: Corpus, data: DataConfig, bank: PairBank | None = None) -> dict:
+    """Train `gate` in place and return its record: threshold on the probability, and its ROC on unseen examples.
+
+    Args:
+        gate: of one group.
+        host: the frozen model.
+        corpus: of the category the patch is for.
+        data: how pictures are drawn; its seed is that of everything random, validation has another.
+        bank: the pairs that the patch was trained on, if they are at hand.
+    """
+    generator, device = torch.Generator().manual_seed(data.seed), gate.bias.device
+    gate.cpu()  # as small as it is
+    if gate.reads_features:
+        bank = bank or build_bank(host, corpus, data, retain=False)
+        kept = bank.retained or build_retained(host, corpus, min(data.pairs, 384), data)
+        _train(gate, _training_rows(host, corpus, bank, kept, data), generator)
+        unseen = replace(data, pairs=VALIDATION_PAIRS, seed=data.seed + VALIDATION_SEED)
+        validation = build_bank(host, corpus, unseen, safe_share=0)
+        kept = cast(Retained, validation.retained)
+        scores = [_scores(gate, _rows_at(host, validation, kept, share, unseen)) for share in VALIDATION_STEPS]
+        record = _record(scores, MARGIN)
+    else:
+        unsafe, harmless = captions(corpus, _affordable(CAPTIONS, host.encode([""]).states), data.seed)
+        _train(gate, _text_rows(host, unsafe, harmless, data), generator)
+        unseen = _unseen(corpus, unsafe, harmless, data.seed + VALIDATION_SEED)
+        record = _record([_scores(gate, _text_rows(host, *unseen, data))], TEXT_MARGIN)
+    gate.to(device)
+    return record
+
+
+def captions(corpus: Corpus, n: int, seed: int) -> tuple[list[str], list[str]]:
+    """About `n` captions: a quarter for the category; their safe twins, what must stay, and common things."""
+    part = max(1, n // 4)
+    pairs, kept = corpus.pairs(part, seed), corpus.retain(part, seed)
+    unsafe = [pair.unsafe.text for pair in pairs]
+    twins = [] if corpus.rewrite.by == "guided" else [pair.safe.text for pair in pairs]
+    common, rng = common_words(), Random(f"common {seed}")
+    things = rng.sample(range(len(common.benign)), len(common.benign))
+    shown = [common.harmless(common.benign, things[i % len(things)], rng, i % 2 == 1).text for i in range(part)]
+    known = set(unsafe)
+    return unsafe, [text for text in (*twins, *(prompt.text for prompt in kept), *shown) if text not in known]
+
+
+def _unseen(corpus: Corpus, unsafe: Sequence[str], harmless: Sequence[str], seed: int) -> tuple[list[str], list[str]]:
+    """Captions of another seed that were not learned from; of few prompts, those that were."""
+    learned, fresh = {*unsafe, *harmless}, captions(corpus, UNSEEN, seed)
+    new = [[text for text in some if text not in learned] for some in fresh]
+    return (new[0] if len(new[0]) >= FEW else fresh[0]), (new[1] if len(new[1]) >= FEW else fresh[1])
+
+
+def _record(scores: Sequence[tuple[Tensor, Tensor]], margin: float) -> dict[str, Any]:
+    """Threshold and ROC from the logits of unsafe and of harmless rows, at one or more steps."""
+    unsafe, harmless = torch.stack([s[0] for s in scores]), torch.stack([s[1] for s in scores])
+    worst = harmless.amax(0)  # of each harmless example: one step that opens the gate is enough to change the image
+    threshold = worst.max() + margin * (unsafe.median() - worst.max()).clamp(min=0)
+    roc = [
+        [round(float(t.sigmoid()), 6), round(float((worst >= t).float().mean()), 4), _share(unsafe, t)]
+        for t in torch.quantile(torch.cat((unsafe.flatten(), worst)), torch.linspace(0, 1, 21))
+    ]
+    return {
+        "threshold": float(threshold.sigmoid()),
+        "harmless_scenes_opened": round(float((worst >= threshold).float().mean()), 4),
+        "unsafe_steps_opened": _share(unsafe, threshold),
+        "roc": roc,  # threshold, share of harmless examples opened at some step, share of unsafe steps opened
+    }
+
+
+def add_gate(
+    artifact: PatchArtifact, pipe: Any, corpus: Corpus, width: int = 32, data: DataConfig | None = None
+) -> PatchArtifact:
+    """The same patch with a gate fitted on `pipe`, the model it was trained on; an older gate is replaced.
+
+    Args:
+        artifact: a patch for one category, of any kind.
+        pipe: its base model's pipeline.
+        corpus: of its category.
+        width: channels of the gate.
+        data: how pictures are drawn for it, by default as for training; of one that reads text alone, the seed counts.
+
+    Raises:
+        ConfigError: for a merged patch, another category's corpus or a width below 1.
+        BaseMismatch: when the patch is for another architecture.
+    """
+    if artifact.info.is_bundle or len(artifact.info.categories) != 1:
+        raise ConfigError(f"'{artifact.info.title}' is for several categories; fit a gate to each patch, then merge")
+    if artifact.info.categories != (corpus.name,):
+        raise ConfigError(f"this patch is for {artifact.info.categories[0]}, the words are for {corpus.name}")
+    data = data or DataConfig()
+    host = UNetHost(Components.of(pipe), data.size)
+    patch = from_artifact(artifact, host.unet)
+    patch.add_gate(host.unet, width)
+    gates = {corpus.name: fit_gate(cast(TextGate, patch.gate), host, corpus, data)}
+    made = to_artifact(patch, host.unet, artifact.info.instructions)
+    info = replace(artifact.info, config={**artifact.info.config, "layout": patch.layout, "gate": gates})
+    names = [name for name in made.tensors if name.startswith(f"{patch.kind}.gate.")]
+    gate = {name: converted(name, made.tensors[name], artifact.dtype) for name in names}
+    return PatchArtifact({**artifact.tensors, **gate}, info)
+
+
+def without_gate(artifact: PatchArtifact) -> PatchArtifact:
+    """The same patch without its gate, if it has one: it acts on every row, and can be merged by cat.
+
+    Raises:
+        ConfigError: for a merged patch, whose recipe tells of its sources' gates.
+    """
+    if artifact.info.recipe:
+        raise ConfigError(f"'{artifact.info.title}' is merged; take the gates off its sources and merge again")
+    kept = {name: t for name, t in artifact.tensors.items() if not name.startswith(f"{artifact.info.kind}.gate.")}
+    config = {key: value for key, value in artifact.info.config.items() if key not in ("gate", "layout")}
+    layout = {key: value for key, value in artifact.info.config.get("layout", {}).items() if key != "gate"}
+    return PatchArtifact(kept, replace(artifact.info, config={**config, **({"layout": layout} if layout else {})}))
+
+
+def _share(scores: Tensor, threshold: Tensor) -> float:
+    return round(float((scores >= threshold).float().mean()), 4)
+
+
+def _affordable(rows: int, one: Tensor) -> int:
+    """How many of `rows` fit into `BYTES`, each as large as `one`."""
+    return max(64, min(rows, BYTES // (one.numel() * one.element_size())))
+
+
+def _train(gate: TextGate, rows: Rows, generator: torch.Generator) -> None:
+    gate.train().requires_grad_(True)
+    optimizer = torch.optim.AdamW(gate.parameters(), lr=2e-3, weight_decay=1e-2)
+    for _ in bar(range(STEPS), desc="fitting the gate", leave=False):
+        pick = torch.randint(len(rows.wanted), (BATCH,), generator=generator)
+        loss = binary_cross_entropy_with_logits(rows.logits(gate, pick), rows.wanted[pick])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    gate.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def _scores(gate: TextGate, rows: Rows) -> tuple[Tensor, Tensor]:
+    """Logits of the unsafe and of the harmless rows."""
+    parts = batched(len(rows.wanted), BATCH)
+    logits = torch.cat([rows.logits(gate, torch.arange(part.start, part.stop)) for part in parts])
+    return logits[rows.wanted == 1], logits[rows.wanted == 0]
+
+
+def _text_rows(host: UNetHost, unsafe: Sequence[str], harmless: Sequence[str], data: DataConfig) -> Rows:
+    """Captions, as a gate that reads text alone sees them."""
+    texts = [*unsafe, *harmless]
+    kept = Texts(host, texts, data)
+    wanted = (torch.arange(len(texts)) < len(unsafe)).float()
+    return Rows(None, torch.zeros(len(texts)), kept, kept.numbers(texts), wanted)
+
+
+def _training_rows(host: UNetHost, corpus: Corpus, bank: PairBank, kept: Retained, data: DataConfig) -> Rows:
+    """Unsafe prompts on unsafe or already corrected pictures, safe twins on safe ones, and what is preserved."""
+    generator = torch.Generator().manual_seed(data.seed)
+    channels, height, width = _mid_shape(host)
+    part = _affordable(ROWS, torch.empty(channels, height, width, dtype=torch.float16)) // 3
+    pairs, others = (torch.randint(len(some), (part,), generator=generator) for some in (bank, kept))
+    latents = [bank.latents[pairs], kept.latents[others]]
+    texts = [*bank.texts.of(bank.unsafe[pairs]), *kept.texts.of(kept.numbers[others])]
+    safe = bank.is_safe.nonzero()[:, 0]
+    if len(safe) and corpus.rewrite.by != "guided":  # else the twin has no words of its own
+        twins = safe[torch.randint(len(safe), (part,), generator=generator)]
+        latents.append(bank.latents[twins])
+        texts += bank.texts.of(bank.safe[twins])
+    timesteps = torch.randint(0, host.steps, (len(texts),), generator=generator)
+    wanted = (torch.arange(len(texts)) < part).float()
+    return _feature_rows(host, torch.cat(latents), timesteps, texts, wanted, data)
+
+
+def _rows_at(host: UNetHost, bank: PairBank, kept: Retained, share: float, data: DataConfig) -> Rows:
+    """All unsafe and all preserved rows at one share of the schedule."""
+    texts = [*bank.texts.of(bank.unsafe), *kept.texts.of(kept.numbers)]
+    latents = torch.cat([some.latents[torch.arange(len(some))] for some in (bank, kept)])
+    timesteps = torch.full((len(texts),), int(share * host.steps))
+    return _feature_rows(host, latents, timesteps, texts, (torch.arange(len(texts)) < len(bank)).float(), data)
+
+
+@torch.no_grad()
+def _feature_rows(
+    host: UNetHost, latents: Tensor, timesteps: Tensor, texts: Sequence[str], wanted: Tensor, data: DataConfig
+) -> Rows:
+    """What the host's mid block makes of noised latents, under each prompt."""
+    generator = torch.Generator().manual_seed(data.seed + int(timesteps[0]))
+    kept = Texts(host, texts, data)
+    numbers, mids = kept.numbers(texts), list[Tensor]()
+    with answered(host.unet, lambda features: mids.append(cast(Features, features).mid.half().cpu())):
+        for part in bar([*batched(len(texts), data.batch_size)], desc="reading features", leave=False):
+            rows = slice(part.start, part.stop)
+            clean, times = moved(latents[rows], host.device), moved(timesteps[rows], host.device)
+            noise = moved(torch.randn(clean.shape, generator=generator), host.device)
+            host.predict(host.add_noise(clean, noise, times), times, kept[numbers[rows]].to(host.device))
+    return Rows(torch.cat(mids), timesteps, kept, numbers, wanted)
+
+
+def _mid_shape(host: UNetHost) -> tuple[int, int, int]:
+    """Of the mid block's output for one row."""
+    _, height, width = host.latent_shape
+    widths = host.unet.config.block_out_channels
+    shrink = 2 ** (len(widths) - 1)
+    return (widths[-1], height // shrink, width // shrink)

@@ -1,0 +1,234 @@
+"""What a training run will take, told before anything is computed: memory of the device, disk, and calls of the host."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from safepatch.data.bank import DataConfig
+from safepatch.diffusion import family
+from safepatch.errors import lookup
+from safepatch.patch import PATCH_KINDS, Patch
+from safepatch.training.config import TrainConfig
+from safepatch.training.estimate import drawing_bytes, meta_host, pooled_width, step_bytes
+
+GIB = 2**30
+TOKENS = 77  # of a prompt
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+STATES = {"adamw": 8, "adamw8bit": 2}  # bytes of an optimizer's state per weight
+TRANSIENT = {"adamw": 4, "adamw8bit": 0}  # and of what its step makes meanwhile
+# Parameters of the text encoders and the autoencoder, which are on the device while latents are drawn.
+SURROUNDINGS = {"sd1": 207e6, "sd2": 424e6, "sdxl": 902e6, "sdxl-refiner": 778e6, "tiny-sd": 1e6}
+PIXELS = {"tiny-sd": 4}  # per latent; 8 in every other family
+FRAGMENTS, CONTEXT = 1.05, 0.6 * GIB  # what a GPU needs beyond what is allocated: a share, and CUDA's own
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run's needs depend on.
+
+    Attributes:
+        kind, sees, layout: of the patch.
+        batch_size: pairs per step.
+        preserves: whether as many rows come with them that must stay as they are.
+        dtype: of the host.
+        mixed_precision: `no`, `bf16` or `fp16`.
+        gradient_checkpointing: whether activations are recomputed.
+        gradient_accumulation: batches per step.
+        optimizer: `adamw` or `adamw8bit`.
+        steps: optimizer steps.
+        data: what is drawn, and how.
+        guided: whether it is drawn under classifier-free guidance, by two calls a step.
+    """
+
+    kind: str
+    sees: str = "instruction+prompt"
+    layout: Mapping[str, Any] = field(default_factory=dict)
+    batch_size: int = 4
+    preserves: bool = True
+    dtype: torch.dtype = torch.float32
+    mixed_precision: str = "no"
+    gradient_checkpointing: bool = False
+    gradient_accumulation: int = 1
+    optimizer: str = "adamw"
+    steps: int = 1200
+    data: DataConfig = field(default_factory=DataConfig)
+    guided: bool = True
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> "Plan":
+        """That of a run's configuration."""
+        training, patch = config.training, config.patch
+        names = ("batch_size", "mixed_precision", "gradient_checkpointing", "gradient_accumulation", "optimizer")
+        dtype = getattr(torch, config.model.dtype) if config.model.dtype else DTYPES[training.mixed_precision]
+        return cls(
+            patch.kind,
+            patch.sees,
+            patch.layout,
+            preserves=getattr(config.objective, "preservation", 0) > 0,
+            dtype=dtype,
+            steps=training.steps,
+            data=config.data,
+            guided=config.data.guidance is None or config.data.guidance > 1,
+            **{name: getattr(training, name) for name in names},
+        )
+
+    @property
+    def rows(self) -> int:
+        """That a step's batch has."""
+        return self.batch_size * (2 if self.preserves else 1)
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """What products are computed in, if not in their operands' own precision."""
+        return None if self.mixed_precision == "no" else DTYPES[self.mixed_precision]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a run will take; sizes in bytes.
+
+    Attributes:
+        plan: of the run.
+        weights: of the frozen host.
+        patch: of the patch, float32.
+        optimizer: its state.
+        activations_per_row: what each row of a batch adds at the worst moment of a step.
+        fixed: what else there is at that moment, whatever the batch: gradients, weights in another precision.
+        drawing: most that is allocated at once while latents are drawn.
+        peak: most that is allocated at once in the whole run.
+        disk: of latents and text states.
+        drawing_calls: rows that the host computes to draw the latents.
+        training_calls: the same for training: teacher, patched host, its backward pass, and what is recomputed.
+    """
+
+    plan: Plan
+    weights: int
+    patch: int
+    optimizer: int
+    activations_per_row: int
+    fixed: int
+    drawing: int
+    peak: int
+    disk: int
+    drawing_calls: int
+    training_calls: int
+
+    @property
+    def needed(self) -> int:
+        """What the device must have: what is allocated, what lies between, and what CUDA takes for itself."""
+        return int(self.peak * FRAGMENTS + CONTEXT)
+
+    def lines(self, calls_per_second: float | None = None) -> list[str]:
+        """For people; seconds only where it is known how many rows the host computes in one."""
+        plan, took = self.plan, ""
+        if calls_per_second:
+            took = f", {_duration((self.drawing_calls + self.training_calls) / calls_per_second)}"
+        return [
+            f"memory: {_gib(self.needed)} of the device: host {_gib(self.weights)}, patch {_gib(self.patch)} and its "
+            f"average, optimizer {_gib(self.optimizer)}, {plan.rows} rows of {_gib(self.activations_per_row)}, the "
+            f"rest {_gib(self.fixed)}; while drawing {_gib(self.drawing)}",
+            f"disk: {_gib(self.disk)} in {plan.data.folder}",
+            f"calls of the host, in rows: {self.drawing_calls:,} to draw latents, {self.training_calls:,} to train{took}",
+        ]
+
+    def warning(self, total: int) -> str | None:
+        """One line that says what to change, where a device with `total` bytes is too small; else None."""
+        if self.needed <= total:
+            return None
+        return f"this run needs about {_gib(self.needed)}, the device has {_gib(total)}: {self._remedy(total)}"
+
+    def _remedy(self, total: int) -> str:
+        plan, room = self.plan, (total - CONTEXT) / FRAGMENTS
+        if self.drawing > room and self.drawing == self.peak:
+            return f"draw fewer pictures at once, data.batch_size={max(1, plan.data.batch_size // 2)}"
+        beside = self.peak - plan.rows * self.activations_per_row
+        fitting = int((room - beside) // self.activations_per_row) * plan.batch_size // plan.rows
+        ways = {
+            "training.mixed_precision=bf16": plan.mixed_precision == "no",
+            "training.gradient_checkpointing=true": not plan.gradient_checkpointing,
+            f"training.batch_size={fitting}": 1 <= fitting < plan.batch_size,
+            "training.optimizer=adamw8bit": plan.optimizer == "adamw" and self.optimizer > GIB,
+            "patch.kind=lite": plan.kind == "control",
+        }
+        named = [way for way, helps in ways.items() if helps]
+        return f"try {', '.join(named)}" if named else "use a smaller data.size, or a larger device"
+
+
+def predict(config: Mapping[str, Any], plan: Plan) -> Prediction:
+    """What a run takes with a UNet of this configuration; no weight is read, and seconds are enough.
+
+    Args:
+        config: the UNet's, as `unet_config` gives it.
+        plan: of the run.
+    """
+    name = family(config)
+    edge = plan.data.size // PIXELS.get(name, 8) if plan.data.size else config["sample_size"] or 64
+    host = meta_host(config, edge, plan.dtype)
+    patch = _meta_patch(host.unet, plan)
+    if plan.gradient_checkpointing:
+        host.save_memory(lambda: patch.recomputing(host.unet))
+    one, two = (step_bytes(host, patch, rows, TOKENS, plan.autocast).peak for rows in (1, 2))
+    weights, own = _bytes(host.unet.parameters()), _bytes(patch.parameters())
+    count, row, pieces = own // 4, two - one, plan.gradient_accumulation
+    state = count * STATES[plan.optimizer]
+    fixed = max(0, one - row) + (own if pieces > 1 else 0)
+    learning = max(fixed + plan.rows * row, own + count * TRANSIENT[plan.optimizer])
+    drawn = plan.data.batch_size * (2 if plan.guided else 1)
+    beside = int(SURROUNDINGS.get(name, 0)) * plan.dtype.itemsize
+    drawing = weights + beside + drawn * drawing_bytes(host, 1, TOKENS)
+    passes = 4 if plan.gradient_checkpointing else 3
+    pictures = plan.data.pairs * (2 if plan.preserves else 1)
+    return Prediction(
+        plan,
+        weights,
+        own,
+        state,
+        row,
+        fixed,
+        drawing,
+        max(drawing, weights + 2 * own + state + learning),
+        _disk(config, edge, plan),
+        pictures * plan.data.steps * (2 if plan.guided else 1),
+        plan.steps * pieces * plan.rows * passes,
+    )
+
+
+def predict_run(config: TrainConfig, unet: Mapping[str, Any]) -> Prediction:
+    """`predict` for a run's configuration and the UNet's."""
+    return predict(unet, Plan.of(config))
+
+
+def device_bytes() -> int | None:
+    """Memory of the GPU that would be used; None without one."""
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+
+
+def _meta_patch(unet: Any, plan: Plan) -> Patch:
+    kind = lookup(PATCH_KINDS, plan.kind, what="patch kind")
+    patch = kind.from_unet(unet, plan.sees, empty=True, **plan.layout).to("meta").train()
+    patch.gradient_checkpointing = plan.gradient_checkpointing
+    return patch
+
+
+def _disk(config: Mapping[str, Any], edge: int, plan: Plan) -> int:
+    """Latents in float32; text states of prompts that are all different, in the host's precision."""
+    pairs, kept = plan.data.pairs, plan.data.pairs if plan.preserves else 1
+    latents = (pairs + kept) * config.get("out_channels", 4) * edge * edge * 4
+    text = TOKENS * config["cross_attention_dim"] + pooled_width(config)
+    return latents + (2 * pairs + kept) * text * plan.dtype.itemsize
+
+
+def _bytes(tensors: Any) -> int:
+    held: list[Tensor] = list(tensors)
+    return sum(tensor.nbytes for tensor in held)
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f} GiB" if size < 10 * GIB else f"{size / GIB:.1f} GiB"
+
+
+def _duration(seconds: float) -> str:
+    return f"about {seconds / 60:.0f} minutes" if seconds >= 120 else f"about {seconds:.0f} seconds"

@@ -1,0 +1,68 @@
+"""Small random weights of the detectors that bring none: seconds to build, milliseconds to run."""
+
+from pathlib import Path
+
+import torch
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from torch import Tensor, nn
+from transformers import CLIPConfig, CLIPModel
+
+from safepatch.detectors.clip import clip_pixels
+from safepatch.tiny.text import new_tokenizer
+
+SIZE = 32
+NARROW = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def new_pictures(n: int, height: int = 64, width: int = 64, seed: int = 0) -> Tensor:
+    """`n` different pictures in [0, 1], (n, 3, height, width): blocks of random colors with some noise."""
+    generator = torch.Generator().manual_seed(seed)
+    blocks = nn.functional.interpolate(torch.rand(n, 3, 3, 3, generator=generator), (height, width))
+    return (blocks + 0.1 * torch.randn(n, 3, height, width, generator=generator)).clamp(0, 1)
+
+
+def save_clip(folder: Path, vocabulary: int = 0) -> Path:
+    """A `CLIPModel` and its tokenizer in `folder`; the model knows as many tokens as that, or `vocabulary`."""
+    tokenizer = new_tokenizer()
+    shuffled(CLIPModel(_config(vocabulary or len(tokenizer)))).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def save_safety_checker(folder: Path) -> Path:
+    """A checker in `folder` whose thresholds lie among the cosines of `new_pictures`, so that verdicts differ."""
+    new_safety_checker().save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+def new_safety_checker() -> StableDiffusionSafetyChecker:
+    checker = shuffled(StableDiffusionSafetyChecker(_config(100))).eval()
+    pixels = clip_pixels(new_pictures(64), SIZE)
+    for name, quantile in (("concept_embeds", 0.96), ("special_care_embeds", 0.8)):
+        getattr(checker, f"{name}_weights").copy_(cosines(checker, pixels, name).quantile(quantile, dim=0))
+    return checker
+
+
+@torch.no_grad()
+def cosines(checker: StableDiffusionSafetyChecker, pixels: Tensor, name: str) -> Tensor:
+    """Of pictures, (B, 3, SIZE, SIZE), with the checker's embeddings called `name`, (B, embeddings)."""
+    embeds = checker.visual_projection(checker.vision_model(pixels).pooler_output)
+    return nn.functional.normalize(embeds) @ nn.functional.normalize(getattr(checker, name)).T
+
+
+@torch.no_grad()
+def shuffled(module: nn.Module) -> nn.Module:
+    """The module with the same random weights each time, wider than usual: else all pictures look the same to it."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in module.named_parameters():
+        if parameter.ndim > 1 or name.endswith("class_embedding"):
+            parameter.copy_(0.25 * torch.randn(parameter.shape, generator=generator))
+    return module
+
+
+def _config(vocabulary: int) -> CLIPConfig:
+    ends = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}  # as `new_tokenizer` has them
+    text = {"vocab_size": vocabulary, "max_position_embeddings": 24, "projection_dim": 16, **ends, **NARROW}
+    vision = {"image_size": SIZE, "patch_size": 8, "projection_dim": 16, **NARROW}
+    return CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)

@@ -1,0 +1,274 @@
+"""Detectors one by one: what their numbers mean, where their weights come from, and what is said when they are not."""
+
+import hashlib
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import CLIPModel, CLIPTokenizer
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from safepatch.detectors import DETECTORS, DetectorSpec, misfit, open_detector, parse_detector
+from safepatch.detectors.clip import NEUTRAL, clip_pixels
+from safepatch.detectors.embedded import embedded_detector
+from safepatch.detectors.safety_checker import from_margins, margins
+from safepatch.detectors.weights import find_weights
+from safepatch.errors import ConfigError, ModelNotFound, UnknownName, UnsupportedModel
+from safepatch.taxonomy import Category
+from tests.small_detectors import SIZE, cosines, new_pictures, new_safety_checker, save_clip, save_safety_checker
+
+TEXTS = ("a photo of a knife", "a spoon")
+WEAPONS = Category("weapons", "", "", {"clip": TEXTS, "safety-checker": ("nsfw",), "embedded": ("knife",)})
+
+
+def opened(name: str, source: Path | str | None = None, *categories: Category):
+    return open_detector(DetectorSpec(name, source=source and str(source)), categories or [WEAPONS])
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory) -> Path:
+    return save_clip(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture(scope="module")
+def checker(tmp_path_factory) -> Path:
+    return save_safety_checker(tmp_path_factory.mktemp("checker"))
+
+
+# --- names ---
+
+
+@pytest.mark.parametrize(
+    ("text", "spec"),
+    [
+        ("clip", DetectorSpec("clip")),
+        ("clip:0.7", DetectorSpec("clip", 0.7)),
+        ("clip@./my:clip", DetectorSpec("clip", source="./my:clip")),
+        ("safety-checker:.25@some/one", DetectorSpec("safety-checker", 0.25, "some/one")),
+    ],
+)
+def test_a_name_says_which_detector_threshold_and_weights(text, spec):
+    assert parse_detector(text) == spec
+    assert parse_detector(str(spec)) == spec
+
+
+@pytest.mark.parametrize("text", ["clip:0", "clip:1", "clip:-1", "clip:2", "clip:nan", "clip:half", "clip:", "clip@"])
+def test_half_a_name_is_one_line(text):
+    with pytest.raises(ConfigError) as caught:
+        parse_detector(text)
+    assert text in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_name_gets_the_nearest():
+    with pytest.raises(UnknownName, match=r"no detector 'safety_checker'; did you mean 'safety-checker'\?"):
+        parse_detector("safety_checker:0.5")
+
+
+def test_the_threshold_that_was_asked_for_is_the_detectors(checker):
+    assert open_detector(parse_detector(f"safety-checker:0.75@{checker}"), [WEAPONS]).threshold == 0.75
+    assert opened("safety-checker", checker).threshold == 0.5
+
+
+# --- whose pictures ---
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_a_detector_fits_the_pictures_it_was_made_for_and_no_others(name):
+    fits = {pictures: misfit(name, pictures) is None for pictures in ("embedded", "photographic")}
+    assert fits == {"embedded": name == "embedded", "photographic": name != "embedded"}
+
+
+def test_a_misfit_says_that_it_certifies_nothing():
+    assert misfit("embedded", "photographic") == (
+        "detector 'embedded' was made for the embedded models' emoji, not for photographs and art: "
+        "its rates here certify nothing"
+    )
+
+
+# --- embedded ---
+
+
+def test_the_embedded_detector_is_what_it_was_and_takes_no_weights():
+    pictures = new_pictures(3)
+    assert torch.equal(opened("embedded")(pictures), embedded_detector()(pictures))
+    with pytest.raises(ConfigError, match="has its own weights"):
+        opened("embedded", "folder")
+
+
+# --- safety checker ---
+
+
+def verdicts(checker: StableDiffusionSafetyChecker, pixels: Tensor) -> list[bool]:
+    """diffusers' own, which blacken the pictures they are given."""
+    return [bool(verdict) for verdict in checker(clip_input=pixels, images=torch.zeros(len(pixels), 1))[1]]
+
+
+def test_half_is_where_the_checkers_own_verdict_turns(checker):
+    pictures = new_pictures(400, seed=1)
+    own = StableDiffusionSafetyChecker.from_pretrained(checker)
+    expected = verdicts(own, clip_pixels(pictures, SIZE))
+    assert 20 < sum(expected) < 380  # control: it says both
+    assert [bool(found) for found in opened("safety-checker", checker).find(pictures)] == expected
+
+
+def test_special_care_lowers_the_thresholds_as_diffusers_does():
+    checker, pixels = new_safety_checker(), clip_pixels(new_pictures(400, seed=1), SIZE)
+    careful = from_margins(margins(checker, pixels)) >= 0.5
+    assert careful.tolist() == verdicts(checker, pixels)
+    checker.special_care_embeds_weights.fill_(2)  # no cosine reaches it
+    careless = from_margins(margins(checker, pixels)) >= 0.5
+    assert careless.tolist() == verdicts(checker, pixels)
+    assert (careful & ~careless).any()  # control: care decides about some
+    assert not (careless & ~careful).any()
+
+
+@pytest.mark.parametrize(("above", "care"), [(0.0002, False), (0.0008, True)])
+def test_special_care_too_begins_where_rounding_to_three_digits_says(above, care):
+    checker, pixels = new_safety_checker(), clip_pixels(new_pictures(1, seed=1), SIZE)
+    for name, margin in (("special_care_embeds", above), ("concept_embeds", -0.005)):
+        getattr(checker, f"{name}_weights").copy_(cosines(checker, pixels, name)[0] - margin)
+    assert verdicts(checker, pixels) == [care]
+    assert (from_margins(margins(checker, pixels)) >= 0.5).tolist() == [care]
+
+
+def test_the_probability_turns_exactly_where_rounding_to_three_digits_does():
+    near = 0.0005 + torch.linspace(-2e-6, 2e-6, 4001)
+    edges = torch.tensor([-1.0, -0.02, 0.0, 0.0004, 0.0006, 0.02, 1.0])
+    for values in (near, edges):
+        expected = [round(value, 3) > 0 for value in values.numpy()]
+        assert (from_margins(values) >= 0.5).tolist() == expected
+        assert any(expected)
+        assert not all(expected)
+    assert (from_margins(edges).diff() > 0).all()  # the more, the likelier
+
+
+def test_a_pipelines_folder_is_searched_for_its_checker(checker, tmp_path):
+    shutil.copytree(checker, tmp_path / "safety_checker")
+    pictures = new_pictures(3)
+    assert torch.equal(opened("safety-checker", tmp_path)(pictures), opened("safety-checker", checker)(pictures))
+
+
+def test_weights_named_as_older_transformers_named_them_are_read(checker, tmp_path):
+    folder = shutil.copytree(checker, tmp_path / "old")
+    tensors = load_file(folder / "model.safetensors")
+    old = {name.replace("vision_model.", "vision_model.vision_model.", 1): t for name, t in tensors.items()}
+    assert old.keys() != tensors.keys()
+    save_file(old, folder / "model.safetensors", metadata={"format": "pt"})
+    pictures = new_pictures(3)
+    assert torch.equal(opened("safety-checker", folder)(pictures), opened("safety-checker", checker)(pictures))
+
+
+# --- CLIP ---
+
+
+def test_a_text_is_weighed_against_the_neutral_ones_by_clips_own_logits(clip):
+    model, tokenizer, pictures = CLIPModel.from_pretrained(clip), CLIPTokenizer.from_pretrained(clip), new_pictures(4)
+    answers = opened("clip", clip)(pictures)
+    for column, text in enumerate(TEXTS):
+        inputs = tokenizer([text, *NEUTRAL], padding=True, return_tensors="pt")
+        with torch.no_grad():
+            logits = model(pixel_values=clip_pixels(pictures, SIZE), **inputs).logits_per_image
+        torch.testing.assert_close(answers[:, column], logits.softmax(1)[:, 0], rtol=0, atol=1e-5)
+
+
+def test_a_text_means_the_same_beside_other_categories(clip):
+    other = Category("other", "", "", {"clip": ("a glass of beer", TEXTS[0])})
+    both, alone = opened("clip", clip, other, WEAPONS), opened("clip", clip)
+    assert both.labels == ("a glass of beer", *TEXTS)
+    columns = [both.labels.index(text) for text in TEXTS]
+    torch.testing.assert_close(both(new_pictures(3))[:, columns], alone(new_pictures(3)), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("texts", "said"),
+    [
+        ((), "gives no labels for detector 'clip'"),
+        (("A photo of food",), "'A photo of food' is one of the harmless texts"),
+        (("a knife " * 30,), "has more than 24 tokens"),
+    ],
+)
+def test_texts_that_clip_cannot_use_are_one_line(clip, texts, said):
+    with pytest.raises(ConfigError, match=said):
+        opened("clip", clip, replace(WEAPONS, labels={"clip": texts}))
+    with pytest.raises(ConfigError, match="no category gives any"):
+        open_detector(DetectorSpec("clip", source=str(clip)), [])
+
+
+# --- preprocessing ---
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (96, 64), (50, 77), (20, 16)])
+def test_pictures_are_prepared_as_transformers_prepares_them(height, width):
+    """Its own path rounds to 8 bits, and cuts off what overshoots black or white, after either direction."""
+    pictures = (51 + new_pictures(2, height, width) * 153).round() / 255
+    files = [Image.fromarray((p.permute(1, 2, 0) * 255).round().byte().numpy()) for p in pictures]
+    processor = CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE})
+    theirs, ours = processor(files, return_tensors="pt").pixel_values, clip_pixels(pictures, SIZE)
+    assert ours.shape == theirs.shape
+    level = 1 / 255 / 0.26
+    assert (ours - theirs).abs().max() < 2.5 * level
+    assert (ours - theirs).abs().mean() < level / 2
+    assert (ours.flip(-1) - theirs).abs().mean() > 10 * level  # control
+
+
+# --- weights ---
+
+
+def test_the_hash_is_the_files(checker):
+    expected = hashlib.sha256((checker / "model.safetensors").read_bytes()).hexdigest()
+    detector = opened("safety-checker", checker)
+    assert detector.sha256 == expected
+    assert detector.version == str(checker)
+
+
+def test_the_hub_cache_is_asked_before_the_network(checker, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--some--one"
+    shutil.copytree(checker, repository / "snapshots" / ("c0ffee" * 7)[:40])
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(("c0ffee" * 7)[:40])
+    weights = find_weights("some/one", "safety-checker")
+    assert weights.version == "some/one (c0ffeec0ffee)"
+    assert weights.sha256 == find_weights(checker, "safety-checker").sha256
+
+
+@pytest.mark.parametrize("name", ["clip", "safety-checker"])
+@pytest.mark.parametrize("source", [None, "./nowhere", "no-one/nothing", "no@where"])
+def test_weights_that_are_nowhere_are_one_line_that_says_how_to_give_them(name, source, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ModelNotFound, match=f"{name}@FOLDER") as caught:
+        opened(name, source)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_without_weights_or_tokenizer_is_one_line(clip, tmp_path):
+    with pytest.raises(ModelNotFound, match=r"needs config.json and model.safetensors"):
+        opened("clip", tmp_path)
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(clip / name, tmp_path)
+    with pytest.raises(ModelNotFound, match="holds no CLIP tokenizer") as caught:
+        opened("clip", tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_of_another_model_is_refused(clip, tmp_path):
+    folder = save_clip(shutil.copytree(clip, tmp_path / "wider"), vocabulary=100)
+    with pytest.raises(UnsupportedModel, match="its CLIP knows 100"):
+        opened("clip", folder)
+
+
+def test_weights_of_another_model_are_refused_instead_of_filled_in_at_random(clip, tmp_path):
+    with pytest.raises(UnsupportedModel, match="is no StableDiffusionSafetyChecker: it lacks"):
+        opened("safety-checker", clip)
+    folder = shutil.copytree(clip, tmp_path / "cut")
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:1000])
+    with pytest.raises(UnsupportedModel, match="cannot be read as CLIPModel") as caught:
+        opened("clip", folder)
+    assert "\n" not in str(caught.value)
