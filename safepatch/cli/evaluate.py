@@ -1,11 +1,13 @@
 """Verbs that measure: evaluate, the demo."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from safepatch.cli import app
+from safepatch.cli.options import AllowPickle, Tokenizer, opened
 from safepatch.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -29,12 +31,15 @@ def evaluate(
     ] = None,
     device: Annotated[str | None, typer.Option("--device", help="Where to draw: cpu, cuda, cuda:1, mps.")] = None,
     dtype: Annotated[str | None, typer.Option("--dtype", help="Of the model: float32, float16, bfloat16.")] = None,
+    tokenizer: Tokenizer = None,
+    allow_pickle: AllowPickle = False,
     n: Annotated[int | None, typer.Option("-n", "--n", help="Images per rate; 200.")] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Denoising steps; 20.")] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder of rows and report; runs/evaluate.")] = None,
 ) -> None:
     """Measure what patches stop and what they cost; what is finished is not measured again. Writes an HTML report."""
     given = {"device": device, "dtype": dtype, "protocol.n": n, "protocol.steps": steps, "out": out}
+    given |= {"tokenizer": tokenizer, "allow_pickle": allow_pickle or None}
     overrides = [f"{name}={value}" for name, value in given.items() if value is not None]
     path = Path(words[0]) if words and "=" not in words[0] else None
     overrides = [*(words or [])[path is not None :], *overrides]
@@ -79,18 +84,40 @@ def measure(matrix: "Matrix") -> None:
     from safepatch.reporting.html import build_report
     from safepatch.reporting.tables import summary
 
-    for notice in matrix.notices():
-        typer.echo(notice)
-    rows = run_matrix(matrix, heal=_heal, tell=typer.echo)
+    rows = run_matrix(matrix, heal=_healer(matrix.device, matrix.dtype), tell=typer.echo)
+    typer.echo("\n".join(matrix.notices()))
     if rows:
         typer.echo(summary(rows))
     typer.echo(f"report: {build_report(Path(matrix.out))}")
 
 
-def _heal(model: str, recipe: Any, path: Path) -> None:
-    import safepatch
+def measure_merge(
+    sources: Sequence[str | Path],
+    merged: Path,
+    model: str,
+    categories: Sequence[str] | None,
+    n: int,
+    device: str = "cpu",
+    dtype: str | None = None,
+) -> None:
+    """Measure a merge beside its sources, each category's own alone; the folder is called after the merged file."""
+    from safepatch.evaluation.bench import Protocol
+    from safepatch.evaluation.matrix import Matrix, PatchEntry
 
-    safepatch.heal(safepatch.load_pipeline(model), recipe, path)
+    patches = [PatchEntry("single", paths=[str(source) for source in sources]), PatchEntry("merged", path=str(merged))]
+    out, named = str(merged.with_suffix(".evaluation")), list(categories or [])
+    measure(Matrix([model], [], patches, named, protocol=Protocol(n=n), device=device, dtype=dtype, out=out))
+
+
+def _healer(device: str, dtype: str | None) -> Any:
+    """What makes a matrix's healed merges."""
+
+    def run(model: str, recipe: Any, path: Path) -> None:
+        from safepatch.training.healing import heal
+
+        heal(opened(model, device, dtype), recipe, path)
+
+    return run
 
 
 @app.command()

@@ -1,13 +1,16 @@
 """Verbs that learn: write a category file, train a patch, fit a gate."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from safepatch.cli import app
 from safepatch.cli.options import AllowPickle, Category, Device, Dtype, Model, PatchFile, Tokenizer, opened
 from safepatch.errors import SafepatchError
+
+if TYPE_CHECKING:
+    from safepatch.training.config import TrainConfig
 
 
 @app.command()
@@ -42,11 +45,27 @@ def train(
         typer.echo(note)
     if dry_run:
         typer.echo(to_yaml(resolved), nl=False)
+    for line in _foreseen(resolved, always=dry_run):
+        typer.echo(line)
+    if dry_run:
         return
     from safepatch.training.trainer import train as run
 
     path = run(resolved.load_model(), resolved, corpus)
     typer.echo(f"patch: {path} ({path.stat().st_size / 1e6:.1f} MB)")
+
+
+def _foreseen(config: "TrainConfig", always: bool) -> list[str]:
+    """What a run will take, if that is asked for, and a warning where the GPU is too small for it."""
+    from safepatch.models.load import unet_config
+    from safepatch.training.memory import device_bytes, predict_run
+
+    total = device_bytes()
+    if not always and total is None:
+        return []
+    foreseen = predict_run(config, unet_config(config.model.named, config.model.allow_pickle))
+    warning = None if total is None else foreseen.warning(total)
+    return [*(foreseen.lines() if always else ()), *([f"warning: {warning}"] if warning else ())]
 
 
 @app.command()

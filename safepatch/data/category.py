@@ -135,6 +135,8 @@ def category_path(name: str | Path) -> Path:
         ConfigError: when there is none; with the nearest shipped name.
     """
     path = Path(name)
+    if not str(name):
+        raise ConfigError("no category; name a shipped one or a category file: category=./mine.yaml")
     if path.suffix in SUFFIXES:
         if not path.is_file():
             raise ConfigError(f"no category file {path}; check the path, or write one with `safepatch new NAME`")

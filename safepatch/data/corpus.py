@@ -68,7 +68,9 @@ class Corpus:
         self._heldout = tuple(map(_prompt, heldout))
         if not self._pairs and not self.words.concepts:
             raise ConfigError(f"the corpus of '{category.name}' has no words; give pairs, or words with concepts")
-        _refuse_overlap(self._pairs, self._heldout, category.name)
+        known = ((i, pair.unsafe.text) for i, pair in enumerate(self._pairs, start=1))
+        unseen = ((i, prompt.text) for i, prompt in enumerate(self._heldout, start=1))
+        _refuse_overlap(known, unseen, category.name)
 
     @classmethod
     def open(cls, name: str | Path) -> "Corpus":
@@ -100,10 +102,8 @@ class Corpus:
         """
         rng = Random(f"pairs {self.name} {seed}")
         files = _cycled(self._pairs, n, rng)
-        return [
-            files[i] if self._pairs and (i % 2 or not self.words.concepts) else self._caption(i, rng, companions)
-            for i in range(n)
-        ]
+        turns = [_turn(i, bool(self.words.concepts), bool(self._pairs)) for i in range(n)]
+        return [files[i] if is_file else self._caption(i, rng, companions) for i, is_file in turns]
 
     def retain(self, n: int, seed: int) -> list[Prompt]:
         """`n` prompts that must stay as they are, mixed by `RETAIN_SHARES`; the empty prompt is among them."""
@@ -155,14 +155,15 @@ class Corpus:
             sets["other"] = lambda rng: rng.choice(neighbours)._plain(rng)
         return sets
 
-    def _plain(self, rng: Random, i: int | None = None, companion: bool | None = None, heldout: bool = False) -> Prompt:
-        """An unsafe prompt in wording that training knows, or in held-out wording."""
+    def _plain(self, rng: Random, i: int | None = None, heldout: bool = False) -> Prompt:
+        """An unsafe prompt in wording that training knows, or in held-out wording; any, or the i-th."""
         known = self._heldout if heldout else tuple(pair.unsafe for pair in self._pairs)
-        i = rng.randrange(1 << 20) if i is None else i
-        if known and (i % 2 or not self.words.concepts):
-            return known[(i // 2 if self.words.concepts else i) % len(known)]
-        paired = rng.random() < 0.5 if companion is None else companion
-        return self.words.unsafe(i, rng, paired and self.words.has_companions, heldout)[0]
+        has_words = self.words.has_heldout if heldout else bool(self.words.concepts)
+        place, is_file = _turn(rng.randrange(1 << 20) if i is None else i, has_words, bool(known))
+        if is_file:
+            return known[place % len(known)]
+        paired = rng.random() < 0.5 if i is None else (place // len(self.words.concepts)) % 2 == 1
+        return self.words.unsafe(place, rng, paired and self.words.has_companions, heldout)[0]
 
 
 @cache
@@ -178,14 +179,12 @@ def image_seed(seed: int, i: int) -> int:
 
 def _unsafe(corpus: Corpus, n: int, seed: int, heldout: bool = False) -> list[Prompt]:
     """Each concept equally often, in every other round beside something harmless."""
-    rng, concepts = Random(f"unsafe {corpus.name} {seed} {heldout}"), max(1, len(corpus.words.concepts))
-    return [corpus._plain(rng, i, (i // concepts) % 2 == 1, heldout) for i in range(n)]
+    rng = Random(f"unsafe {corpus.name} {seed} {heldout}")
+    return [corpus._plain(rng, i, heldout) for i in range(n)]
 
 
 def _heldout_prompts(corpus: Corpus, n: int, seed: int) -> list[Prompt]:
-    words = corpus.words
-    has_words = words.concepts and (words.heldout_templates or any(concept.heldout for concept in words.concepts))
-    return _unsafe(corpus, n, seed, heldout=True) if corpus._heldout or has_words else []
+    return _unsafe(corpus, n, seed, heldout=True) if corpus._heldout or corpus.words.has_heldout else []
 
 
 def _with_companion(corpus: Corpus, n: int, seed: int) -> list[Prompt]:
@@ -227,7 +226,7 @@ EVALUATIONS: dict[str, Callable[[Corpus, int, int], list[Prompt]]] = {
 def _opened(file: CategoryFile, folder: Path, neighbours: Sequence[Corpus] = ()) -> Corpus:
     """The corpus of what a category file in `folder` says."""
     words, notes = _words(file, folder)
-    rewrite, pairs = file.rewrite, []
+    rewrite, pairs, read = file.rewrite, [], None
     if file.pairs:
         read = read_prompts(find_file(file.pairs, folder), safe=rewrite.column)
         rewrite = _settled(rewrite, file, read)
@@ -238,6 +237,9 @@ def _opened(file: CategoryFile, folder: Path, neighbours: Sequence[Corpus] = ())
     retain = [read_prompts(find_file(name, folder)) for name in file.retain]
     heldout = [read_prompts(find_file(file.heldout, folder))] if file.heldout else []
     notes += [each.described() for each in (*retain, *heldout)]
+    if read and heldout:
+        known, unseen = ([(line.number, line.text) for line in some.lines] for some in (read, heldout[0]))
+        _refuse_overlap(known, unseen, file.name)
     kept, unseen = ([_of_line(line) for each in some for line in each.lines] for some in (retain, heldout))
     return Corpus(file.category, pairs, kept, unseen, words, rewrite, neighbours, notes)
 
@@ -265,6 +267,12 @@ def _words(file: CategoryFile, folder: Path) -> tuple[Words, list[str]]:
 
 def _settled(rewrite: Rewrite, file: CategoryFile, read: PromptFile | None) -> Rewrite:
     """The rewrite with its `by`, which follows from what the file gives where it is left out."""
+    if rewrite.by == "column" and read is None:
+        raise ConfigError(f"category '{file.name}': rewrite.by is column, but there is no file of pairs; give 'pairs'")
+    if rewrite.by == "replace" and (bare := [concept.name for concept in file.concepts if not concept.replacement]):
+        raise ConfigError(
+            f"category '{file.name}': rewrite.by is replace, but '{bare[0]}' has no replacement; give one"
+        )
     if rewrite.by is not None:
         return rewrite
     if read is not None and "safe" in read.took:
@@ -316,6 +324,11 @@ def _twin(given: Prompt | str) -> Prompt:
     return EMPTY if given == "" else _prompt(given)
 
 
+def _turn(i: int, has_words: bool, has_file: bool) -> tuple[int, bool]:
+    """The number of the i-th prompt among its own kind, and whether it is the file's: where both are, in turn."""
+    return (i // 2, bool(i % 2)) if has_words and has_file else (i, has_file)
+
+
 def _cycled(items: Sequence, n: int, rng: Random) -> list:
     """`n` of `items` in random order, each as often as any other."""
     made: list = []
@@ -324,13 +337,14 @@ def _cycled(items: Sequence, n: int, rng: Random) -> list:
     return made[:n]
 
 
-def _refuse_overlap(pairs: Sequence[Pair], heldout: Sequence[Prompt], name: str) -> None:
-    known = {_plain_text(pair.unsafe.text): i for i, pair in enumerate(pairs, start=1)}
-    for row, prompt in enumerate(heldout, start=1):
-        if _plain_text(prompt.text) in known:
+def _refuse_overlap(pairs: Iterable[tuple[int, str]], heldout: Iterable[tuple[int, str]], name: str) -> None:
+    """Raise `PromptError` if a held-out text is among the pairs; both come with their rows."""
+    known = {_plain_text(text): row for row, text in pairs}
+    for row, text in heldout:
+        if _plain_text(text) in known:
             raise PromptError(
-                f"category '{name}': held-out prompt {row} is row {known[_plain_text(prompt.text)]} of the pairs too "
-                f"('{prompt.text[:60]}'); take it out of one file"
+                f"category '{name}': held-out prompt {row} is row {known[_plain_text(text)]} of the pairs too "
+                f"('{text[:60]}'); take it out of one file"
             )
 
 

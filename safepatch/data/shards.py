@@ -87,7 +87,8 @@ class Shards:
                 raise SafepatchError(
                     f"{self.folder} holds rows of another model or other prompts; delete it or set another data.cache="
                 )
-            record.write_text(text)
+            if not record.is_file():
+                _replaced(record, lambda partial: partial.write_text(text))
         except OSError as error:
             raise _unwritable(self.folder, error) from error
 
@@ -95,12 +96,10 @@ class Shards:
         return self.folder / f"{i:05d}.safetensors"
 
     def _write(self, i: int, tensors: Mapping[str, Tensor]) -> None:
-        partial = self._file(i).with_suffix(f".{os.getpid()}.partial")
+        kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         try:
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial)
-            partial.replace(self._file(i))
+            _replaced(self._file(i), lambda partial: save_file(kept, partial))
         except (OSError, SafetensorError) as error:
-            partial.unlink(missing_ok=True)
             raise _unwritable(self.folder, error) from error
 
     def _read(self, i: int) -> dict[str, Tensor]:
@@ -110,6 +109,16 @@ class Shards:
             raise SafepatchError(
                 f"{self._file(i)} is damaged ({error}); delete it, the next run makes it again"
             ) from error
+
+
+def _replaced(path: Path, write: Callable[[Path], object]) -> None:
+    """Have `write` write another file and give it this name, so that nobody ever reads half of it."""
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    try:
+        write(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _unwritable(folder: Path, error: Exception) -> SafepatchError:

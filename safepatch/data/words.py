@@ -52,7 +52,7 @@ class Words:
         """The i-th prompt for a concept, each equally often, and the text of its twin ('' without a replacement)."""
         concept = self.concepts[i % len(self.concepts)]
         names = concept.heldout if heldout and concept.heldout else concept.known_names
-        beside = self._companion(concept, rng) if companion else None
+        beside = self._companion(concept, rng) if companion and self._for_two(heldout) else None
         template = self._template(rng, beside is not None, heldout)
         first, state = rng.choice(names), rng.getstate()
         text = self._filled(template, first, beside, rng)
@@ -74,6 +74,11 @@ class Words:
     def has_companions(self) -> bool:
         """Whether prompts can show something harmless beside a concept."""
         return bool(self.companions and self._for_two(False))
+
+    @property
+    def has_heldout(self) -> bool:
+        """Whether there are concepts, and wording of them that only evaluation uses."""
+        return bool(self.concepts and (self.heldout_templates or any(concept.heldout for concept in self.concepts)))
 
     def _companion(self, concept: Concept, rng: Random) -> Phrases | None:
         others = [thing for thing in self.companions if concept.replacement not in thing]
@@ -116,21 +121,30 @@ def noun(phrase: str) -> str:
 def replaced(text: str, concepts: Sequence[Concept]) -> str:
     """`text` with every name of the concepts, as a whole word and with its article, as its replacement.
 
-    Longer names first, so that `a kitchen knife` does not become `a kitchen spoon`.
+    Longer names first, so that `a kitchen knife` does not become `a kitchen spoon`; in one go, so that no replacement
+    is replaced.
     """
-    names = {noun(name): concept.replacement for concept in concepts for name in _all_names(concept)}
-    for name in sorted(names, key=len, reverse=True):
-        pattern = re.compile(rf"\b(?P<article>(?:an?|the)\s+)?{re.escape(name)}(?P<many>s)?\b", re.IGNORECASE)
-        text = pattern.sub(lambda found, to=names[name]: _as_before(found, to), text)
-    return text
+    names = {noun(name).casefold(): concept.replacement for concept in concepts for name in _all_names(concept)}
+    if not names:
+        return text
+    any_of = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
+    pattern = re.compile(rf"\b(?P<article>(?:an?|the)\s+)?(?P<name>{any_of})(?P<many>s)?\b", re.IGNORECASE)
+    return pattern.sub(lambda found: _as_before(found, names[found["name"].casefold()]), text)
 
 
 def _as_before(found: re.Match, replacement: str) -> str:
-    """The replacement with an article where the text had one: its own, or `the`."""
-    article, bare = found["article"], noun(replacement)
-    if not article:
-        return f"{bare}s" if found["many"] and not bare.endswith("s") else bare
-    return f"{article}{bare}" if article.strip().lower() == "the" else replacement
+    """The replacement with an article where the text had one, its own or `the`, and in the plural where it was."""
+    article = found["article"] or ""
+    if article and article.strip().lower() != "the":
+        return replacement
+    bare = noun(replacement)
+    return f"{article}{_plural(bare) if found['many'] else bare}"
+
+
+def _plural(word: str) -> str:
+    if word.endswith(("ss", "x", "ch", "sh")):
+        return f"{word}es"
+    return word if word.endswith("s") else f"{word}s"
 
 
 def _all_names(concept: Concept) -> tuple[str, ...]:

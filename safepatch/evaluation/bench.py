@@ -12,13 +12,13 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.data.prompts import Prompt
 from safepatch.detectors.base import Detector
 from safepatch.diffusion import denoiser, generate, quiet, usual_guidance
 from safepatch.errors import ConfigError
+from safepatch.progress import bar
 from safepatch.runtime.apply import apply
 
 _HASHES: "WeakKeyDictionary[PatchArtifact, str]" = WeakKeyDictionary()  # hashing a large patch takes a second
@@ -75,10 +75,13 @@ class Bench:
         missing = [chunk for chunk in dict.fromkeys(chunks) if (chunk, hash) not in self._images]
         if missing:
             quiet(self.pipe)
-            with self._patched(patch), tqdm(total=sum(map(len, missing)), desc=label, unit="image", leave=False) as bar:
+            with (
+                self._patched(patch),
+                bar(total=sum(map(len, missing)), desc=label, unit="image", leave=False) as shown,
+            ):
                 for chunk in missing:
                     self._images[chunk, hash] = self._draw(chunk)
-                    bar.update(len(chunk))
+                    shown.update(len(chunk))
         return torch.cat([self._images[chunk, hash] for chunk in chunks])
 
     def guidance_scale(self, prompt: Prompt | None = None) -> float:

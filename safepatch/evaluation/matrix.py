@@ -15,12 +15,11 @@ from safepatch.errors import ConfigError, lookup
 from safepatch.evaluation.bench import Protocol
 from safepatch.evaluation.suite import MEASURES
 from safepatch.merging import MergeRecipe
-from safepatch.models.load import MODELS
+from safepatch.models.load import MODELS, ModelConfig, dtype_of
 from safepatch.results import NONE, TOY
 from safepatch.shipped import shipped_patches
 
 EMBEDDED = "embedded"  # the detector of the embedded models
-DTYPES = ("float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -93,6 +92,7 @@ class Matrix:
         protocol: how images are made.
         pictures: how many of each prompt set are kept for the report.
         device, dtype: where models run, and in what.
+        tokenizer, prediction_type, allow_pickle: of models that are single files, as in `load_pipeline`.
         out: folder of rows, pictures, merges and the report.
     """
 
@@ -106,6 +106,9 @@ class Matrix:
     pictures: int = 4
     device: str = "cpu"
     dtype: str | None = None
+    tokenizer: str | None = None
+    prediction_type: str | None = None
+    allow_pickle: bool = False
     out: str = "runs/evaluate"
 
     def __post_init__(self) -> None:
@@ -114,8 +117,7 @@ class Matrix:
             lookup(MEASURES, metric, what="metric")
         for detector in self.detectors:
             parse_detector(detector)
-        if self.dtype not in (None, *DTYPES):
-            raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, not '{self.dtype}'")
+        dtype_of(self.dtype)
         for name, values in (("model", [*self.models, *self.transfer]), ("patch", [p.name for p in self.patches])):
             if twice := next((value for value in values if values.count(value) > 1), None):
                 raise ConfigError(f"{name} '{twice}' is in the matrix twice; leave one out")
@@ -128,6 +130,10 @@ class Matrix:
     def detectors_on(self, model: str) -> tuple[str, ...]:
         """The detectors that judge a model's pictures; one that was not made for them only if it was named."""
         return tuple(self.detectors) or ((EMBEDDED,) if model in MODELS else ())
+
+    def model(self, name: str) -> ModelConfig:
+        """How to open a model."""
+        return ModelConfig(name, self.tokenizer, self.dtype, self.prediction_type, self.allow_pickle)
 
     def corpora(self) -> dict[str, Corpus]:
         """The categories' words, by name.

@@ -3,10 +3,9 @@
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
-
-import torch
 
 from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.data.corpus import Corpus
@@ -22,6 +21,7 @@ from safepatch.evaluation.suite import MEASURES, evaluate
 from safepatch.models.load import load_pipeline
 from safepatch.patch.files import absolute
 from safepatch.results import NONE, Row, write_rows
+from safepatch.runtime.check import require_fit
 
 Tell = Callable[[str], object]
 
@@ -57,24 +57,26 @@ class Plan:
         """The plan of a matrix; makes its merges.
 
         Raises:
-            SafepatchError: for a category, patch or detector that cannot be opened.
+            SafepatchError: for what cannot be opened, and for a patch that does not fit a model.
         """
         corpora = matrix.corpora()
+        every = subjects(matrix, list(corpora), heal)
+        for model, path in product(_models(matrix), {path for each in every for path in each.files.values() if path}):
+            require_fit(model, path, matrix.allow_pickle)
         specs = dict.fromkeys(spec for model in _models(matrix) for spec in matrix.detectors_on(model))
         detectors = {spec: _open(spec, list(corpora.values()), matrix.device) for spec in specs}
         words = {name: words_of(corpus, matrix.protocol) for name, corpus in corpora.items()}
-        return cls(matrix, corpora, subjects(matrix, list(corpora), heal), detectors, words)
+        return cls(matrix, corpora, every, detectors, words)
 
     def tasks(self, model: str) -> Iterator[Task]:
         """The cells of a model, in the order they are measured."""
-        metrics, specs, seen = self.matrix.metrics_on(model), self.matrix.detectors_on(model), stamp(model)
+        matrix, specs, metrics = self.matrix, self.matrix.detectors_on(model), self.matrix.metrics_on(model)
         judged = tuple(name for name in metrics if MEASURES[name].judged)
         unjudged = tuple(name for name in metrics if not MEASURES[name].judged)
-        pictures = self.matrix.pictures if model not in self.matrix.transfer else 0
+        pictures, common = self.pictures_on(model), [asdict(matrix.protocol), asdict(matrix.model(model)), stamp(model)]
         for subject in self.subjects:
             for category in subject.files if subject.absolute != model else ():
-                corpus, about = self.corpora[category], [asdict(self.matrix.protocol), self.matrix.dtype, seen]
-                about += [self._words[category], subject.identity(category)]
+                corpus, about = self.corpora[category], [*common, self._words[category], subject.identity(category)]
                 for spec in specs if judged else ():
                     detector = self.detectors[spec]
                     how = digest(about, judged, detector.threshold, detector.version, detector.sha256)
@@ -83,10 +85,14 @@ class Plan:
                     how = digest(about, unjudged, pictures, specs)
                     yield Task(Cell(model, subject.name, category, NONE, how), subject, corpus, unjudged)
 
+    def pictures_on(self, model: str) -> int:
+        """How many pictures of each set are kept."""
+        return 0 if model in self.matrix.transfer else self.matrix.pictures
+
     def bench(self, model: str) -> Bench:
         """The model, ready to draw."""
-        dtype = getattr(torch, self.matrix.dtype) if self.matrix.dtype else None
-        return Bench(model, load_pipeline(model, dtype=dtype).to(self.matrix.device), None, self.matrix.protocol)
+        pipe = self.matrix.model(model).load().to(self.matrix.device)
+        return Bench(model, pipe, None, self.matrix.protocol)
 
     def judges(self, model: str) -> list[Detector]:
         """The model's detectors that were made for its pictures."""
@@ -111,10 +117,11 @@ def run_matrix(matrix: Matrix, heal: Healer | None = None, tell: Tell = print) -
     every = [task.cell for each in tasks.values() for task in each]
     for model, todo in tasks.items():
         missing = [task for task in todo if task.cell not in log]
-        bench = plan.bench(model) if missing else None
-        for task, patch in _opened(bench, missing) if bench else ():
-            tell(f"[{every.index(task.cell) + 1}/{len(every)}] {_said(task.cell)}")
-            log.add(task.cell, measure(plan, bench, task, patch))
+        if missing:
+            bench = plan.bench(model)
+            for task, patch in _opened(bench, missing):
+                tell(f"[{every.index(task.cell) + 1}/{len(every)}] {_said(task.cell)}")
+                log.add(task.cell, measure(plan, bench, task, patch))
         cells += [task.cell for task in todo]
         write_results(plan, [log[cell] for cell in cells])
     return [row for cell in cells for row in log[cell].rows]
@@ -122,17 +129,16 @@ def run_matrix(matrix: Matrix, heal: Healer | None = None, tell: Tell = print) -
 
 def measure(plan: Plan, bench: Bench, task: Task, patch: PatchArtifact | None) -> Finished:
     """One cell."""
-    cell, matrix = task.cell, plan.matrix
+    cell = task.cell
     if cell.detector != NONE:
         labels = [label for corpus in plan.corpora.values() for label in _labels(corpus, plan.detectors[cell.detector])]
         judged = replace(bench, detector=plan.detectors[cell.detector], unsafe_labels=frozenset(labels))
         rows = evaluate(judged, task.corpus, patch, cell.patch, task.metrics)
         return Finished([replace(row, detector=cell.detector) for row in rows])
     rows = evaluate(bench, task.corpus, patch, cell.patch, task.metrics)
-    of, count = gallery.Pictures(cell.model, cell.patch, cell.category), 0
-    if cell.model not in matrix.transfer:
-        count = matrix.pictures
-    kept = gallery.save_pictures(bench, task.corpus, patch, of, count, Path(matrix.out), plan.judges(cell.model))
+    of, out = gallery.Pictures(cell.model, cell.patch, cell.category), Path(plan.matrix.out)
+    count, judges = plan.pictures_on(cell.model), plan.judges(cell.model)
+    kept = gallery.save_pictures(bench, task.corpus, patch, of, count, out, judges)
     return Finished(rows, kept)
 
 
@@ -165,7 +171,7 @@ def protocol_of(plan: Plan, rows: Sequence[Row]) -> dict[str, str]:
         "guidance scale": ", ".join(guidance) or str(protocol.guidance_scale or "what is usual for the model"),
         "scheduler": ", ".join(dict.fromkeys(row.scheduler for row in rows)) or "the model's",
         "seed": str(protocol.seed),
-        "dtype": plan.matrix.dtype or "float32",
+        "device and dtype": f"{plan.matrix.device}, {plan.matrix.dtype or 'float32'}",
     }
 
 

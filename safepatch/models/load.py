@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import MISSING
 
 from safepatch.diffusion import (
     CLIP,
@@ -19,7 +18,7 @@ from safepatch.diffusion import (
     read_json,
     read_unet,
 )
-from safepatch.errors import ModelNotFound, UnsupportedModel, lookup, nearest
+from safepatch.errors import ConfigError, ModelNotFound, UnsupportedModel, lookup, nearest
 from safepatch.models.checkpoint import Checkpoint, open_checkpoint
 from safepatch.tiny.models import ASSETS, BASE, MODELS, load_tiny
 
@@ -42,7 +41,7 @@ class ModelConfig:
         allow_pickle: open a `.ckpt` too.
     """
 
-    path: str = MISSING
+    path: str = ""
     tokenizer: str | None = None
     dtype: str | None = None
     prediction_type: str | None = None
@@ -52,9 +51,16 @@ class ModelConfig:
         """Refuse a dtype that there is not."""
         dtype_of(self.dtype)
 
+    @property
+    def named(self) -> str:
+        """The path; raises `ConfigError` where none is given."""
+        if not self.path:
+            raise ConfigError("no model; name the one to train on: model=FOLDER, a .safetensors file, or a Hub id")
+        return self.path
+
     def load(self) -> Any:
         """The pipeline; see `load_pipeline`."""
-        return load_pipeline(self.path, self.tokenizer, self.allow_pickle, self.prediction_type, dtype_of(self.dtype))
+        return load_pipeline(self.named, self.tokenizer, self.allow_pickle, self.prediction_type, dtype_of(self.dtype))
 
 
 def dtype_of(name: str | None) -> torch.dtype | None:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import MISSING
 
 from safepatch.config import load_config
 from safepatch.data.bank import DataConfig
@@ -112,13 +111,14 @@ class TrainConfig:
     """One training run.
 
     Attributes:
-        category: what the patch is for: a shipped category's name, or a category file.
-        model: the base: `tiny-sd`, a diffusers folder, a checkpoint file or a Hub id.
+        category: what the patch is for: a shipped category's name, or a category file; not needed where a corpus is at
+            hand.
+        model: the base; not needed where a pipeline is at hand.
         output: folder for the patch, its log and its checkpoint; `runs/train/CATEGORY-KIND` if not given.
         patch, objective, data, training: the parts.
     """
 
-    category: str = MISSING
+    category: str = ""
     model: ModelConfig = field(default_factory=ModelConfig)
     output: str = ""
     patch: PatchConfig = field(default_factory=PatchConfig)
@@ -132,11 +132,13 @@ class TrainConfig:
         rates = {name: getattr(self.training, name) for name in ("learning_rate", "joint_rate")}
         rates = {name: getattr(kind, name) if rate is None else rate for name, rate in rates.items()}
         object.__setattr__(self, "training", replace(self.training, **rates))
-        if not self.output:
-            object.__setattr__(self, "output", f"runs/train/{Path(self.category).stem}-{self.patch.kind}")
 
     def load_model(self) -> Any:
-        """The base's pipeline, in the precision that it is trained in unless its own is given."""
+        """The base's pipeline, in the precision that it is trained in unless its own is given.
+
+        Raises:
+            ConfigError: when no model is named, and as `load_pipeline`.
+        """
         usual = {"no": None, "bf16": "bfloat16", "fp16": "float16"}[self.training.mixed_precision]
         return replace(self.model, dtype=self.model.dtype or usual).load()
 

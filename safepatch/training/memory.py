@@ -170,9 +170,10 @@ def predict(config: Mapping[str, Any], plan: Plan) -> Prediction:
     patch = _meta_patch(host.unet, plan)
     if plan.gradient_checkpointing:
         host.save_memory(lambda: patch.recomputing(host.unet))
-    one, two = (step_bytes(host, patch, rows, TOKENS, plan.autocast).peak for rows in (1, 2))
+    rows = max(2, plan.rows)
+    one, all_ = (step_bytes(host, patch, n, TOKENS, plan.autocast).peak for n in (1, rows))
     weights, own = _bytes(host.unet.parameters()), _bytes(patch.parameters())
-    count, row, pieces = own // 4, two - one, plan.gradient_accumulation
+    count, row, pieces = own // 4, (all_ - one) // (rows - 1), plan.gradient_accumulation
     state = count * STATES[plan.optimizer]
     fixed = max(0, one - row) + (own if pieces > 1 else 0)
     learning = max(fixed + plan.rows * row, own + count * TRANSIENT[plan.optimizer])

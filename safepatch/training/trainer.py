@@ -54,7 +54,8 @@ def train(pipe: Any, config: TrainConfig, corpus: Corpus | None = None) -> Path:
         SafepatchError: when the output folder or the cache cannot be written.
     """
     corpus = corpus or Corpus.open(config.category)
-    out = RunFolder.claim(Path(config.output), to_dict(config))
+    usual = f"runs/train/{corpus.name}-{config.patch.kind}"
+    out = RunFolder.claim(Path(config.output or usual), to_dict(config))
     accelerator = new_accelerator(config.training, out.path)
     host = UNetHost(Components.of(pipe).freeze().to(accelerator.device), config.data.size)
     rows = config.objective.prepare(host, corpus, config.data)

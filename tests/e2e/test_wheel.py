@@ -81,7 +81,6 @@ def test_it_inspects_and_draws_in_an_empty_folder(installed: Path, tmp_path: Pat
     assert base != patched
 
 
-@pytest.mark.skip(reason="until `safepatch demo` takes --n")
 def test_the_demo_runs_in_an_empty_folder(installed: Path, tmp_path: Path) -> None:
     run("-m", "safepatch", "demo", "--steps", 2, "--n", 2, "-o", "report", cwd=tmp_path, PYTHONPATH=installed)
     assert (tmp_path / "report/index.html").is_file()

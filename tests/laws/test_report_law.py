@@ -1,4 +1,4 @@
-"""Law 10: a report builds from `results.jsonl` alone, with no model importable; and what it must never show or load."""
+"""Law 10: a report builds from `rows.jsonl` alone, with no model importable; and what it must never show or load."""
 
 import json
 import re
@@ -75,7 +75,7 @@ def folder(tmp_path: Path) -> Path:
     section = {"title": "Weapons", "note": "seed 0", "unsafe": True, "columns": ["base", "patched"], "rows": [row]}
     (tmp_path / "images.json").write_text(json.dumps([section]))
     (tmp_path / "protocol.json").write_text(json.dumps({"sampler": "DDIM, <20> steps"}))
-    measure(tmp_path / "results.jsonl")
+    measure(tmp_path / "rows.jsonl")
     return tmp_path
 
 
@@ -88,7 +88,7 @@ def test_a_report_builds_with_no_model_importable(folder: Path) -> None:
 
 def test_a_report_builds_from_results_alone_and_says_what_its_figures_are(tmp_path: Path) -> None:
     """The caveat stands before the first figure."""
-    measure(tmp_path / "results.jsonl")
+    measure(tmp_path / "rows.jsonl")
     page = Page(build_report(tmp_path))
     assert CAVEAT in page.text
     assert page.text.index(CAVEAT) < page.text.index("Unsafe rate")
@@ -142,6 +142,34 @@ def test_equal_folders_give_equal_pages(folder: Path) -> None:
     assert build_report(folder).read_bytes() == build_report(folder).read_bytes()
 
 
+def test_what_a_run_says_first_stands_first_and_an_older_run_is_of_the_embedded_model(folder: Path) -> None:
+    """Control: without notices the caveat of the embedded model is there."""
+    old = Page(build_report(folder))
+    assert CAVEAT in old.text
+    (folder / "notices.json").write_text(json.dumps({"notices": ["No rate is given: <nobody> judged."]}))
+    page = Page(build_report(folder))
+    assert CAVEAT not in page.text
+    assert page.text.index("No rate is given: <nobody> judged.") < page.text.index("Unsafe rate")
+    (folder / "notices.json").write_text(json.dumps({"notices": []}))
+    assert not [each for each in Page(build_report(folder)).attributes("p") if each.get("class") == "caveat"]
+
+
+def test_pictures_alone_are_a_report_and_older_rows_are_read(folder: Path) -> None:
+    """Nothing was judged: the page has pictures and no measurements."""
+    (folder / "rows.jsonl").rename(folder / "results.jsonl")
+    assert "All measurements" in Page(build_report(folder)).text  # control
+    (folder / "results.jsonl").unlink()
+    (folder / "rows.jsonl").write_text("")
+    page = Page(build_report(folder))
+    assert "All measurements" not in page.text
+    assert len(page.attributes("img")) == 2
+
+
+def without_anything(folder: Path) -> None:
+    (folder / "rows.jsonl").write_text("\n")
+    (folder / "images.json").unlink()
+
+
 def edit(change: Callable[[dict], object]) -> Callable[[Path], object]:
     """A spoiler that changes the first section of images.json."""
 
@@ -156,8 +184,9 @@ def edit(change: Callable[[dict], object]) -> Callable[[Path], object]:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda folder: (folder / "results.jsonl").unlink(), "has no results.jsonl; run"),
-        (lambda folder: (folder / "results.jsonl").write_text("\n"), "holds no rows"),
+        (lambda folder: (folder / "rows.jsonl").unlink(), "has no rows.jsonl; run"),
+        (without_anything, "holds no rows"),
+        (lambda folder: (folder / "notices.json").write_text("[]"), "'notices', a list of texts"),
         (lambda folder: (folder / "images" / "b.png").unlink(), "no image 'b.png' in"),
         (lambda folder: (folder / "images" / "b.png").write_text("x"), "not a PNG"),
         (lambda folder: (folder / "index.html").mkdir(), "cannot write"),

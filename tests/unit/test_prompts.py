@@ -1,132 +1,17 @@
-"""Prompt sets: what they ask for, what they never contain, and the filter nobody can turn off."""
+"""A prompt as a value: what it never contains, wherever its text comes from, and the filter nobody can turn off."""
 
 import inspect
-import re
-from collections import Counter
 
 import pytest
 import torch
 
 from safepatch.data import prompts
-from safepatch.data.prompts import admit, benign_prompts, category, lookalike_prompts, mentions_minors, unsafe_prompts
+from safepatch.data.corpus import Corpus
+from safepatch.data.prompts import EMPTY, Prompt, admit, mentions_minors
+from safepatch.data.readers import read_prompts
 from safepatch.diffusion import generate
-from safepatch.errors import PromptError, UnknownName
-from safepatch.evaluation.suite import Protocol
-from safepatch.taxonomy import CATEGORIES
-from safepatch.tiny.world import BENIGN, CONCEPTS, HELDOUT, KNOWN
-from safepatch.training.config import TrainConfig, TrainingConfig
-
-every_category = pytest.mark.parametrize("name", sorted(CATEGORIES))
-HELDOUT_NAMES = {noun for concept in CONCEPTS.values() for noun in concept.heldout}
-# What only the held-out templates say.
-HELDOUT_WORDS = ("a drawing showing", "there is", "please draw", " scene with ", "i want to see", " beside ", " here")
-
-
-def uses_heldout_wording(text: str) -> bool:
-    """Whether a caption holds a noun or a phrase that patch training must never see."""
-    spelled = f" {text} "
-    nouns = any(re.search(rf"\b{re.escape(noun)}\b", text) for noun in HELDOUT_NAMES)
-    return nouns or any(words in spelled for words in HELDOUT_WORDS)
-
-
-# ---- what the sets ask for -------------------------------------------------------------------------------------
-
-
-@every_category
-@pytest.mark.parametrize("heldout", [False, True])
-def test_unsafe_prompts_ask_for_each_concept_equally_often(name, heldout):
-    concepts = {concept.name for concept in CATEGORIES[name].concepts}
-    made = unsafe_prompts(CATEGORIES[name], 20, seed=3, heldout=heldout)
-    asked = Counter(concept for prompt in made for concept in prompt.concepts if concept in concepts)
-    assert asked == dict.fromkeys(concepts, 4)
-    assert sum(len(prompt.concepts) == 2 for prompt in made) == 10  # half with a companion
-    benign = {concept.name for concept in BENIGN}
-    assert all(set(prompt.concepts) <= concepts | benign for prompt in made)
-
-
-@pytest.mark.parametrize(("companion", "length"), [(True, 2), (False, 1)])
-def test_a_companion_can_be_asked_for_or_left_out(companion, length):
-    made = unsafe_prompts(CATEGORIES["gore"], 10, seed=0, companion=companion)
-    assert {len(prompt.concepts) for prompt in made} == {length}
-
-
-def test_concepts_are_named_left_to_right():
-    for prompt in unsafe_prompts(CATEGORIES["weapons"], 40, seed=0, companion=True):
-        left, right = (
-            min(prompt.text.find(noun) for noun in CONCEPTS[name].known_names if noun in prompt.text)
-            for name in prompt.concepts
-        )
-        assert 0 <= left < right, prompt
-
-
-def test_benign_prompts_ask_for_nothing_unsafe():
-    unsafe = {concept.name for other in CATEGORIES.values() for concept in other.concepts}
-    made = benign_prompts(102, seed=0)
-    assert not [prompt for prompt in made if set(prompt.concepts) & unsafe]
-    assert {prompt.concepts[0] for prompt in made} | {prompt.concepts[-1] for prompt in made} == {
-        concept.name for concept in BENIGN
-    }
-    assert set(unsafe_prompts(CATEGORIES["gore"], 5, seed=0)[0].concepts) & unsafe  # control
-
-
-@every_category
-def test_lookalike_prompts_ask_for_the_categorys_lookalikes(name):
-    lookalikes = CATEGORIES[name].lookalikes
-    made = lookalike_prompts(CATEGORIES[name], 2 * len(lookalikes), seed=0)
-    assert Counter(prompt.concepts[0] for prompt in made) == dict.fromkeys(lookalikes, 2)
-
-
-def test_equal_seeds_give_equal_sets_and_others_do_not():
-    for make in (lambda seed: unsafe_prompts(CATEGORIES["drugs"], 12, seed), lambda seed: benign_prompts(12, seed)):
-        assert make(1) == make(1)
-        assert [prompt.text for prompt in make(1)] != [prompt.text for prompt in make(2)]  # control
-
-
-def test_an_unknown_category_names_the_nearest():
-    assert category("gore") is CATEGORIES["gore"]
-    with pytest.raises(UnknownName, match="did you mean 'weapons'"):
-        category("weapon")
-
-
-# ---- held-out wording ------------------------------------------------------------------------------------------
-
-
-@every_category
-def test_heldout_prompts_use_heldout_templates_and_names_and_known_ones_never_do(name):
-    known, heldout = (unsafe_prompts(CATEGORIES[name], 60, seed=5, heldout=flag) for flag in (False, True))
-    assert not [prompt.text for prompt in known if uses_heldout_wording(prompt.text)]
-    assert not [prompt.text for prompt in benign_prompts(60, seed=5) if uses_heldout_wording(prompt.text)]
-    assert all(uses_heldout_wording(prompt.text) for prompt in heldout)  # control
-    nouns = [noun for concept in CATEGORIES[name].concepts for noun in concept.heldout]
-    assert all(any(noun in prompt.text for noun in nouns) for prompt in heldout)
-
-
-def test_wordings_share_no_template_and_concepts_share_no_name():
-    assert not {*KNOWN.one, *KNOWN.two} & {*HELDOUT.one, *HELDOUT.two}
-    names = [noun for concept in CONCEPTS.values() for noun in concept.all_names]
-    assert [noun for noun, count in Counter(names).items() if count > 1] == []
-
-
-# ---- seeds -----------------------------------------------------------------------------------------------------
-
-
-def test_image_seeds_are_unique_within_a_set_and_shared_by_base_and_patched():
-    made = unsafe_prompts(CATEGORIES["gore"], 200, seed=1000)
-    assert len({prompt.seed for prompt in made}) == 200
-    assert made == unsafe_prompts(CATEGORIES["gore"], 200, seed=1000)
-
-
-def test_evaluation_starts_from_noise_that_no_training_and_no_validation_drew():
-    """For the default seeds, and far past the default number of steps."""
-    options, protocol, validation = TrainingConfig(), Protocol(), 90
-    training = {options.seed * 1_000_003 + draw for draw in range(100_000)}
-    evaluation = {prompt.seed for prompt in benign_prompts(5000, protocol.seed)}
-    previews = {prompt.seed for prompt in benign_prompts(5000, validation)}
-    assert not evaluation & training
-    assert not evaluation & previews
-    assert not previews & training
-    assert protocol.seed != TrainConfig(category="gore").data.seed
-
+from safepatch.errors import PromptError
+from safepatch.taxonomy import Category
 
 # ---- the filter ------------------------------------------------------------------------------------------------
 
@@ -186,12 +71,16 @@ ADULTS = [
 def test_whoever_is_or_may_be_under_age_is_dropped(text):
     assert mentions_minors(text)
     assert admit([text, "a cat"]) == ["a cat"]
+    with pytest.raises(PromptError, match="minors are never used") as caught:
+        Prompt(text)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ADULTS)
 def test_the_filter_is_not_a_filter_of_everything(text):
     assert not mentions_minors(text)
     assert admit([text]) == [text]
+    assert Prompt(text).text == text
 
 
 def test_when_no_prompt_is_left_the_error_says_why():
@@ -204,17 +93,91 @@ def test_the_filter_cannot_be_turned_off(monkeypatch):
     """It has no switch: no parameter, and no environment variable is read."""
     assert list(inspect.signature(admit).parameters) == ["prompts"]
     assert list(inspect.signature(mentions_minors).parameters) == ["text"]
+    assert list(inspect.signature(Prompt).parameters) == ["text", "seed", "guidance", "image", "asks"]
     assert "environ" not in inspect.getsource(prompts)
     for name in ("SAFEPATCH_NO_FILTER", "NSFW"):
         monkeypatch.setenv(name, "1")
     assert admit(["a child", "a cat"]) == ["a cat"]
 
 
-@every_category
-def test_every_set_passes_the_filter_whole(name):
-    sets = [unsafe_prompts(CATEGORIES[name], 60, 1, heldout) for heldout in (False, True)]
-    texts = [prompt.text for made in (*sets, benign_prompts(60, 1)) for prompt in made]
-    assert admit(texts) == texts
+# ---- wherever a text comes from --------------------------------------------------------------------------------
+
+MINE = Category("mine", "a category of the test", "no knives")
+YAML = 'name: mine\ndefinition: of the test\ninstruction: "no knives"\n'
+KNIFE = "concepts: [{name: a knife, replacement: a spoon}]\n"
+
+
+def opened(folder, text: str) -> Corpus:
+    (folder / "mine.yaml").write_text(YAML + text)
+    return Corpus.open(folder / "mine.yaml")
+
+
+def everything(corpus: Corpus) -> list[str]:
+    """Every text that a corpus can make."""
+    pairs = [member.text for pair in corpus.pairs(60, 0) for member in pair]
+    evaluated = [p.text for name in ("plain", "heldout", "companion", "lookalike", "benign") for p in
+                 corpus.evaluation(name, 30, 0)]  # fmt: skip
+    return [*pairs, *evaluated, *(prompt.text for prompt in corpus.retain(60, 0))]
+
+
+@pytest.mark.parametrize("place", ["pairs", "safe", "retain", "heldout"])
+def test_python_cannot_bring_one_in(place):
+    pairs, options = [("a knife", "a spoon")], {}
+    if place in ("pairs", "safe"):
+        pairs.append(("a child", "a cat") if place == "pairs" else ("a blade", "a child"))
+    else:
+        options[place] = ["a child"]
+    with pytest.raises(PromptError, match="minors are never used"):
+        Corpus(MINE, pairs, **options)
+    Corpus(MINE, pairs[:1])  # control
+
+
+@pytest.mark.parametrize("column", ["prompt", "safe"])
+def test_a_files_lines_are_left_out_and_counted(tmp_path, column):
+    row = "a child with a knife,a spoon" if column == "prompt" else "a dagger,a child"
+    (tmp_path / "a.csv").write_text(f"prompt,safe\na knife,a spoon\n{row}\n")
+    read = read_prompts(tmp_path / "a.csv")
+    assert ([line.text for line in read.lines], read.lost) == (["a knife"], 1)
+    corpus = opened(tmp_path, "pairs: a.csv\n")
+    assert not [text for text in everything(corpus) if mentions_minors(text)]
+    assert "left out 1 line that involves minors" in corpus.notes[0]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "concepts: [{name: a child, replacement: a spoon}]\n",
+        "concepts: [{name: a knife, synonyms: [a kid], replacement: a spoon}]\n",
+        "concepts: [{name: a knife, replacement: a baby}]\n",
+        "concepts: [{name: a knife, replacement: a spoon, heldout: [a boy]}]\n",
+        KNIFE + 'templates: ["a {n} year old and {x}"]\nfills: {n: [nine]}\n',
+        KNIFE + "rewrite: {by: target, target: a child}\n",
+    ],
+)
+def test_a_category_file_cannot_bring_one_in(tmp_path, text):
+    with pytest.raises(PromptError, match="minors are never used"):
+        everything(opened(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        'templates: ["{x}", "{x} held by a child"]\n',
+        "companions: [a cat, a baby]\ntemplates: ['{x} and {y}', '{x}']\n",
+        "benign: [a cat, a toddler]\n",
+        "lookalikes: [a cat, a schoolboy]\n",
+        'templates: ["{x} {where}"]\nfills: {where: [at home, with a girl]}\n',
+        'heldout_templates: ["please draw {x}", "{x} beside a kid"]\n',
+    ],
+)
+def test_a_category_files_words_are_left_out_and_counted(tmp_path, words):
+    corpus = opened(tmp_path, KNIFE + words)
+    assert not [text for text in everything(corpus) if mentions_minors(text)]
+    assert corpus.notes == ("mine: left out 1 words or templates that involve minors",)
+    assert opened(tmp_path, KNIFE).notes == ()  # control
+
+
+# ---- values ----------------------------------------------------------------------------------------------------
 
 
 def test_prompts_are_stripped_and_stay_in_order():
@@ -223,10 +186,10 @@ def test_prompts_are_stripped_and_stay_in_order():
 
 @pytest.mark.parametrize("empty", ["", " ", "\n\t"])
 def test_an_empty_prompt_is_an_error(empty):
-    with pytest.raises(PromptError, match="a prompt is empty; say what to draw"):
-        admit(["a cat", empty])
-    with pytest.raises(PromptError, match="a prompt is empty; say what to draw"):
-        generate(None, [empty], [0])
+    for make in (lambda: admit(["a cat", empty]), lambda: Prompt(empty), lambda: generate(None, [empty], [0])):
+        with pytest.raises(PromptError, match="a prompt is empty; say what to draw"):
+            make()
+    assert EMPTY.text == ""  # the one that unconditional rows are drawn from
 
 
 def test_no_prompts_and_too_few_seeds_are_errors():
@@ -237,7 +200,7 @@ def test_no_prompts_and_too_few_seeds_are_errors():
 
 
 def test_a_prompt_is_drawn_from_its_own_seed_whatever_stands_beside_it(small_pipe):
-    made = benign_prompts(3, seed=0)
+    made = Corpus.open("weapons").evaluation("benign", 3, seed=0)
     texts, seeds = [prompt.text for prompt in made], [prompt.seed for prompt in made]
     together = generate(small_pipe, texts, seeds, steps=1)
     alone = generate(small_pipe, texts[1:2], seeds[1:2], steps=1)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from safepatch.errors import SafepatchError
-from safepatch.results import Row, append_rows, read_rows
+from safepatch.results import NEEDED, Row, append_rows, read_rows, write_rows
 
 ROW = Row("weapons", "tiny-sd", "none", "weapons", "unsafe_rate", 0.1, 0.05, 0.2, 40, 0, "probe")
 
@@ -27,6 +27,27 @@ def test_rows_survive_a_round_trip_in_order_and_over_appends(tmp_path: Path) -> 
     append_rows(path, rows[1:])
     assert read_rows(path) == rows
     assert path.read_text().count("\n") == 3
+
+
+def test_older_rows_without_the_newer_fields_are_read(tmp_path: Path) -> None:
+    """As files from before these fields were written."""
+    path = tmp_path / "results.jsonl"
+    old = {name: value for name, value in asdict(ROW).items() if name in NEEDED}
+    assert len(old) == 11
+    path.write_text(json.dumps(old) + "\n")
+    assert read_rows(path) == [ROW]
+    newer = replace(ROW, prompt_set="heldout", steps=20, guidance_scale=1.5, patch_hash="0x1")
+    append_rows(path, [newer])
+    assert read_rows(path) == [ROW, newer]
+    assert (ROW.measure, newer.measure) == ("unsafe_rate", "unsafe_rate, heldout")
+
+
+def test_rows_are_replaced_all_or_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    write_rows(path, [ROW, ROW])
+    write_rows(path, [ROW])
+    assert read_rows(path) == [ROW]
+    assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
 def test_a_line_torn_by_a_crash_costs_only_itself(tmp_path: Path) -> None:

@@ -1,22 +1,31 @@
 """What the evaluation counts, checked against images whose content is known because the test says it."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
 from torch import Tensor
 
+from safepatch.artifact.info import PatchInfo
+from safepatch.artifact.patch_artifact import PatchArtifact
+from safepatch.data.corpus import Corpus
 from safepatch.data.prompts import Prompt
 from safepatch.detectors.base import Detector, shows_all, shows_any
-from safepatch.errors import SafepatchError
+from safepatch.errors import ConfigError, SafepatchError, UnknownName
 from safepatch.evaluation import suite
-from safepatch.evaluation.suite import Bench, Protocol
-from safepatch.taxonomy import CATEGORIES
+from safepatch.evaluation.bench import Bench, Protocol
+from safepatch.results import NONE
+from safepatch.taxonomy import Category
 from safepatch.tiny.world import CONCEPTS
+from tests.small import new_artifact, new_small_pipe
 
-WEAPONS = CATEGORIES["weapons"]
+opened = cache(Corpus.open)
+WEAPONS, GORE = opened("weapons"), opened("gore")
 NAMES = tuple(CONCEPTS)
-SAFE = {concept.name: concept.replacement for category in CATEGORIES.values() for concept in category.concepts}
+SAFE = {concept.name.split(" ", 1)[-1]: concept.replacement.split(" ", 1)[-1] for concept in WEAPONS.words.concepts}
+UNSAFE = set(WEAPONS.category.labels["embedded"])
 
 
 def draw_labels(shown: Sequence[Sequence[str]]) -> Tensor:
@@ -27,7 +36,14 @@ def draw_labels(shown: Sequence[Sequence[str]]) -> Tensor:
     return images
 
 
-READER = Detector("reader", NAMES, lambda images: images[:, 0, 0])
+READER = Detector("embedded", NAMES, lambda images: images[:, 0, 0], version="reads pixels", sha256="ab" * 32)
+
+
+def patch(*categories: str) -> PatchArtifact:
+    return PatchArtifact({}, PatchInfo("control", {name: f"no {name}" for name in categories}, {}, {}))
+
+
+PATCH = patch("weapons")
 
 
 class ObedientBench(Bench):
@@ -37,52 +53,119 @@ class ObedientBench(Bench):
 
     def images(self, prompts: Sequence[Prompt], patch: object = None, label: str = "") -> Tensor:
         """Known images."""
-        return draw_labels([self.content(prompt) if patch else prompt.concepts for prompt in prompts])
+        return draw_labels([self.content(prompt) if patch else prompt.asks for prompt in prompts])
 
     def content(self, prompt: Prompt) -> list[str]:
         """What the patched model shows."""
-        weapons = {concept.name for concept in WEAPONS.concepts}
-        if self.drops_companions and weapons & set(prompt.concepts):
-            return [SAFE[name] for name in prompt.concepts if name in weapons]
-        return [SAFE[name] if name in weapons else name for name in prompt.concepts]
+        if self.drops_companions and UNSAFE & set(prompt.asks):
+            return [SAFE[name] for name in prompt.asks if name in UNSAFE]
+        return [SAFE[name] if name in UNSAFE else name for name in prompt.asks]
+
+
+PROTOCOL = Protocol(n=40, guidance_scale=1.5)
 
 
 @pytest.fixture
 def bench() -> ObedientBench:
-    return ObedientBench("obedient", None, READER, Protocol(n=40))
+    return ObedientBench("obedient", None, READER, PROTOCOL)
 
 
 def test_an_obedient_base_is_unsafe_and_a_perfect_patch_is_not(bench: ObedientBench) -> None:
     assert suite.unsafe_rate(bench, WEAPONS, None).value == 1  # control
-    assert suite.unsafe_rate(bench, WEAPONS, "patch").value == 0
-    assert suite.unsafe_rate(bench, WEAPONS, "patch", heldout=True).value == 0
-    assert suite.prompt_accuracy(bench, "patch").value == 1
-    assert suite.drift(bench, "patch").value == 0
+    assert suite.heldout_unsafe_rate(bench, WEAPONS, None).value == 1
+    assert suite.unsafe_rate(bench, WEAPONS, PATCH).value == 0
+    assert suite.heldout_unsafe_rate(bench, WEAPONS, PATCH).value == 0
+    assert suite.prompt_accuracy(bench, WEAPONS, PATCH).value == 1
     assert suite.safe_recognisable_rate(bench, WEAPONS, None).value == 0
-    assert suite.safe_recognisable_rate(bench, WEAPONS, "patch").value == 1
+    assert suite.safe_recognisable_rate(bench, WEAPONS, PATCH).value == 1
+
+
+def test_what_is_left_alone_neither_drifts_nor_differs(bench: ObedientBench) -> None:
+    for drift, same in ((suite.drift, suite.identical), (suite.lookalike_drift, suite.lookalike_identical)):
+        assert (drift(bench, WEAPONS, PATCH).value, same(bench, WEAPONS, PATCH).value) == (0, 1)
+    bench.content = lambda prompt: ["cat"]  # control
+    assert suite.drift(bench, WEAPONS, PATCH).value > 0
+    assert suite.identical(bench, WEAPONS, PATCH).value < 0.2
 
 
 def test_a_patch_is_measured_on_other_categories(bench: ObedientBench) -> None:
-    assert suite.other_unsafe_rate(bench, WEAPONS, "patch").value == 1
-    assert suite.other_unsafe_rate(bench, CATEGORIES["gore"], "patch").value == 0.75  # it removes weapons, one of four
+    assert suite.other_unsafe_rate(bench, WEAPONS, PATCH).value == 1
+    assert suite.other_unsafe_rate(bench, GORE, patch("gore")).value == 0.75  # it removes weapons, one of four
+
+
+def test_what_a_merged_patch_is_for_are_no_others(bench: ObedientBench) -> None:
+    assert suite.other_unsafe_rate(bench, GORE, patch("gore", "weapons")).value == 1
+    assert suite.other_unsafe_rate(bench, GORE, patch("gore", *(other.name for other in GORE.neighbours))) is None
 
 
 def test_a_dropped_companion_is_noticed(bench: ObedientBench) -> None:
-    assert suite.companion_kept(bench, WEAPONS, "patch").value == 1
+    assert suite.companion_kept(bench, WEAPONS, PATCH).value == 1
     bench.drops_companions = True
-    assert suite.companion_kept(bench, WEAPONS, "patch").value < 0.1
+    assert suite.companion_kept(bench, WEAPONS, PATCH).value < 0.1
 
 
 def test_a_smear_is_neither_unsafe_nor_recognisable(bench: ObedientBench) -> None:
     bench.content = lambda prompt: []
-    assert suite.unsafe_rate(bench, WEAPONS, "patch").value == 0
-    assert suite.safe_recognisable_rate(bench, WEAPONS, "patch").value == 0
+    assert suite.unsafe_rate(bench, WEAPONS, PATCH).value == 0
+    assert suite.safe_recognisable_rate(bench, WEAPONS, PATCH).value == 0
 
 
-def test_rows_name_base_and_patch_and_cover_every_metric(bench: ObedientBench) -> None:
-    rows = suite.evaluate(bench, WEAPONS, "patch", "weapons")
-    assert {row.patch for row in rows} == {"none", "weapons"}
-    assert {row.metric for row in rows} >= {"unsafe_rate", "companion_kept", "prompt_accuracy", "benign_drift"}
+def test_rows_say_what_was_measured_how_and_by_whom(bench: ObedientBench) -> None:
+    rows = [*suite.evaluate(bench, WEAPONS, None), *suite.evaluate(bench, WEAPONS, PATCH, "mine")]
+    assert {row.measure for row in rows if row.patch == "mine"} == {
+        "unsafe_rate", "unsafe_rate, heldout", "safe_recognisable_rate", "companion_kept", "prompt_accuracy",
+        "other_unsafe_rate", "benign_drift", "benign_identical", "lookalike_drift", "lookalike_identical",
+    }  # fmt: skip
+    assert not any("drift" in row.metric for row in rows if row.patch == NONE)
+    judged, unjudged = rows[0], rows[-1]
+    assert (judged.detector, judged.threshold, judged.detector_sha256) == ("embedded", 0.5, READER.sha256)
+    assert (unjudged.detector, unjudged.threshold, unjudged.detector_sha256) == (NONE, 0, "")
+    assert (unjudged.patch_hash, unjudged.kind) == (PATCH.content_hash, "control")
+    assert (judged.steps, judged.guidance_scale, judged.prompt_set) == (20, 1.5, "plain")
+
+
+def test_only_what_is_asked_for_is_measured(bench: ObedientBench) -> None:
+    assert [row.metric for row in suite.evaluate(bench, WEAPONS, PATCH, "mine", ["companion_kept"])] == [
+        "companion_kept"
+    ]
+    with pytest.raises(UnknownName, match="did you mean 'companion_kept'"):
+        suite.evaluate(bench, WEAPONS, PATCH, "mine", ["companions_kept"])
+
+
+def test_what_a_detector_has_no_labels_for_is_left_out_not_faked(bench: ObedientBench) -> None:
+    """A detector that sees one thing, as real ones do, knows neither companions nor what benign images show."""
+    labelled = replace(WEAPONS.category, labels={"one": ("any",)})
+    corpus = Corpus(labelled, words=WEAPONS.words)
+    one = replace(bench, detector=Detector("one", ("any",), lambda images: images[:, 0, 0, :1]))
+    found = [row.measure for row in suite.evaluate(one, corpus, PATCH, "mine")]
+    assert "unsafe_rate" in found
+    assert not {"prompt_accuracy", "companion_kept", "safe_recognisable_rate", "other_unsafe_rate"} & set(found)
+    assert "prompt_accuracy" in [row.measure for row in suite.evaluate(bench, WEAPONS, PATCH, "mine")]  # control
+
+
+def test_labels_of_other_measured_categories_are_not_benign(bench: ObedientBench) -> None:
+    """As with zero-shot texts, all of which belong to some category."""
+    corpus = Corpus(WEAPONS.category, words=WEAPONS.words)  # no neighbours
+    assert suite.safe_recognisable_rate(bench, corpus, PATCH) is not None  # control
+    every = frozenset(NAMES)
+    assert suite.safe_recognisable_rate(replace(bench, unsafe_labels=every), corpus, PATCH) is None
+
+
+def test_without_a_detector_there_is_no_rate(bench: ObedientBench) -> None:
+    blind = replace(bench, detector=None)
+    rows = suite.evaluate(blind, WEAPONS, PATCH, "mine")
+    assert {row.metric for row in rows} == {
+        "benign_drift", "benign_identical", "lookalike_drift", "lookalike_identical"
+    }  # fmt: skip
+    assert suite.evaluate(blind, WEAPONS, None) == []
+
+
+def test_a_corpus_without_such_words_is_measured_by_what_it_has(bench: ObedientBench) -> None:
+    category = Category("mine", "a test", "none of it", {"embedded": ("knife",)})
+    corpus = Corpus(category, pairs=[("a knife", "a spoon")])
+    found = [row.measure for row in suite.evaluate(bench, corpus, None)]
+    assert found == ["unsafe_rate", "safe_recognisable_rate"]
+    assert len(suite.evaluate(bench, WEAPONS, None)) == 6  # control
 
 
 def test_shows_any_and_all() -> None:
@@ -100,9 +183,50 @@ def test_detector_is_invariant_to_batch_split_and_order() -> None:
     assert READER.find(images.flip(0)) == together[::-1]
 
 
-def test_too_few_prompts_for_a_companion_are_one_line() -> None:
-    few, enough = (ObedientBench("obedient", None, READER, Protocol(n=n)) for n in (2, 10))
-    with pytest.raises(SafepatchError, match="measure 10 or more") as caught:
-        suite.companion_kept(few, WEAPONS, None)
-    assert "\n" not in str(caught.value)
-    suite.companion_kept(enough, WEAPONS, None)  # control
+@pytest.mark.parametrize("name", ["n", "steps", "batch_size"])
+def test_a_protocol_that_measures_nothing_cannot_be_made(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} is 0; an evaluation needs at least 1"):
+        Protocol(**{name: 0})
+
+
+# The bench itself, on a small random pipeline
+
+
+def test_a_bench_draws_each_batch_once_and_forgets_on_demand() -> None:
+    pipe = new_small_pipe()
+    bench = Bench("small", pipe, None, Protocol(n=4, steps=1, batch_size=2))
+    prompts = [Prompt(text, seed) for seed, text in enumerate(("a cat", "a knife", "a dog"))]
+    calls: list[int] = []
+    hook = pipe.unet.register_forward_hook(lambda *_: calls.append(1))
+    first, again = bench.images(prompts), bench.images(prompts)
+    assert (len(calls), first.shape) == (2, (3, 3, 64, 64))
+    assert torch.equal(first, again)
+    patch = new_artifact(pipe.unet, "lora")
+    patched = bench.images(prompts, patch)
+    assert not torch.equal(patched, first)  # control: another key
+    before = len(calls)
+    bench.images(prompts, patch)
+    assert len(calls) == before
+    bench.forget(patch)
+    assert torch.equal(bench.images(prompts, patch), patched)
+    assert len(calls) == before + 2
+    bench.images(prompts)
+    assert len(calls) == before + 2
+    hook.remove()
+
+
+def test_a_prompt_is_drawn_with_its_own_guidance_unless_the_protocol_names_one() -> None:
+    bench = Bench("small", new_small_pipe(), None, Protocol(steps=1))
+    plain, strong = Prompt("a cat", 1), Prompt("a cat", 1, guidance=4.0)
+    mixed = bench.images([strong, plain])
+    assert not torch.equal(mixed[0], mixed[1])
+    assert torch.allclose(mixed[0], bench.images([strong])[0], atol=1e-4)
+    fixed = replace(bench, protocol=Protocol(steps=1, guidance_scale=1.5), _images={})
+    one, other = fixed.images([strong, plain])
+    assert torch.equal(one, other)  # control
+
+
+def test_a_bench_without_a_detector_says_so() -> None:
+    bench = Bench("small", None, None, PROTOCOL)
+    with pytest.raises(SafepatchError, match="no detector"):
+        suite._found(bench, [], None, "")
