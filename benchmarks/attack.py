@@ -13,17 +13,16 @@ import torch
 from safepatch.artifact.info import read_info
 from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.attacks import SoftPromptConfig, soft_prompt, with_soft_prompt
-from safepatch.data.pairs import PairsConfig, build_bank
-from safepatch.data.prompts import unsafe_prompts
+from safepatch.data.bank import DataConfig, build_bank
+from safepatch.data.corpus import Corpus
 from safepatch.detectors.base import shows_any
 from safepatch.detectors.embedded import embedded_detector
-from safepatch.diffusion import Components, encode_prompts, generate_from_states, quiet
+from safepatch.diffusion import Components, UNetHost, encode_prompts, generate_from_states, quiet
 from safepatch.evaluation.metrics import rate
 from safepatch.models.load import load_pipeline
 from safepatch.patch.files import from_artifact
 from safepatch.runtime.apply import apply, instruction_states
 from safepatch.shipped import shipped_kinds, shipped_patch
-from safepatch.taxonomy import CATEGORIES
 
 ROWS = {  # what comes after the kind's name: gate at run time, what the attacker aims at
     "": ("off", "patch"),
@@ -55,12 +54,12 @@ def main() -> None:
     parser.add_argument("--place", default="appended", choices=("appended", "empty"), help="where they stand")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     options = parser.parse_args()
-    category = CATEGORIES[options.category]
-    names = [concept.name for concept in category.concepts]
+    corpus = Corpus.open(options.category)
     pipe, detector = quiet(load_pipeline("tiny-sd")), embedded_detector()
     components = Components.of(pipe).freeze()
-    bank = build_bank(components, category, PairsConfig(pairs=256, companions=0.5))
-    prompts = unsafe_prompts(category, options.n, seed=1000)
+    host, data = UNetHost(components), DataConfig(pairs=256, companions=0.5)
+    bank = build_bank(host, corpus, data, safe_share=0.0, retain=False)  # pictures of the category alone
+    prompts = corpus.evaluation("plain", options.n, seed=1000)
     states = encode_prompts(components, [prompt.text for prompt in prompts])
     empty = encode_prompts(components, [""]).expand(len(states), -1, -1)
 
@@ -69,18 +68,18 @@ def main() -> None:
         if soft is not None:
             rows = with_soft_prompt(empty if options.place == "empty" else states, soft)
             negative = with_soft_prompt(empty, empty[:1, -soft.shape[1] :])
-        seeds = [prompt.seed for prompt in prompts]
+        seeds = [prompt.seed or 0 for prompt in prompts]
         images = [
             generate_from_states(pipe, rows[part], negative[part], seeds[part], steps=10)
             for part in (slice(start, start + 20) for start in range(0, len(rows), 20))
         ]
-        return rate(shows_any(detector.find(torch.cat(images)), names)).value
+        return rate(shows_any(detector.find(torch.cat(images)), corpus.category.labels[detector.name])).value
 
     protocol = {name: getattr(options, name) for name in ("category", "n", "steps", "tokens", "place")}
     figures: dict[str, dict] = {"protocol": protocol, "base": {"plain": unsafe(None)}}
     print("| patch | plain | attacked |\n|---|---|---|")
     print(f"| none | {figures['base']['plain']:.3f} | |", flush=True)
-    attacks = {name: (shipped_patch(category.name, TARGETS[name][0]), *TARGETS[name][1:]) for name in options.targets}
+    attacks = {name: (shipped_patch(corpus.name, TARGETS[name][0]), *TARGETS[name][1:]) for name in options.targets}
     for name, path in options.patch:
         is_gated = "gate" in read_info(path).config.get("layout", {})
         attacks |= {f"{name}{row}": (path, *how) for row, how in ROWS.items() if is_gated or how[0] == "off"}
@@ -88,7 +87,7 @@ def main() -> None:
         artifact = PatchArtifact.open(path)
         patch = from_artifact(artifact, components.unet)
         config = SoftPromptConfig(options.tokens, options.place, options.steps, aim=aim)
-        soft = soft_prompt(components, patch, instruction_states(components, [category.instruction]), bank, config)
+        soft = soft_prompt(host, patch, instruction_states(components, [corpus.category.instruction]), bank, config)
         with apply(pipe, artifact, gate=gate):
             figures[name] = {"plain": unsafe(None), "attacked": unsafe(soft)}
         print(f"| {name} | {figures[name]['plain']:.3f} | {figures[name]['attacked']:.3f} |", flush=True)

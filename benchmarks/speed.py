@@ -1,29 +1,23 @@
 """What running a control patch less often costs in effect and saves in time: `python benchmarks/speed.py [--n 40]`.
 
 Each setting draws the same unsafe and benign prompts on the embedded model. Times are the process's own CPU time for
-drawing either, over the base's, which is timed last too; loading and attaching are not counted.
+drawing either, attaching the patch included, over the base's, which is timed last too.
 """
 
 import argparse
 import json
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from safepatch.artifact.patch_artifact import PatchArtifact
-from safepatch.data.prompts import Prompt, benign_prompts, unsafe_prompts
-from safepatch.detectors.base import shows_all, shows_any
+from safepatch.data.corpus import Corpus
 from safepatch.detectors.embedded import embedded_detector
-from safepatch.diffusion import generate, quiet
-from safepatch.evaluation.metrics import benign_drift, rate
+from safepatch.evaluation import suite
+from safepatch.evaluation.bench import Bench, Protocol
 from safepatch.models.load import load_pipeline
-from safepatch.runtime.apply import apply
-from safepatch.shipped import shipped_patch
-from safepatch.taxonomy import CATEGORIES
+from safepatch.shipped import shipped_patch, shipped_patches
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "full": {},
@@ -33,49 +27,42 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "all but the first 10 %": {"start": 0.1},
     "fast, first 80 %": {"speed": "fast", "end": 0.8},
 }
-BATCH = 20
+SETS = {"time, unsafe": "plain", "time, benign": "benign"}
+MEASURES = {"unsafe": suite.unsafe_rate, "benign accuracy": suite.prompt_accuracy, "drift": suite.drift}
+
+
+def timed(bench: Bench, corpus: Corpus, patch: PatchArtifact | None) -> dict[str, float]:
+    """CPU seconds of drawing each set, which the bench then remembers."""
+    seconds = {}
+    for name, prompts in SETS.items():
+        asked, start = corpus.evaluation(prompts, bench.protocol.n, bench.protocol.seed), time.process_time()
+        bench.images(asked, patch)
+        seconds[name] = time.process_time() - start
+    return seconds
 
 
 def main() -> None:
     """Draw, score, print; the base is drawn first and last."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--category", default="weapons", choices=list(CATEGORIES))
+    parser.add_argument("--category", default="weapons", choices=list(shipped_patches("control")))
     parser.add_argument("--n", type=int, default=40, help="images per rate")
     parser.add_argument("--steps", type=int, default=20, help="denoising steps")
     parser.add_argument("--only", nargs="*", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--json", type=Path, help="where to write the figures")
     options = parser.parse_args()
-    category = CATEGORIES[options.category]
-    names = [concept.name for concept in category.concepts]
-    pipe, detector = quiet(load_pipeline("tiny-sd")), embedded_detector()
-    patch = PatchArtifact.open(shipped_patch(category.name, "control"))
-    unsafe, benign = unsafe_prompts(category, options.n, seed=1000), benign_prompts(options.n, seed=1000)
-
-    def drawn(prompts: Sequence[Prompt], setting: dict[str, Any] | None = None) -> tuple[torch.Tensor, float]:
-        images = []
-        with nullcontext() if setting is None else apply(pipe, patch, **setting):
-            start = time.process_time()
-            for at in range(0, options.n, BATCH):
-                part = prompts[at : at + BATCH]
-                images.append(generate(pipe, [p.text for p in part], [p.seed for p in part], options.steps))
-            seconds = time.process_time() - start
-        return torch.cat(images), seconds
-
-    (_, first_unsafe), (base, first_benign) = drawn(unsafe), drawn(benign)
-    figures = {}
+    corpus, patch = Corpus.open(options.category), PatchArtifact.open(shipped_patch(options.category, "control"))
+    protocol = Protocol(n=options.n, steps=options.steps, batch_size=20)
+    bench = Bench("tiny-sd", load_pipeline("tiny-sd"), embedded_detector(), protocol)
+    first, figures = timed(bench, corpus, None), {}
     for name in options.only:
-        (shown, seconds), (kept, benign_seconds) = (drawn(prompts, SETTINGS[name]) for prompts in (unsafe, benign))
-        figures[name] = {
-            "unsafe": rate(shows_any(detector.find(shown), names)).value,
-            "benign accuracy": rate(shows_all(detector.find(kept), [p.concepts for p in benign])).value,
-            "drift": benign_drift(base, kept).value,
-            "time, unsafe": seconds,
-            "time, benign": benign_seconds,
-        }
-    base_seconds = {"time, unsafe": first_unsafe + drawn(unsafe)[1], "time, benign": first_benign + drawn(benign)[1]}
+        mine = replace(bench, options=SETTINGS[name])
+        seconds = timed(mine, corpus, patch)
+        found = {field: measure(mine, corpus, patch) for field, measure in MEASURES.items()}
+        figures[name] = {field: estimate.value for field, estimate in found.items() if estimate} | seconds
+    last = timed(replace(bench, _images={}), corpus, None)
     print("| setting | unsafe | benign accuracy | drift | time, unsafe | time, benign |\n|---|---|---|---|---|---|")
     for name, values in figures.items():
-        values |= {kind: 2 * values[kind] / seconds for kind, seconds in base_seconds.items()}
+        values |= {kind: 2 * values[kind] / (first[kind] + last[kind]) for kind in SETS}
         print(f"| {name} | " + " | ".join(f"{value:.3f}" for value in values.values()) + " |")
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1) + "\n")

@@ -15,16 +15,15 @@ from tqdm import tqdm
 
 from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.attacks import closing_prefix, text_logits
-from safepatch.data.prompts import unsafe_prompts
+from safepatch.data.corpus import Corpus
 from safepatch.detectors.base import shows_any
 from safepatch.detectors.embedded import embedded_detector
-from safepatch.diffusion import Components
+from safepatch.diffusion import Components, UNetHost
+from safepatch.evaluation.bench import Bench, Protocol
 from safepatch.evaluation.metrics import rate
-from safepatch.evaluation.suite import Bench, Protocol
 from safepatch.models.load import load_pipeline
 from safepatch.patch.files import from_artifact
 from safepatch.shipped import shipped_patch, shipped_patches
-from safepatch.taxonomy import CATEGORIES
 from safepatch.tiny.text import words
 
 COLUMNS = ("gates closed, plain", "gates closed, attacked", "unsafe, plain", "base, attacked", "unsafe, attacked")
@@ -38,26 +37,25 @@ def main() -> None:
     parser.add_argument("--words", type=int, default=3, help="in front of each")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     options = parser.parse_args()
-    bench = Bench("tiny-sd", load_pipeline("tiny-sd"), embedded_detector(), Protocol(n=options.n, steps=10))
-    components = Components.of(bench.pipe).freeze()
+    bench = Bench("tiny-sd", load_pipeline("tiny-sd"), None, Protocol(n=options.n, steps=10))
+    detector, host = embedded_detector(), UNetHost(Components.of(bench.pipe).freeze())
     figures: dict[str, Any] = {"kind": options.kind, "n": options.n, "words": options.words}
     print("| patch | " + " | ".join(COLUMNS) + " |\n|" + "---|" * (len(COLUMNS) + 1))
     for name in shipped_patches(options.kind):
-        category, patch = CATEGORIES[name], PatchArtifact.open(shipped_patch(name, options.kind))
-        gate = from_artifact(patch, components.unet).gate
+        corpus, patch = Corpus.open(name), PatchArtifact.open(shipped_patch(name, options.kind))
+        gate = from_artifact(patch, host.unet).gate
         assert gate is not None, f"{name} has no gate"
         threshold = torch.tensor(patch.info.config["gate"][name]["threshold"]).logit()
-        prompts = unsafe_prompts(category, options.n, bench.protocol.seed)
+        prompts = corpus.evaluation("plain", options.n, bench.protocol.seed)
         found = [
-            closing_prefix(components, gate, prompt.text, words(), options.words)
+            closing_prefix(host, gate, prompt.text, words(), options.words)
             for prompt in tqdm(prompts, desc=f"attacking {name}", leave=False)
         ]
         attacked = [replace(prompt, text=text) for prompt, (text, _) in zip(prompts, found, strict=True)]
-        closed = text_logits(components, gate, [prompt.text for prompt in prompts]) < threshold
+        closed = text_logits(host, gate, [prompt.text for prompt in prompts]) < threshold
         closed_now = torch.tensor([logit for _, logit in found]) < threshold
-        names = [concept.name for concept in category.concepts]
         unsafe = [
-            rate(shows_any(bench.detector.find(bench.images(asked, used)), names))
+            rate(shows_any(detector.find(bench.images(asked, used)), corpus.category.labels[detector.name]))
             for asked, used in ((prompts, patch), (attacked, None), (attacked, patch))
         ]
         values = [*(float(flags.float().mean()) for flags in (closed, closed_now)), *(each.value for each in unsafe)]

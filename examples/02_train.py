@@ -4,12 +4,14 @@ import tempfile
 
 import safepatch
 
+corpus = safepatch.Corpus.open("alcohol")  # a shipped category; or the path of a file of your own
+for pair in corpus.pairs(2, seed=0):
+    print(f"{pair.unsafe.text}  ->  {pair.safe.text}")
+
 with tempfile.TemporaryDirectory() as folder:
-    config = safepatch.load_train_config(
-        None,
-        ["category=alcohol", f"output={folder}", "training.steps=2", "training.batch_size=2", "data.pairs=4"],
-    )
-    path = safepatch.train(safepatch.load_pipeline("tiny-sd"), config)
+    quick = ["training.steps=2", "training.batch_size=2", "data.pairs=4", "data.steps=2", "patch.gate=0"]
+    config = safepatch.load_train_config(None, [f"output={folder}/run", f"data.cache={folder}/cache", *quick])
+    path = safepatch.train(safepatch.load_pipeline("tiny-sd"), config, corpus)
     info = safepatch.verify(path)
 
 print(info.instructions)

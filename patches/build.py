@@ -1,8 +1,9 @@
 """Train the shipped patches and write their index and cards: `python patches/build.py [kind/category ...]`.
 
 Each patch is what `safepatch train configs/patches/<kind>/<category>.yaml` gives. Words choose: `lora` all of a kind,
-`lora/weapons` one patch, `cards` the cards again, `figures` keeps what `make table` and two benchmarks measured; no
-words at all, every patch. `--jobs 2` trains two at a time, each with half of the cores.
+`lora/weapons` one patch, `figures` keeps what `make table` and benchmarks measured (`--json runs/NAME.json`); no words
+at all, every patch. Cards, RESULTS.md and README's tables are written again by every call; `cards` and `results` do no
+more than that. `--jobs 2` trains two at a time, each with half of the cores.
 """
 
 import argparse
@@ -20,7 +21,11 @@ from hashlib import sha256
 from pathlib import Path
 from threading import Lock
 
+from pages import BENCHMARKS, write_pages
+
 from safepatch.artifact.info import read_info
+from safepatch.reporting.tables import tree
+from safepatch.results import Row, read_rows
 from safepatch.shipped import Shipped, shipped, shipped_kinds, shipped_patches
 
 HERE = Path(__file__).parent
@@ -28,7 +33,6 @@ INDEX, FIGURES = HERE / "index.json", HERE / "figures.json"
 ROOT = HERE.parent
 RECIPES = ROOT / "configs" / "patches"
 COSTS = ROOT / "runs" / "kinds.json"  # of benchmarks/kinds.py
-ATTACKS = ROOT / "runs" / "attack.json"  # of benchmarks/attack.py
 
 
 RECORDING = Lock()  # one thread at a time writes the index
@@ -87,42 +91,48 @@ The settings of each are in its file (`safepatch inspect`), and come from `confi
 def _figures(kind: str, categories: list[str]) -> str:
     figures = json.loads(FIGURES.read_text()).get(kind) if FIGURES.is_file() else None
     command = f"make table KIND={kind}"
-    if figures is None:
+    if figures is None or "measures" not in figures:
         return f"Not measured yet; `{command}` measures them.\n"
-    rows = "\n".join(row for fields in figures.values() for row in _rows(fields, categories))
-    head = f"| field | {' | '.join(categories)} |\n|{'---|' * (len(categories) + 1)}"
-    return f"`{command}`, {figures['controls']['n']} images per rate:\n\n{head}\n{rows}\n"
+    rows = "\n".join(_lines(figures["measures"], categories))
+    head = f"| measure | model | patch | {' | '.join(categories)} |\n|{'---|' * (len(categories) + 3)}"
+    return f"`{command}`, {figures['n']} images per rate, {figures['steps']} steps:\n\n{head}\n{rows}\n"
 
 
-def _rows(fields: dict, categories: list[str], of: str = "") -> Iterator[str]:
-    """A line of every field, however deep, that has a value for some of `categories`."""
-    for key, value in fields.items():
-        if not isinstance(value, dict):
-            continue
-        values = [f"{value[name]:.3f}" if isinstance(value.get(name), float) else "" for name in categories]
-        if any(values):
-            yield f"| `{key}`{of} | {' | '.join(values)} |"
-        yield from _rows(value, categories, f" (`{key}`)")
+def _lines(measures: dict, categories: list[str]) -> Iterator[str]:
+    """A line of every measure, model and patch."""
+    for measure, models in measures.items():
+        for model, patches in models.items():
+            for patch, values in patches.items():
+                cells = [f"{values[name]:.3f}" if name in values else "" for name in categories]
+                yield f"| {measure} | `{model}` | {patch} | {' | '.join(cells)} |"
 
 
 def keep_figures() -> None:
-    """`patches/figures.json`: what `make table`, kinds.py and attack.py measured, for the cards and the README."""
+    """`patches/figures.json`: what the matrices, kinds.py and attack.py measured, for the cards and RESULTS.md."""
     kept = json.loads(FIGURES.read_text()) if FIGURES.is_file() else {}
     for kind in shipped_kinds():
-        folder = ROOT / "runs" / f"table-{kind}"
-        if (folder / "table.json").is_file():
-            kept[kind] = {name: json.loads((folder / f"{name}.json").read_text()) for name in ("table", "controls")}
+        for name, run in ((kind, "table"), (f"merge-{kind}", "merge-table"), (f"transfer-{kind}", "transfer-table")):
+            if (rows := ROOT / "runs" / f"{run}-{kind}" / "rows.jsonl").is_file():
+                kept[name] = compact(read_rows(rows))
     if COSTS.is_file():
         kept["costs"] = json.loads(COSTS.read_text())["kinds"]
-    if ATTACKS.is_file():
-        kept["attack"] = json.loads(ATTACKS.read_text())
+    for name in ("attack", *BENCHMARKS):
+        if (written := ROOT / "runs" / f"{name}.json").is_file():
+            kept[name] = json.loads(written.read_text())
     FIGURES.write_text(json.dumps(kept, indent=1) + "\n")
+
+
+def compact(rows: list[Row]) -> dict:
+    """Rows of one matrix as figures.json keeps them: `measures` by measure, model, patch and category."""
+    first = rows[0]
+    about = {"n": max(row.n for row in rows), "steps": first.steps, "guidance_scale": first.guidance_scale}
+    return {**about, "seed": first.seed, "measures": tree(rows)}
 
 
 def chosen(words: list[str]) -> list[str]:
     """The recipes, `kind/category`, that `words` choose: all when there are no words."""
     recipes = sorted(path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.glob("*/*.yaml"))
-    known = {*recipes, *(recipe.split("/")[0] for recipe in recipes), "cards", "figures"}
+    known = {*recipes, *(recipe.split("/")[0] for recipe in recipes), "cards", "figures", "results"}
     if unknown := [word for word in words if word not in known]:
         sys.exit(f"no recipe {', '.join(unknown)}; known: {', '.join(sorted(known))}")
     return [recipe for recipe in recipes if not words or recipe in words or recipe.split("/")[0] in words]
@@ -138,6 +148,7 @@ def main(words: list[str], jobs: int) -> None:
         keep_figures()
     for kind in shipped_kinds():
         write_card(kind)
+    write_pages()
 
 
 if __name__ == "__main__":

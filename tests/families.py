@@ -21,6 +21,7 @@ from safepatch.models.checkpoint import CONFIGS
 from safepatch.tiny.text import MAX_TOKENS, new_tokenizer
 
 FAMILIES = ("sd1", "sd1-inpaint", "sd2", "sdxl", "sdxl-refiner")
+UNETS = (*FAMILIES, "sd2-inpaint", "sdxl-inpaint")  # nobody has published a refiner that inpaints
 PHOTO, MASK = Image.new("RGB", (64, 64), "orange"), Image.new("L", (64, 64), 255)
 
 
@@ -51,7 +52,7 @@ def small_family_pipe(name: str, **sizes: Any) -> Any:
         torch.manual_seed(0)
         parts = {part: _new_part(part, entry, config) for part, entry in config["model_index"].items()}
     parts = {key: value for key, value in parts.items() if key != "_class_name"}
-    for tokenizer in parts.keys() & ({"tokenizer"} if name == "sd2" else {"tokenizer_2"}):
+    for tokenizer in parts.keys() & ({"tokenizer"} if name.startswith("sd2") else {"tokenizer_2"}):
         parts[tokenizer].pad_token = "!"  # as OpenCLIP's text encoders were trained
     if "safety_checker" in parts:
         parts["requires_safety_checker"] = False
@@ -168,11 +169,12 @@ def draw(pipe: Any, **options: Any) -> Tensor:
 
 def original_layout(pipe: Any, family: str) -> dict[str, Tensor]:
     """Every weight of the pipeline under its name and in its shape in the original layout."""
+    family = family.removesuffix("-inpaint")
     tensors = {f"model.diffusion_model.{_unet_name(name, pipe.unet)}": t for name, t in pipe.unet.state_dict().items()}
     for name, tensor in pipe.vae.state_dict().items():
         attention = ".attentions." in name and tensor.ndim == 2  # was a 1 x 1 convolution
         tensors[f"first_stage_model.{_vae_name(name)}"] = tensor[:, :, None, None] if attention else tensor
-    if family.startswith("sd1"):
+    if family == "sd1":
         tensors |= _clip(pipe.text_encoder, "cond_stage_model.transformer.")
     elif family == "sd2":
         tensors |= _with_unused_layer(_open_clip(pipe.text_encoder, "cond_stage_model.model."))

@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -77,7 +78,7 @@ class Drawing:
     @property
     def key(self) -> list[object]:
         """What its latents depend on, beside the model and the steps."""
-        content = hashlib.sha256(self.image.read_bytes()).hexdigest() if self.image else None
+        content = hashlib.sha256(_read(self.image)).hexdigest() if self.image else None
         return [self.text, self.seed, self.guidance, self.negative, content]
 
 
@@ -327,14 +328,25 @@ def _pictures(drawings: Sequence[Drawing], size: int) -> Tensor:
 
 def _picture(path: Path, size: int) -> Tensor:
     try:
-        with Image.open(path) as opened:
+        with Image.open(BytesIO(_read(path))) as opened:
             image = opened.convert("RGB")
     except OSError as error:
-        raise PromptError(f"cannot read the picture {path} ({error}); fix or remove its line") from error
+        raise _unreadable(path, "it is damaged, or of an unknown format") from error
     edge = min(image.size)
     left, top = (image.width - edge) // 2, (image.height - edge) // 2
     square = image.crop((left, top, left + edge, top + edge)).resize((size, size), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.asarray(square).copy()).permute(2, 0, 1).float() / 255
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise _unreadable(path, error.strerror or str(error)) from error
+
+
+def _unreadable(path: Path, why: str) -> PromptError:
+    return PromptError(f"cannot read the picture {path} ({why}); fix or remove its line")
 
 
 def _hash(value: object) -> str:

@@ -188,9 +188,8 @@ def _heldout_prompts(corpus: Corpus, n: int, seed: int) -> list[Prompt]:
 
 
 def _with_companion(corpus: Corpus, n: int, seed: int) -> list[Prompt]:
-    rng = Random(f"companion {corpus.name} {seed}")
-    has_any = corpus.words.concepts and corpus.words.has_companions
-    return [corpus.words.unsafe(i, rng, companion=True)[0] for i in range(n)] if has_any else []
+    """Those of the plain prompts that ask for something harmless too."""
+    return [prompt for prompt in corpus.evaluation("plain", n, seed) if len(prompt.asks) > 1]
 
 
 def _harmless(things: Sequence[Phrases], corpus: Corpus, n: int, rng: Random) -> list[Prompt]:

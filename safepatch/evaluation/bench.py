@@ -4,7 +4,7 @@ Base and patched images start from the same noise and are drawn in the same batc
 torch rounds: what a patch leaves alone is equal bit for bit.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -59,6 +59,7 @@ class Bench:
         detector: the judge, or None: then nothing that needs one is measured.
         protocol: how images are made.
         unsafe_labels: the detector's labels that are known to be unsafe, beside those of the corpus at hand.
+        options: what `apply` is told beside the patch, such as `gate` or `speed`.
     """
 
     name: str
@@ -66,11 +67,12 @@ class Bench:
     detector: Detector | None
     protocol: Protocol
     unsafe_labels: frozenset[str] = frozenset()
+    options: Mapping[str, Any] = field(default_factory=dict)
     _images: dict[tuple[tuple[Prompt, ...], str | None], Tensor] = field(default_factory=dict)
 
     def images(self, prompts: Sequence[Prompt], patch: PatchArtifact | None = None, label: str = "") -> Tensor:
         """Images of `prompts`, each with a seed, in [0, 1], (N, 3, H, W), with `patch` or without."""
-        hash, size = patch_hash(patch), self.protocol.batch_size
+        hash, size = self._key(patch), self.protocol.batch_size
         chunks = [tuple(prompts[start : start + size]) for start in range(0, len(prompts), size)]
         missing = [chunk for chunk in dict.fromkeys(chunks) if (chunk, hash) not in self._images]
         if missing:
@@ -92,11 +94,15 @@ class Bench:
 
     def forget(self, patch: PatchArtifact) -> None:
         """Give back the memory of the images made with `patch`."""
-        hash = patch_hash(patch)
+        hash = self._key(patch)
         self._images = {key: images for key, images in self._images.items() if key[1] != hash}
 
+    def _key(self, patch: PatchArtifact | None) -> str | None:
+        """What tells pictures of one prompt from each other."""
+        return f"{patch_hash(patch)} {sorted(self.options.items())}" if patch else None
+
     def _patched(self, patch: PatchArtifact | None) -> AbstractContextManager:
-        return apply(self.pipe, patch) if patch else nullcontext()
+        return apply(self.pipe, patch, **self.options) if patch else nullcontext()
 
     def _draw(self, prompts: Sequence[Prompt]) -> Tensor:
         """Images of prompts, those of one guidance scale at a time."""

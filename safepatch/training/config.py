@@ -147,12 +147,17 @@ def load_train_config(path: Path | None, overrides: list[str]) -> TrainConfig:
     """The configuration of a YAML file with dotlist overrides; raises `ConfigError` for anything it cannot mean.
 
     Args:
-        path: a training configuration, or a category file, with all else as it is by default.
+        path: a training configuration, or a category file, with all else as it is by default. A category file that a
+            configuration names may lie beside it.
         overrides: `key.key=value` items.
     """
     if path is not None and is_category_file(path):
         path, overrides = None, [f"category={path}", *overrides]
-    return load_config(TrainConfig, path, overrides, choices={"objective": OBJECTIVES}, short=SHORT)
+    config = load_config(TrainConfig, path, overrides, choices={"objective": OBJECTIVES}, short=SHORT)
+    beside = None if path is None else path.parent / config.category
+    if beside is None or Path(config.category).is_file() or not beside.is_file():
+        return config
+    return replace(config, category=str(beside))
 
 
 def is_category_file(path: Path) -> bool:

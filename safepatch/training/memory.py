@@ -97,8 +97,8 @@ class Prediction:
         optimizer: its state.
         activations_per_row: what each row of a batch adds at the worst moment of a step.
         fixed: what else there is at that moment, whatever the batch: gradients, weights in another precision.
-        drawing: most that is allocated at once while latents are drawn.
-        peak: most that is allocated at once in the whole run.
+        learning: most that is allocated at once while the patch learns.
+        drawing: the same while latents are drawn.
         disk: of latents and text states.
         drawing_calls: rows that the host computes to draw the latents.
         training_calls: the same for training: teacher, patched host, its backward pass, and what is recomputed.
@@ -110,11 +110,16 @@ class Prediction:
     optimizer: int
     activations_per_row: int
     fixed: int
+    learning: int
     drawing: int
-    peak: int
     disk: int
     drawing_calls: int
     training_calls: int
+
+    @property
+    def peak(self) -> int:
+        """Most that is allocated at once in the whole run."""
+        return max(self.learning, self.drawing)
 
     @property
     def needed(self) -> int:
@@ -142,9 +147,9 @@ class Prediction:
 
     def _remedy(self, total: int) -> str:
         plan, room = self.plan, (total - CONTEXT) / FRAGMENTS
-        if self.drawing > room and self.drawing == self.peak:
+        if self.learning <= room:
             return f"draw fewer pictures at once, data.batch_size={max(1, plan.data.batch_size // 2)}"
-        beside = self.peak - plan.rows * self.activations_per_row
+        beside = self.learning - plan.rows * self.activations_per_row
         fitting = int((room - beside) // self.activations_per_row) * plan.batch_size // plan.rows
         ways = {
             "training.mixed_precision=bf16": plan.mixed_precision == "no",
@@ -173,15 +178,12 @@ def predict(config: Mapping[str, Any], plan: Plan) -> Prediction:
     rows = max(2, plan.rows)
     one, all_ = (step_bytes(host, patch, n, TOKENS, plan.autocast).peak for n in (1, rows))
     weights, own = _bytes(host.unet.parameters()), _bytes(patch.parameters())
-    count, row, pieces = own // 4, (all_ - one) // (rows - 1), plan.gradient_accumulation
+    count, row = own // 4, (all_ - one) // (rows - 1)
     state = count * STATES[plan.optimizer]
-    fixed = max(0, one - row) + (own if pieces > 1 else 0)
-    learning = max(fixed + plan.rows * row, own + count * TRANSIENT[plan.optimizer])
-    drawn = plan.data.batch_size * (2 if plan.guided else 1)
+    fixed = max(0, one - row) + (own if plan.gradient_accumulation > 1 else 0)
+    at_worst = max(fixed + plan.rows * row, own + count * TRANSIENT[plan.optimizer])
+    drawn_at_once = plan.data.batch_size * (2 if plan.guided else 1)
     beside = int(SURROUNDINGS.get(name, 0)) * plan.dtype.itemsize
-    drawing = weights + beside + drawn * drawing_bytes(host, 1, TOKENS)
-    passes = 4 if plan.gradient_checkpointing else 3
-    pictures = plan.data.pairs * (2 if plan.preserves else 1)
     return Prediction(
         plan,
         weights,
@@ -189,11 +191,10 @@ def predict(config: Mapping[str, Any], plan: Plan) -> Prediction:
         state,
         row,
         fixed,
-        drawing,
-        max(drawing, weights + 2 * own + state + learning),
+        weights + 2 * own + state + at_worst,
+        weights + beside + drawn_at_once * drawing_bytes(host, 1, TOKENS),
         _disk(config, edge, plan),
-        pictures * plan.data.steps * (2 if plan.guided else 1),
-        plan.steps * pieces * plan.rows * passes,
+        *_calls(plan),
     )
 
 
@@ -220,6 +221,14 @@ def _disk(config: Mapping[str, Any], edge: int, plan: Plan) -> int:
     latents = (pairs + kept) * config.get("out_channels", 4) * edge * edge * 4
     text = TOKENS * config["cross_attention_dim"] + pooled_width(config)
     return latents + (2 * pairs + kept) * text * plan.dtype.itemsize
+
+
+def _calls(plan: Plan) -> tuple[int, int]:
+    """Rows that the host computes to draw latents, and to train."""
+    pictures = plan.data.pairs * (2 if plan.preserves else 1)
+    passes = 4 if plan.gradient_checkpointing else 3
+    drawing = pictures * plan.data.steps * (2 if plan.guided else 1)
+    return drawing, plan.steps * plan.gradient_accumulation * plan.rows * passes
 
 
 def _bytes(tensors: Any) -> int:

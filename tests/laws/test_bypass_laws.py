@@ -1,6 +1,6 @@
-"""Law 11 at length: every way around a patch that was tried, and what happens. README's threat model lists the same.
+"""Law 11 at length: every way around a patch that was tried, and what happens. The end of DESIGN lists the same.
 
-A way that is closed raises `PatchBypassed`. A way that is open is tested too: when it closes, README must change.
+A way that is closed raises `PatchBypassed`. A way that is open is tested too: when it closes, DESIGN must change.
 """
 
 import copy
@@ -20,7 +20,7 @@ from safepatch.runtime.check import status
 from safepatch.runtime.handle import attached
 from tests.small import images, new_artifact, new_small_pipe, new_small_unet, rows
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+DESIGN = (Path(__file__).parents[2] / "DESIGN.md").read_text()
 
 
 def forward(pipe: StableDiffusionPipeline) -> torch.Tensor:
@@ -161,9 +161,9 @@ def test_an_open_way_is_open(small_pipe, way, tmp_path):
 
 
 @pytest.mark.parametrize(("ways", "answer"), [(CLOSED, "`PatchBypassed`"), (OPEN, "an image")])
-def test_the_threat_model_in_the_readme_lists_every_way(ways, answer):
+def test_the_list_in_design_has_every_way(ways, answer):
     for way in ways:
-        (line,) = [line for line in README.splitlines() if line.startswith(f"| {way} |")]
+        (line,) = [line for line in DESIGN.splitlines() if line.startswith(f"| {way} |")]
         assert answer in line
 
 

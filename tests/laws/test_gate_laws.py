@@ -1,5 +1,6 @@
 """The gate, for every patch kind: closed changes no bit and costs no patch, open is the patch as it was."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,10 @@ from PIL import Image
 from torch import Tensor
 
 from safepatch.artifact.patch_artifact import PatchArtifact, is_gate
-from safepatch.diffusion import Components
+from safepatch.data.bank import DataConfig, build_bank
+from safepatch.data.category import Rewrite
+from safepatch.data.corpus import Corpus
+from safepatch.diffusion import Components, UNetHost
 from safepatch.errors import ConfigError, MergeError
 from safepatch.merging import merge, split
 from safepatch.patch import PATCH_KINDS, LoraPatch, Patch
@@ -16,18 +20,17 @@ from safepatch.patch.files import from_artifact, to_artifact
 from safepatch.patch.gate import Gate, TextGate
 from safepatch.reporting.plots import GateCurve, save_gate_plot
 from safepatch.runtime.apply import apply, attach
-from safepatch.taxonomy import CATEGORIES
+from safepatch.taxonomy import Category
 from safepatch.tiny.models import load_tiny
-from safepatch.training import gating
+from safepatch.training import gates
 from tests.small import (
     DOWN,
     INSTRUCTION,
     MID,
     awaken,
-    bank,
     images,
     new_patch,
-    new_small_pipe,
+    new_small_host,
     new_small_unet,
     rows,
     small_artifact,
@@ -188,8 +191,8 @@ def test_a_sum_acts_where_the_gate_of_any_source_opens(tmp_path, small_pipe, kin
     merged = merge(paths, tmp_path / "sum.safetensors", method)
 
     def judged(**thresholds: float) -> PatchArtifact:
-        gates = {name: {"threshold": threshold} for name, threshold in thresholds.items()}
-        return replace(merged, info=replace(merged.info, config={**merged.info.config, "gate": gates}))
+        judges = {name: {"threshold": threshold} for name, threshold in thresholds.items()}
+        return replace(merged, info=replace(merged.info, config={**merged.info.config, "gate": judges}))
 
     base, everywhere = outputs(small_pipe), outputs(small_pipe, patch=merged, gate="off")
     assert not torch.allclose(everywhere, base, atol=1e-3)  # control
@@ -285,13 +288,13 @@ def test_a_gate_stays_as_it_was_when_a_patch_is_compressed_or_rounded(tmp_path):
     paths = [gated("control", n, seed=i).save(tmp_path / f"{n}.safetensors") for i, n in enumerate(("gore", "drugs"))]
     merged = merge(paths, method="linear")
     rounded, compressed = merge(paths, method="linear", dtype="bfloat16"), merged.compress(1)
-    gates = [name for name in merged.tensors if is_gate(name)]
-    assert gates
+    names = [name for name in merged.tensors if is_gate(name)]
+    assert names
     assert all(
-        torch.equal(merged.tensors[name], made.tensors[name]) for name in gates for made in (rounded, compressed)
+        torch.equal(merged.tensors[name], made.tensors[name]) for name in names for made in (rounded, compressed)
     )
     assert compressed.info.shapes  # control: something was compressed
-    assert {t.dtype for name, t in rounded.tensors.items() if name not in gates} == {torch.bfloat16}
+    assert {t.dtype for name, t in rounded.tensors.items() if name not in names} == {torch.bfloat16}
     third = gated("control", "weapons").save(tmp_path / "weapons.safetensors")
     merge([compressed.save(tmp_path / "small.safetensors"), third], method="linear")
 
@@ -311,7 +314,7 @@ def test_one_patch_weighted_anew_is_a_patch_like_others(tmp_path):
 
 
 def no_gate(category: str) -> PatchArtifact:
-    return gating.without_gate(gated("control", category))
+    return gates.without_gate(gated("control", category))
 
 
 def wide(category: str) -> PatchArtifact:
@@ -336,7 +339,7 @@ def test_a_source_that_counts_for_nothing_opens_nothing(tmp_path):
     paths = [gated("control", n, seed=i).save(tmp_path / f"{n}.safetensors") for i, n in enumerate(("gore", "drugs"))]
     with pytest.raises(MergeError, match="has weight 0 and a gate"):
         merge(paths, method="linear", weights=[1, 0])
-    bare = [gating.without_gate(PatchArtifact.open(path)).save(path) for path in paths]
+    bare = [gates.without_gate(PatchArtifact.open(path)).save(path) for path in paths]
     merge(bare, method="linear", weights=[1, 0])  # control
 
 
@@ -397,61 +400,109 @@ def test_a_fresh_gate_of_a_patch_in_memory_is_open(small_pipe):
 # ---- fitting ---------------------------------------------------------------------------------------------------
 
 
+FEW = {"ROWS": 24, "CAPTIONS": 24, "UNSEEN": 24, "STEPS": 5, "VALIDATION_STEPS": (0.9, 0.1), "VALIDATION_PAIRS": 4}
+DATA = DataConfig(pairs=6, steps=1)
+MINE = Category("weapons", "things of the test", "no knives")
+
+
+@pytest.fixture
+def few(monkeypatch) -> Callable[..., None]:
+    """Makes fitting quick."""
+
+    def set_to(**values: object) -> None:
+        for name, value in {**FEW, **values}.items():
+            monkeypatch.setattr(gates, name, value)
+
+    set_to()
+    return set_to
+
+
 @every_kind
-def test_fitting_tells_what_the_patch_is_for(monkeypatch, kind):
-    monkeypatch.setattr(gating, "ROWS", 96)
-    monkeypatch.setattr(gating, "CAPTIONS", 960)
-    monkeypatch.setattr(gating, "UNSEEN", 48)
-    monkeypatch.setattr(gating, "STEPS", 300)
-    monkeypatch.setattr(gating, "VALIDATION_STEPS", (900, 100))
-    monkeypatch.setattr(gating, "build_bank", lambda *_: bank(1))
-    # A gate that reads text alone needs an encoder that was taught.
-    pipe = load_tiny() if kind == "lora" else new_small_pipe()
-    components = Components.of(pipe).freeze()
-    gates = [new_gate(components, kind), new_gate(components, kind)]
-    records = [gating.fit_gate(gate, components, CATEGORIES["weapons"], bank(0), seed=0) for gate in gates]
+def test_fitting_tells_what_the_patch_is_for(few, kind):
+    """On the embedded model, whose text encoder was taught what words mean."""
+    few(ROWS=384, CAPTIONS=960, UNSEEN=96, STEPS=300, VALIDATION_PAIRS=24)
+    host, corpus, data = UNetHost(Components.of(load_tiny())), Corpus.open("weapons"), DataConfig(pairs=128, steps=2)
+    made = [new_gate(host, kind), new_gate(host, kind)]
+    records = [gates.fit_gate(gate, host, corpus, data) for gate in made]
     assert records[0] == records[1]  # equal seeds, equal gates
-    assert all(torch.equal(a, b) for a, b in zip(gates[0].parameters(), gates[1].parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(made[0].parameters(), made[1].parameters(), strict=True))
     assert records[0]["harmless_scenes_opened"] == 0
     assert records[0]["unsafe_steps_opened"] > 0.9
-    monkeypatch.setattr(gating, "STEPS", 0)
-    unfitted = gating.fit_gate(new_gate(components, kind), components, CATEGORIES["weapons"], bank(0), seed=0)
+    few(STEPS=0, UNSEEN=96, VALIDATION_PAIRS=24)
+    unfitted = gates.fit_gate(new_gate(host, kind), host, corpus, data)
     assert unfitted["unsafe_steps_opened"] < 0.9  # control: untrained, it cannot tell them apart
 
 
 @every_kind
-def test_a_gate_can_be_fitted_to_a_finished_patch(monkeypatch, small_pipe, tmp_path, kind):
-    monkeypatch.setattr(gating, "ROWS", 24)
-    monkeypatch.setattr(gating, "CAPTIONS", 24)
-    monkeypatch.setattr(gating, "UNSEEN", 24)
-    monkeypatch.setattr(gating, "STEPS", 5)
-    monkeypatch.setattr(gating, "VALIDATION_STEPS", (900, 100))
-    monkeypatch.setattr(gating, "build_bank", lambda *_: bank(1))
-    plain = small_artifact(kind)
-    made = gating.add_gate(plain, small_pipe, width=4)
+def test_a_gate_can_be_fitted_to_a_finished_patch(few, small_pipe, tmp_path, kind):
+    plain, corpus = small_artifact(kind), Corpus.open("weapons")
+    made = gates.add_gate(plain, small_pipe, corpus, width=4, data=DATA)
     made = PatchArtifact.open(made.save(tmp_path / "gated.safetensors"))
     assert set(made.info.config["gate"]) == {"weapons"}
     assert torch.equal(outputs(small_pipe, patch=made, gate="off"), outputs(small_pipe, patch=plain))
-    again = gating.add_gate(made, small_pipe, width=8)  # an older gate gives way
+    again = gates.add_gate(made, small_pipe, corpus, width=8, data=DATA)  # an older gate gives way
     assert again.info.config["layout"]["gate"] == 8
     assert from_artifact(again, small_pipe.unet).gate is not None
     assert made.content_hash != plain.content_hash  # control
-    assert gating.without_gate(made).content_hash == plain.content_hash
+    assert gates.without_gate(made).content_hash == plain.content_hash
+
+
+def test_a_gate_that_reads_text_needs_no_pictures(few, monkeypatch):
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("drew")
+
+    monkeypatch.setattr(UNetHost, "draw", never)
+    host, corpus = new_small_host(), Corpus.open("weapons")
+    record = gates.fit_gate(new_gate(host, "lora"), host, corpus, DATA)
+    assert 0 <= record["threshold"] <= 1
+    with pytest.raises(AssertionError, match="drew"):  # control
+        gates.fit_gate(new_gate(host, "lite"), host, corpus, replace(DATA, seed=5))
+
+
+@every_kind
+@pytest.mark.parametrize("by", ["column", "guided"])
+def test_a_gate_can_be_fitted_to_two_prompts_of_ones_own(few, kind, by):
+    """Too few to leave any unseen; where there is no rewrite, the twin is the unsafe prompt and is not harmless."""
+    pairs = [("a knife", "a spoon"), ("an axe", "a hammer")]
+    corpus = Corpus(MINE, pairs, retain=["a quiet street"], rewrite=Rewrite(by))
+    host = new_small_host()
+    record = gates.fit_gate(new_gate(host, kind), host, corpus, DATA)
+    assert 0 <= record["threshold"] <= 1
+    unsafe, harmless = gates.captions(corpus, 40, seed=0)
+    assert set(unsafe) == {"a knife", "an axe"}
+    assert not set(unsafe) & set(harmless)
+    assert ("a spoon" in harmless) == (by == "column")
+    assert len({*harmless} - {"", "a spoon", "a hammer", "a quiet street"}) >= 9  # common things, of a shipped list
+
+
+def test_the_bank_that_the_patch_learned_from_serves_its_gate(few, monkeypatch):
+    host, corpus = new_small_host(), Corpus.open("weapons")
+    bank, drawn, draw = build_bank(host, corpus, replace(DATA, seed=9)), [], UNetHost.draw
+    monkeypatch.setattr(UNetHost, "draw", lambda self, texts, *rest, **how: drawn.extend(texts) or draw(
+        self, texts, *rest, **how))  # fmt: skip
+    gates.fit_gate(new_gate(host, "lite"), host, corpus, replace(DATA, seed=9), bank)
+    assert len(drawn) == 2 * FEW["VALIDATION_PAIRS"]  # those alone that the threshold is set on
 
 
 def test_a_merged_patch_gets_no_gate(small_pipe, tmp_path):
     paths = [gated("lite", name).save(tmp_path / f"{name}.safetensors") for name in ("gore", "drugs")]
     with pytest.raises(ConfigError, match="fit a gate to each patch, then merge"):
-        gating.add_gate(merge(paths, method="bundle"), small_pipe)
+        gates.add_gate(merge(paths, method="bundle"), small_pipe, Corpus.open("gore"))
     for method in ("bundle", "cat", "linear"):
         with pytest.raises(ConfigError, match="take the gates off its sources"):
-            gating.without_gate(merge(paths, method=method))
+            gates.without_gate(merge(paths, method=method))
+
+
+def test_another_categorys_words_are_refused(small_pipe):
+    with pytest.raises(ConfigError, match="this patch is for weapons, the words are for gore") as caught:
+        gates.add_gate(small_artifact("lite"), small_pipe, Corpus.open("gore"))
+    assert "\n" not in str(caught.value)
 
 
 def test_gates_do_not_count_as_agreement(tmp_path):
     def cosine(gates_off: bool) -> float:
         patches = [gated("lora", name, seed=i) for i, name in enumerate(("gore", "drugs"))]
-        patches = [gating.without_gate(patch) if gates_off else patch for patch in patches]
+        patches = [gates.without_gate(patch) if gates_off else patch for patch in patches]
         paths = [patch.save(tmp_path / f"{patch.info.categories[0]}.safetensors") for patch in patches]
         return merge(paths, method="bundle").info.recipe["conflicts"][0]["overall"]["cosine"]
 
@@ -468,8 +519,8 @@ def test_gate_curves_are_drawn(tmp_path):
     assert drawn.tobytes() != Image.open(tmp_path / "none.png").convert("RGB").tobytes()  # control
 
 
-def new_gate(components: Components, kind: str) -> TextGate:
-    patch = new_patch(components.unet, kind, seed=None)
-    patch.add_gate(components.unet, 8)
+def new_gate(host: UNetHost, kind: str) -> TextGate:
+    patch = new_patch(host.unet, kind, seed=None)
+    patch.add_gate(host.unet, 8)
     assert patch.gate is not None
     return patch.gate

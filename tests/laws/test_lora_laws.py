@@ -15,13 +15,13 @@ from torch import Tensor
 
 import safepatch
 from safepatch.artifact.patch_artifact import PatchArtifact
-from safepatch.diffusion import Components, noise_pred, quiet
+from safepatch.diffusion import Components, Conditioning, noise_pred, quiet
 from safepatch.errors import BaseMismatch, ConfigError, ModelNotFound, PatchBypassed, SafepatchError
 from safepatch.merging import merge
 from safepatch.models.load import load_pipeline
 from safepatch.patch import LoraPatch
 from safepatch.patch.files import from_artifact, to_artifact
-from safepatch.patch.host import patched_noise_pred
+from safepatch.patch.host import patched_prediction
 from safepatch.runtime.apply import apply, attach
 from safepatch.runtime.fuse import NOTE, Update, fuse, fuse_model
 from tests.families import (
@@ -38,6 +38,7 @@ from tests.small import (
     images,
     new_artifact,
     new_patch,
+    new_small_host,
     new_small_pipe,
     new_small_unet,
     rows,
@@ -209,28 +210,16 @@ def test_a_copied_pipeline_has_hooks_of_its_own(small_pipe):
 
 
 def test_training_reaches_every_factor():
-    unet = new_small_unet()
-    patch = LoraPatch.from_unet(unet, rank=4)
-    inputs = rows()
+    host, (sample, timesteps, states) = new_small_host(), rows()
+    patch = LoraPatch.from_unet(host.unet, rank=4)
+    inputs = sample, timesteps, Conditioning(states)
     instruction = torch.zeros(1, 3, 192)
-    assert torch.equal(patched_noise_pred(unet, patch, *inputs, instruction), noise_pred(unet, *inputs))
+    assert torch.equal(patched_prediction(host, patch, *inputs, instruction), host.predict(*inputs))
     for update in patch.updates:
         torch.nn.init.normal_(update.up, std=0.1)
-    patched_noise_pred(unet, patch, *inputs, instruction).square().sum().backward()
+    patched_prediction(host, patch, *inputs, instruction).square().sum().backward()
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in patch.parameters())
-    assert not any(layer._forward_hooks for layer in unet.modules())
-
-
-def test_gradient_checkpointing_is_refused():
-    unet, inputs = new_small_unet(), (*rows(), torch.zeros(1, 3, 192))
-    patch = LoraPatch.from_unet(unet)
-    patch.gradient_checkpointing = True
-    with pytest.raises(ConfigError, match="turn gradient checkpointing off"):
-        patched_noise_pred(unet, patch, *inputs)
-    patch.gradient_checkpointing = False
-    unet.enable_gradient_checkpointing()
-    with pytest.raises(ConfigError, match="turn gradient checkpointing off"):
-        patched_noise_pred(unet, patch, *inputs)
+    assert not any(layer._forward_hooks for layer in host.unet.modules())
 
 
 def test_a_file_keeps_the_factors_and_gives_the_same_module(tmp_path):

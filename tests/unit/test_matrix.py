@@ -390,9 +390,6 @@ def test_a_pivot_is_a_table_of_rows() -> None:
     assert "0.12 [0.12, 0.12]" in pivot(ROWS, cell=with_interval)
     rates = {NONE: {"weapons": 1.0, "gore": 1.0}, "lora": {"weapons": 0.125, "gore": 0.125}}
     assert tree(ROWS, ("patch", "category")) == rates
-        NONE: {"weapons": 1.0, "gore": 1.0},
-        "lora": {"weapons": 0.125, "gore": 0.125},
-    }
 
 
 def test_a_summary_names_models_and_detectors_only_where_there_are_several() -> None:

@@ -1,135 +1,134 @@
-"""README's tables say what the code's tables hold; `python tests/unit/test_readme.py` writes them anew."""
+"""README and RESULTS say what the code and the figures say; `python patches/build.py results` writes them anew."""
 
+import ast
 import json
 import re
-import statistics
+import shlex
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 
-from safepatch.merging.methods import METHODS
-from safepatch.objectives import OBJECTIVES
-from safepatch.patch import PATCH_KINDS
-from safepatch.taxonomy import CATEGORIES
-from safepatch.tiny.models import MODELS
+import safepatch
+from patches.pages import FIGURES, KINDS, README, RESULTS, blocks, filled, headline, results
+from safepatch.cli import app
+from safepatch.config import to_dict
+from safepatch.training.config import load_train_config
 
-README = Path(__file__).parents[2] / "README.md"
-MEASURED = Path(__file__).parents[2] / "patches" / "figures.json"  # what `make table` measured
-PAIRED = {  # column: fields without and with a patch
-    "unsafe": ("base_unsafe_rate", "patched_unsafe_rate"),
-    "held-out wording": ("base_unsafe_rate_heldout", "patched_unsafe_rate_heldout"),
-    "safe and recognisable": ("base_safe_recognisable_rate", "safe_recognisable_rate"),
-    "companion kept": ("base_companion_kept", "companion_kept"),
-    "other categories": ("base_other_unsafe_rate", "other_unsafe_rate"),
-    "benign accuracy": ("base_prompt_accuracy", "patched_prompt_accuracy"),
-}
+DESIGN = README.parent / "DESIGN.md"
+TEXT, NOW = README.read_text(), json.loads(FIGURES.read_text())
+CATEGORIES = ("weapons", "gore")
+MEASURES = {"unsafe_rate": (0.99, 0.0), "unsafe_rate, heldout": (0.98, 0.005), "benign_identical": (None, 1.0)}
 
 
-def first_line(thing: object) -> str:
-    return (thing.__doc__ or "").strip().splitlines()[0]
+def matrix(kind: str, models: tuple[str, ...] = ("tiny-sd", "tiny-sd-fluent")) -> dict:
+    """Figures as `build.py` keeps those of one matrix: by measure, model, patch and category."""
 
+    def values(number: float | None) -> dict[str, float]:
+        return {} if number is None else dict.fromkeys(CATEGORIES, number)
 
-def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = [head, ("---",) * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def figures(kind: str = "control") -> dict:
-    """Every field by its name, targets and controls alike."""
-    measured = json.loads(MEASURED.read_text())[kind]
-    return measured["table"] | measured["controls"]
-
-
-def arrow(before: dict | float, after: dict, name: str) -> str:
-    base = before[name] if isinstance(before, dict) else before
-    return f"{base:.2f} → {after[name]:.2f}"
-
-
-def figures_table(kind: str = "control") -> str:
-    found = figures(kind)
-    rows = [
-        (
-            f"`{name}`",
-            *(arrow(found[before], found[after], name) for before, after in PAIRED.values()),
-            f"{found['benign_drift'][name]:.3f}",
-        )
-        for name in found["patched_unsafe_rate"]
-    ]
-    return table(("category", *PAIRED, "drift"), rows)
-
-
-def sibling_table(kind: str = "control") -> str:
-    found = figures(kind)
-    names = list(found["patched_unsafe_rate"])
-    pairs = {"tiny-sd (own)": (found["base_unsafe_rate"], found["patched_unsafe_rate"])}
-    pairs |= {
-        key: (found["sibling_base_unsafe_rate"][key], rates) for key, rates in found["sibling_unsafe_rate"].items()
+    measures = {
+        name: {
+            model: {patch: values(v) for patch, v in (("none", base), (kind, patched)) if v is not None}
+            for model in (models if name == "unsafe_rate" else models[:1])
+        }
+        for name, (base, patched) in MEASURES.items()
     }
-    rows = [(f"`{key}`", *(arrow(*rates, name) for name in names)) for key, rates in pairs.items()]
-    return table(("checkpoint", *names), rows)
+    return {"n": 200, "steps": 20, "guidance_scale": 1.5, "seed": 1000, "measures": measures}
 
 
-def mean(before: dict | float, after: dict) -> str:
-    """Means over categories, without and with a patch."""
-    base = statistics.fmean(before.values()) if isinstance(before, dict) else before
-    return f"{base:.2f} → {statistics.fmean(after.values()):.2f}"
-
-
-def kinds_table() -> str:
-    """Each measured kind with what it costs and does, means over the categories."""
-    measured, rows = json.loads(MEASURED.read_text()), []
-    for kind in measured["costs"]:
-        found, cost = figures(kind), measured["costs"][kind]
-        paired = [mean(found[before], found[after]) for before, after in PAIRED.values()]
-        drift = statistics.fmean(found["benign_drift"].values())
-        attacks = [measured["attack"][f"{kind} + gate, {aim} attacked"] for aim in ("patch", "gate")]
-        attack = max(attacks, key=lambda rates: rates["attacked"])
-        attacked = f"{attack['plain']:.2f} → {attack['attacked']:.2f}"
-        costs = (cost["mb_sd15"], cost["flops_sd15"], cost["flops_sdxl"])
-        rows.append((f"`{kind}`", *costs, *paired, f"{drift:.4f}", attacked))
-    costs = ("MB, SD 1.5", "FLOPs, SD 1.5", "FLOPs, SDXL")
-    return table(("kind", *costs, *PAIRED, "drift", "weapons under attack"), rows)
-
-
-def rendered() -> dict[str, str]:
-    """Every table by its marker's name."""
-    categories = [(f"`{c.name}`", c.definition, ", ".join(x.name for x in c.concepts)) for c in CATEGORIES.values()]
-    named = {"methods": ("method", METHODS), "objectives": ("objective", OBJECTIVES), "kinds": ("kind", PATCH_KINDS)}
+def full_figures() -> dict:
+    """Everything measured."""
+    names = [name for kind in KINDS for name in (kind, f"merge-{kind}", f"transfer-{kind}")]
+    rewrite = {"replace": {"unsafe_rate": 0.01, "minutes": 4.5}, "empty": {"unsafe_rate": 0.02}}
     return {
-        "categories": table(("category", "stand-in for", "drawn as"), categories),
-        "figures": figures_table(),
-        "lite": figures_table("lite"),
-        "lora": figures_table("lora"),
-        "costs": kinds_table(),
-        "siblings": sibling_table(),
-        "lite_siblings": sibling_table("lite"),
-        "lora_siblings": sibling_table("lora"),
-        "models": table(("model", "what it is"), [(f"`{name}`", about) for name, about in MODELS.items()]),
-        **{
-            key: table((head, "what it does"), [(f"`{name}`", first_line(x)) for name, x in entries.items()])
-            for key, (head, entries) in named.items()
-        },
+        "costs": NOW.get("costs", {}),
+        **{name: matrix(name.rpartition("-")[2]) for name in names},
+        "rewrite": rewrite,
+        "fast-food": matrix("lora", ("tiny-sd",)),
     }
 
 
-def blocks(text: str) -> dict[str, str]:
-    found = re.findall(r"<!-- table: (\w+) -->\n(.*?)\n<!-- end -->", text, re.DOTALL)
-    return dict(found)
+def found_blocks(text: str) -> dict[str, str]:
+    return dict(re.findall(r"<!-- table: (\w+) -->\n(.*?)\n<!-- end -->", text, re.DOTALL))
 
 
-@pytest.mark.parametrize("name", sorted(rendered()))
-def test_readme_table_equals_the_codes_table(name: str) -> None:
-    assert blocks(README.read_text())[name] == rendered()[name]
+def code(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
 
 
-def test_a_changed_table_is_noticed() -> None:
-    altered = README.read_text().replace("| `weapons` |", "| `weapon` |")
-    assert blocks(altered)["categories"] != rendered()["categories"]
+COMMANDS = [line[2:] for block in code("console") for line in block.splitlines() if line.startswith("$ safepatch")]
 
 
-if __name__ == "__main__":
-    text = README.read_text()
-    for name, body in rendered().items():
-        pattern = rf"(<!-- table: {name} -->\n).*?(\n<!-- end -->)"
-        text = re.sub(pattern, lambda match, body=body: match[1] + body + match[2], text, flags=re.DOTALL)
-    README.write_text(text)
+@pytest.mark.parametrize("name", sorted(blocks(NOW)))
+def test_a_block_of_readme_is_what_is_generated(name: str) -> None:
+    assert found_blocks(TEXT)[name] == blocks(NOW)[name]
+
+
+def test_a_changed_block_is_noticed() -> None:
+    altered = TEXT.replace("`alcohol`", "`alcohols`")
+    assert found_blocks(altered)["categories"] != blocks(NOW)["categories"]
+    assert filled(altered, blocks(NOW)) == filled(TEXT, blocks(NOW))
+
+
+def test_results_is_what_is_generated() -> None:
+    assert RESULTS.read_text() == results(NOW)
+
+
+def test_results_of_full_figures_hold_every_figure_once_measured() -> None:
+    page = results(full_figures())
+    assert "| weapons | 0.990 → 0.000 | 0.980 → 0.005 | 1.000 |" in page
+    assert "| mean | 0.990 → 0.000 | 0.980 → 0.005 | 1.000 |" in page
+    assert "| `tiny-sd-fluent` | 0.990 → 0.000 | 0.990 → 0.000 |" in page
+    assert "| replace | 0.010 | 4.500 |\n| empty | 0.020 |  |" in page
+    assert "## fast-food" in page
+    assert "not measured yet (`make" not in page
+    assert "not measured yet (`make" in results({})  # control
+
+
+def test_the_headline_is_the_lora_patches_and_claims_nothing_unmeasured() -> None:
+    assert "unsafe images 0.990 → 0.000; in held-out wording 0.980 → 0.005" in headline(full_figures())
+    assert not re.search(r"\d\.\d", headline({}))
+
+
+def test_readme_is_short_and_says_at_once_what_it_is_not() -> None:
+    assert len(filled(TEXT, blocks(full_figures())).splitlines()) <= 150
+    first_screen = " ".join(TEXT.split("\n## ")[0].replace("\n> ", " ").split())
+    for said in ("has never been run on photographs", "make demo", "make test", "patches/picture.png"):
+        assert said in first_screen
+    assert TEXT.index("## Your own model") < TEXT.index("## The embedded one")
+
+
+def test_the_decisions_are_short_and_numbered() -> None:
+    entries = re.findall(r"^## (\d+)\. .*\n(.*?)(?=^#|\Z)", DESIGN.read_text(), re.MULTILINE | re.DOTALL)
+    assert [int(number) for number, _ in entries] == list(range(1, len(entries) + 1))
+    assert [number for number, text in entries if len(text.strip().splitlines()) > 12] == []
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_of_readme_has_a_verb_and_options_that_exist(command: str) -> None:
+    verb, *words = shlex.split(command, comments=True)[1:]
+    verbs = get_command(app).commands  # type: ignore[attr-defined]
+    with verbs[verb].make_context(verb, words) as context:
+        given = context.params
+    if verb == "train":
+        config = load_train_config(None, given["overrides"])
+        assert to_dict(config) != to_dict(load_train_config(None, [])) or not given["overrides"]
+
+
+@pytest.mark.parametrize("block", code("python"))
+def test_python_in_readme_names_what_is_public(block: str) -> None:
+    names = {n.attr for n in ast.walk(ast.parse(block)) if isinstance(n, ast.Attribute) and is_ours(n.value)}
+    assert names
+    assert names <= {*safepatch.__all__}
+
+
+def is_ours(node: ast.expr) -> bool:
+    return isinstance(node, ast.Name) and node.id == "safepatch"
+
+
+def test_every_file_that_readme_names_is_there() -> None:
+    root, linked = Path(README).parent, {*re.findall(r"\]\(([^)#]+)\)", TEXT)}
+    named = {word for word in re.findall(r"`((?:examples|configs|benchmarks|patches)/[\w./-]+)`", TEXT)}
+    assert linked | named
+    assert {path for path in linked | named if not (root / path).exists()} == set()

@@ -1,0 +1,158 @@
+"""What a run will take is told before it begins: against published figures, and against itself."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from tests.families import FAMILIES, small_config, small_family_pipe
+
+from safepatch.data.bank import DataConfig
+from safepatch.diffusion import Components, Conditioning, UNetHost
+from safepatch.models.checkpoint import CONFIGS
+from safepatch.models.load import unet_config
+from safepatch.patch import PATCH_KINDS
+from safepatch.patch.host import patched_prediction
+from safepatch.training.config import load_train_config
+from safepatch.training.estimate import Tally, meta_host, step_bytes
+from safepatch.training.memory import GIB, TOKENS, Plan, Prediction, predict, predict_run
+
+BF16 = {"dtype": torch.bfloat16, "mixed_precision": "bf16"}
+LEAN = {**BF16, "gradient_checkpointing": True}
+# Saved activations of one row, GiB in float32 with memory-efficient attention, at 512 and 1024 pixels.
+FIGURES = {
+    ("sd1", "lora"): 1.80,
+    ("sd1", "lite"): 0.96,
+    ("sd1", "control"): 1.60,
+    ("sdxl", "lora"): 13.3,
+    ("sdxl", "lite"): 5.7,
+    ("sdxl", "control"): 11.7,
+}
+
+
+def real(family: str) -> dict:
+    return json.loads((CONFIGS / f"{family}.json").read_text())["unet"]
+
+
+def small(plan: Plan, family: str = "sd1") -> Prediction:
+    return predict(small_config(family)["unet"], plan)
+
+
+@pytest.mark.parametrize(("family", "kind"), FIGURES)
+def test_saved_activations_are_what_was_measured(family: str, kind: str) -> None:
+    config = real(family)
+    host = meta_host(config, config["sample_size"], torch.float32)
+    patch = PATCH_KINDS[kind].from_unet(host.unet, empty=True).to("meta")
+    held = step_bytes(host, patch, 1, TOKENS, None)
+    assert held.saved / GIB == pytest.approx(FIGURES[family, kind], rel=0.1)
+    assert held.saved <= held.peak
+
+
+@pytest.mark.parametrize(("kind", "gib"), [("lora", 8), ("lite", 8), ("control", 16)])
+def test_sd15_fits_the_cards_people_have(kind: str, gib: int) -> None:
+    found = predict(real("sd1"), Plan(kind, **LEAN))
+    assert found.needed < gib * 1e9
+    assert found.warning(gib * GIB) is None
+
+
+@pytest.mark.parametrize("kind", PATCH_KINDS)
+def test_saving_measures_save(kind: str) -> None:
+    plain = small(Plan(kind))
+    half, lean = small(Plan(kind, **BF16)), small(Plan(kind, **LEAN))
+    assert lean.activations_per_row < half.activations_per_row < plain.activations_per_row
+    assert half.weights == plain.weights // 2
+    assert half.patch == plain.patch, "the patch stays in float32"
+    assert half.disk < plain.disk
+    assert small(Plan(kind, optimizer="adamw8bit")).optimizer == plain.optimizer // 4
+
+
+def test_more_of_anything_takes_more() -> None:
+    plan = Plan("lora", batch_size=2, data=DataConfig(pairs=8, steps=2, batch_size=2))
+    base = small(plan)
+    more = {
+        "learning": replace(plan, batch_size=4),
+        "drawing": replace(plan, data=replace(plan.data, batch_size=8)),
+        "disk": replace(plan, data=replace(plan.data, pairs=9)),
+        "patch": replace(plan, layout={"rank": 32}),
+        "drawing_calls": replace(plan, data=replace(plan.data, steps=3)),
+        "training_calls": replace(plan, steps=1201),
+        "activations_per_row": replace(plan, data=replace(plan.data, size=1024)),
+    }
+    for name, larger in more.items():
+        assert getattr(small(larger), name) > getattr(base, name), name
+
+
+def test_calls_are_arithmetic() -> None:
+    found = small(Plan("lite", batch_size=4, steps=1200))
+    assert found.drawing_calls == 2 * 768 * 10 * 2
+    assert found.training_calls == 1200 * 8 * 3
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("kind", PATCH_KINDS)
+def test_every_family_and_kind_can_be_predicted(name: str, kind: str) -> None:
+    found = small(Plan(kind, batch_size=1, gradient_checkpointing=True), name)
+    assert min(found.weights, found.patch, found.activations_per_row, found.drawing, found.disk) > 0
+
+
+def test_what_is_counted_is_what_is_alive() -> None:
+    with Tally([]) as tally:
+        kept = torch.empty(100, device="meta")
+        view = kept[:50]
+        gone = torch.empty(1000, device="meta")
+        del gone
+    assert (tally.now, tally.peak) == (400, 4400)
+    assert view.shape == (50,)
+
+
+@pytest.mark.parametrize("kind", PATCH_KINDS)
+def test_meta_tensors_hold_what_real_ones_do(kind: str) -> None:
+    """The same forward pass on real tensors, counted by the hooks that autograd offers."""
+    host = UNetHost(Components.of(small_family_pipe("sd1")), 128)
+    patch, rows = PATCH_KINDS[kind].from_unet(host.unet), 2
+    known = {tensor.untyped_storage().data_ptr() for tensor in (*host.unet.parameters(), *patch.parameters())}
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage
+        return tensor
+
+    states = torch.zeros(rows, TOKENS, 768)
+    inputs = (torch.zeros(rows, *host.latent_shape), torch.zeros(rows).long(), Conditioning(states))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        predicted = patched_prediction(host, patch, *inputs, states[:1])
+    assert predicted.requires_grad
+    counted = sum(storage.nbytes() for pointer, storage in saved.items() if pointer not in known)
+    meta = meta_host(small_config("sd1")["unet"], 16, torch.float32)
+    held = step_bytes(meta, PATCH_KINDS[kind].from_unet(meta.unet, empty=True).to("meta"), rows, TOKENS, None)
+    assert held.saved == pytest.approx(counted, rel=0.05)
+
+
+def test_a_run_is_predicted_from_its_configuration() -> None:
+    config = load_train_config(None, ["category=weapons", "model=tiny-sd", "training.mixed_precision=bf16"])
+    found = predict_run(config, unet_config("tiny-sd"))
+    assert found.plan.dtype is torch.bfloat16
+    assert found.plan.preserves
+    lines = found.lines(calls_per_second=100.0)
+    assert len(lines) == 3
+    assert "minutes" in lines[-1]
+    assert "minutes" not in found.lines()[-1]
+
+
+def test_a_device_that_is_too_small_is_told_with_what_to_change() -> None:
+    found = predict(real("sd1"), Plan("lora"))
+    said = found.warning(8 * GIB)
+    assert said is not None
+    assert "\n" not in said
+    for way in ("training.mixed_precision=bf16", "training.gradient_checkpointing=true", "training.batch_size="):
+        assert way in said
+    size = int(said.partition("training.batch_size=")[2].split(",")[0])
+    assert predict(real("sd1"), replace(found.plan, batch_size=size)).learning < 8 * GIB
+    assert found.warning(80 * GIB) is None
+
+
+def test_where_drawing_takes_the_most_fewer_are_to_be_drawn_at_once() -> None:
+    found = predict(real("sd1"), Plan("lora", **LEAN))
+    assert found.drawing > found.learning
+    assert "data.batch_size=8" in (found.warning(found.drawing) or "")
