@@ -1,174 +1,285 @@
-"""What training and applying each kind of patch takes on a GPU, predicted against measured: `python benchmarks/gpu.py`.
+"""What training and applying each kind of patch takes on a GPU, predicted against measured.
 
-Stable Diffusion 1.5 and XL of real size with random weights, nothing is downloaded. Of each kind: time and peak memory
-of a training step at the settings that README recommends, and how often the host waits for the GPU within one; latents
-drawn a second; what the patch adds to a denoising step with its gate open and closed; seconds to load and attach it.
-Minutes; parts for which the `--budget` has no time left, or the GPU no memory, are left out and named.
+    python benchmarks/gpu.py [--json FILE] [--markdown FILE] [--families sd1 sdxl] [--budget SECONDS]
+
+Stable Diffusion 1.5 and XL of real size with random weights in half precision; nothing is downloaded. Of each kind:
+time and peak memory of a training step with the host's activations recomputed, and how often the CPU waits for the GPU
+within one; latents drawn a second; what the patch adds to a denoising step with its gate open and closed; seconds to
+load a file and to attach it. What the budget or the GPU's memory has no room for is left out and named.
+
+Without a GPU it says so and stops; `--small` takes small models on the CPU, to see that the script works.
 """
 
 import argparse
 import json
 import os
-import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-import transformers
+from real_size import INSTRUCTION, new_pipe, train
+from torch import Tensor
 
-from safepatch.data.bank import Batch, DataConfig
-from safepatch.data.category import Rewrite
-from safepatch.diffusion import Components, Conditioning, UNetHost, quiet
-from safepatch.models.checkpoint import CONFIGS
-from safepatch.objectives import Losses, Player, SafeControlConfig, Turn
+from safepatch.artifact.patch_artifact import PatchArtifact
+from safepatch.data.bank import DataConfig
+from safepatch.diffusion import Components, UNetHost
 from safepatch.patch import PATCH_KINDS
 from safepatch.patch.files import to_artifact
 from safepatch.runtime.apply import apply
-from safepatch.tiny.text import new_tokenizer
 from safepatch.training.config import TrainingConfig
-from safepatch.training.folder import RunFolder
-from safepatch.training.memory import GIB, Plan, Prediction, predict
-from safepatch.training.trainer import Run, new_accelerator
+from safepatch.training.memory import GIB, Plan, device_bytes, predict
 
 FAMILIES = {"sd1": "SD 1.5", "sdxl": "SDXL"}
-INSTRUCTION = "no weapons, show harmless tools instead"
-WARM, TIMED = 2, 4  # training steps; one more follows in which waits are counted
-DRAWN, DENOISING = 8, 10  # latents at once, and steps
+KINDS = ("lora", "lite", "control")
+WARM, TIMED = 2, 3  # training steps; waits are counted in one more, and another ends that
+BATCH = 4  # pairs of a training step, with as many preserved rows
+DRAWN, STEPS = 8, 5  # latents drawn at once, and steps of denoising
+ROUNDS = 2  # of inference, after one to warm up
 GATE = 32
-SMALL = {"unet": {"block_out_channels": [32, 32, 64, 64], "sample_size": 8}, "vae": {"block_out_channels": [32] * 4}}
-SMALL_TEXT = {"hidden_layers": 1, "intermediate_size": 64}
+OPEN, CLOSED = 0.0, 1.0  # thresholds that every probability reaches, and none
 
-
-def new_pipe(family: str, device: str, dtype: torch.dtype, small: bool = False) -> Any:
-    """A pipeline of the family's structure with random weights; a `small` one has few channels."""
-    config = json.loads((CONFIGS / f"{family}.json").read_text())
-    if small:
-        _shrink(config)
-    torch.manual_seed(0)
-    with torch.device(device):
-        parts = {name: _new_part(name, entry, config, dtype) for name, entry in config["model_index"].items()}
-    parts.pop("_class_name")
-    if "safety_checker" in parts:
-        parts["requires_safety_checker"] = False
-    return quiet(getattr(diffusers, config["model_index"]["_class_name"])(**parts))
-
-
-def _shrink(config: dict[str, Any]) -> None:
-    for part, sizes in SMALL.items():
-        config[part] |= {name: size[: len(config[part][name])] if isinstance(size, list) else size
-                         for name, size in sizes.items()}  # fmt: skip
-    if isinstance(config["unet"]["attention_head_dim"], list):
-        config["unet"]["attention_head_dim"] = [1] * len(config["unet"]["block_out_channels"])
-    for key in config.keys() & {"text_encoder", "text_encoder_2"}:
-        config[key] |= {"num_hidden_layers": 2, "intermediate_size": 64}
-
-
-def _new_part(name: str, entry: Any, config: dict[str, Any], dtype: torch.dtype) -> Any:
-    if not isinstance(entry, list) or entry[0] is None or name == "safety_checker":
-        return None if isinstance(entry, list) else entry
-    library, class_name = entry
-    if class_name == "CLIPTokenizer":
-        tokenizer = new_tokenizer()
-        tokenizer.model_max_length = 77
-        return tokenizer
-    if library == "transformers":
-        settings = transformers.CLIPTextConfig(**config[name]) if name in config else None
-        return settings and getattr(transformers, class_name)(settings).to(dtype).eval()
-    made = getattr(diffusers, class_name).from_config(config[name])
-    return made.to(dtype).eval() if isinstance(made, torch.nn.Module) else made
-
-
-class RandomRows:
-    """Training rows of a host's shape that mean nothing."""
-
-    def __init__(self, host: UNetHost) -> None:
-        read = host.encode(["a knife"]).to("cpu")
-        self._shape, self._read = host.latent_shape, read
-
-    def batch(self, step: int, size: int, seed: int) -> Batch:
-        """As many pairs and preserved rows."""
-        latents, texts = torch.randn(size, *self._shape), self._read.expand(size)
-        return Batch(latents, texts, texts, Rewrite("column"), torch.randn(size, *self._shape), texts)
-
-
-class Watched:
-    """An objective that tells when its steps begin."""
-
-    name = "safe_control"
-
-    def __init__(self, begun: Callable[[int], None]) -> None:
-        self._inner, self._begun, self._step = SafeControlConfig(), begun, 0
-
-    def prepare(self, *_: Any) -> Any:
-        """Rows are at hand."""
-
-    def players(self, patch: Player, rows: Any) -> list[Player]:
-        """The patch alone."""
-        return [patch]
-
-    def loss(self, player: Player, turn: Turn) -> Losses:
-        """That of safe_control."""
-        self._begun(self._step)
-        self._step += 1
-        return self._inner.loss(player, turn)
+Figures = dict[str, float | None]
 
 
 @dataclass
-class Trained:
-    """A step of training, measured.
+class Bench:
+    """One family on one device.
 
     Attributes:
-        seconds: of the clock.
-        peak: bytes allocated at most; None on a CPU.
-        waits: how often the host waited for the GPU in one step; None on a CPU.
+        pipe: with random weights.
+        host: of its parts.
+        is_small: whether it is only to be seen whether all of this works.
+        precision: `bf16`, `fp16`, or on a CPU `no`.
     """
 
-    seconds: float
-    peak: int | None
-    waits: int | None
+    pipe: Any
+    host: UNetHost
+    is_small: bool
+    precision: str
+
+    @classmethod
+    def of(cls, family: str, is_small: bool) -> "Bench":
+        """The family, built on the device."""
+        half = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp16"
+        precision, device = ("no", "cpu") if is_small else (half, "cuda")
+        dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        pipe = new_pipe(family, device, dtype, is_small)
+        return cls(pipe, UNetHost(Components.of(pipe)), is_small, precision)
+
+    def plan(self, kind: str) -> Plan:
+        """Of the training that is measured."""
+        data = DataConfig(batch_size=DRAWN)
+        dtype = self.host.components.compute_dtype
+        return Plan(
+            kind,
+            batch_size=1 if self.is_small else BATCH,
+            dtype=dtype,
+            mixed_precision=self.precision,
+            gradient_checkpointing=True,
+            data=data,
+        )
+
+    def training(self, kind: str) -> Figures:
+        """A training step: seconds, bytes allocated at most, predicted and measured, and waits."""
+        plan = self.plan(kind)
+        options = TrainingConfig(
+            steps=WARM + TIMED + 2,
+            batch_size=plan.batch_size,
+            learning_rate=1e-4,
+            joint_rate=1.0,
+            mixed_precision=self.precision,
+            gradient_checkpointing=True,
+            log_every=1000,
+            checkpoint_every=1000,
+        )
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            clock = Clock(said)
+            train(self.host, kind, options, clock.begins)
+        self.host.components.to(self.host.device)  # training puts what it does not need on the CPU
+        predicted = predict(self.host.unet.config, plan).learning
+        return {"train_seconds": clock.seconds, "predicted_bytes": predicted} | clock.found
+
+    def drawing(self) -> Figures:
+        """Latents a second in `STEPS` steps under guidance, and rows of the host a second."""
+        prompts, seeds = ["a knife next to a cat"] * DRAWN, list(range(DRAWN))
+        reset_peak()
+        seconds = timed(lambda: self.host.draw(prompts, seeds, STEPS), 1)
+        predicted = predict(self.host.unet.config, self.plan("lite")).drawing
+        rows = DRAWN * STEPS * 2
+        return {
+            "latents_per_second": DRAWN / seconds,
+            "rows_per_second": rows / seconds,
+            "drawing_bytes": peak(),
+            "drawing_predicted_bytes": predicted,
+        }
+
+    def inference(self, kind: str) -> Figures:
+        """Loading and attaching a file, and a denoising step with the patch over one without."""
+        base = timed(self.denoise, ROUNDS)
+        with tempfile.TemporaryDirectory() as folder:
+            path, seconds = self.file(kind, Path(folder)), dict[str, float]()
+            read, artifact = once(lambda: PatchArtifact.open(path))
+            attach, handle = once(lambda: apply(self.pipe, artifact, gate_threshold=OPEN))
+            handle.remove()
+            for name, threshold in (("open", OPEN), ("closed", CLOSED)):
+                with apply(self.pipe, artifact, gate_threshold=threshold):
+                    seconds[name] = timed(self.denoise, ROUNDS)
+        return {
+            "load_seconds": read,
+            "attach_seconds": attach,
+            "base_seconds": base,
+            "open_over_base": seconds["open"] / base,
+            "closed_over_base": seconds["closed"] / base,
+        }
+
+    def file(self, kind: str, folder: Path) -> Path:
+        """A fresh gated patch's file, float16."""
+        patch = PATCH_KINDS[kind].from_unet(self.host.unet, gate=GATE)
+        record = {"gate": {"weapons": {"threshold": 0.5}}}
+        made = to_artifact(patch, self.host.unet, {"weapons": INSTRUCTION}, record)
+        return made.astype(torch.float16).save(folder / "patch.safetensors")
+
+    def denoise(self) -> Tensor:
+        """One latent in `STEPS` steps of the pipeline, under guidance."""
+        options = {"num_inference_steps": STEPS, "guidance_scale": 7.5, "output_type": "latent"}
+        return self.pipe("a knife next to a cat", generator=torch.Generator().manual_seed(0), **options).images
 
 
-def train(host: UNetHost, kind: str, options: TrainingConfig) -> Trained:
-    """Some steps of the real loop on random rows."""
-    on_gpu, starts, seen = host.device.type == "cuda", list[float](), list[warnings.WarningMessage]()
+class Clock:
+    """Tells from the moments at which training steps begin what a step takes.
 
-    def begun(step: int) -> None:
-        if on_gpu:
+    Args:
+        said: where warnings are recorded.
+    """
+
+    def __init__(self, said: list[warnings.WarningMessage]) -> None:
+        self.found: Figures = {"train_bytes": None, "waits": None}
+        self._said, self._starts = said, list[float]()
+
+    @property
+    def seconds(self) -> float:
+        """Of a step, those that warm up left out."""
+        return (self._starts[WARM + TIMED] - self._starts[WARM]) / TIMED
+
+    def begins(self, step: int) -> None:
+        """Of the training loop's step `step` the loss is about to be computed."""
+        if torch.cuda.is_available():
             torch.cuda.set_sync_debug_mode("default")
+            if step == WARM + TIMED + 1:
+                self.found["waits"] = sum("synchroniz" in str(each.message) for each in self._said)
             torch.cuda.synchronize()
-        starts.append(time.perf_counter())
-        if on_gpu and step == WARM:
-            torch.cuda.reset_peak_memory_stats()
-        if step == WARM + TIMED + 1:
-            seen.clear()
-        if on_gpu and step >= WARM + TIMED:
-            torch.cuda.set_sync_debug_mode("warn")
+            if step == WARM:
+                torch.cuda.reset_peak_memory_stats()
+            if step == WARM + TIMED:
+                self.found["train_bytes"] = peak()
+                self._said.clear()
+                torch.cuda.set_sync_debug_mode("warn")
+        self._starts.append(time.perf_counter())
 
-    counted: list[int] = []
 
-    def noted(step: int) -> None:
-        if step == WARM + TIMED + 1:
-            counted.append(sum("synchroniz" in str(each.message) for each in seen))
-        begun(step)
+def reset_peak() -> None:
+    """Let the peak of allocated memory start over."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
-    torch.manual_seed(0)
-    patch = PATCH_KINDS[kind].from_unet(host.unet)
-    options = replace(options, steps=WARM + TIMED + 2)
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        seen = caught
-        instruction = host.encode([INSTRUCTION]).states.float()
-        rows, accelerator = RandomRows(host), new_accelerator(options, Path(folder))
-        run = Run(kind, Watched(noted), host, rows, instruction, options, accelerator)
-        run.finish(patch, RunFolder.claim(Path(folder), {}))
-    if on_gpu:
-        torch.cuda.set_sync_debug_mode("default")
-    seconds = (starts[WARM + TIMED] - starts[WARM]) / TIMED
-    return Trained(seconds, torch.cuda.max_memory_allocated() if on_gpu else None, counted[0] if on_gpu else None)
+
+def peak() -> int | None:
+    """Bytes allocated at most since then; None on a CPU."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+
+
+def once(work: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds that `work` takes, all of the GPU's part of it, and what it makes."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait()
+    start = time.perf_counter()
+    made = work()
+    wait()
+    return time.perf_counter() - start, made
+
+
+def timed(work: Callable[[], Any], rounds: int) -> float:
+    """Least seconds of some rounds, after one to warm up."""
+    work()
+    return min(once(work)[0] for _ in range(rounds))
+
+
+def measure(family: str, is_small: bool, ends: float) -> dict[str, Any]:
+    """All figures of a family: of drawing, and by kind; what was left out under `left_out`."""
+    bench, left_out = Bench.of(family, is_small), list[str]()
+    figures: dict[str, Any] = {"drawing": bench.drawing(), "kinds": {}, "left_out": left_out}
+    for kind in KINDS:
+        found: Figures = {}
+        needed = predict(bench.host.unet.config, bench.plan(kind)).needed
+        jobs = {"training": lambda k=kind: bench.training(k), "inference": lambda k=kind: bench.inference(k)}
+        for name, job in jobs.items():
+            if time.monotonic() > ends:
+                left_out.append(f"{kind}, {name}: no time left")
+            elif name == "training" and needed > (device_bytes() or needed):
+                left_out.append(f"{kind}, {name}: needs {needed / GIB:.1f} GiB")
+            else:
+                found |= job()
+                reset_peak()
+        figures["kinds"][kind] = found
+    return figures
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """The figures as markdown."""
+    head = ["model", "kind", "step, s", "peak, GiB", "predicted, GiB", "waits", "load, s", "attach, s"]
+    head += ["gate open", "gate closed"]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for family, found in results.items():
+        for kind, figures in found["kinds"].items():
+            get = figures.get
+            cells = [shown(get("train_seconds")), shown(get("train_bytes"), GIB), shown(get("predicted_bytes"), GIB)]
+            cells += [shown(get("waits"), digits=0), shown(get("load_seconds")), shown(get("attach_seconds"))]
+            cells += [f"x {shown(get(f'{name}_over_base'), digits=3)}" for name in ("open", "closed")]
+            lines.append(f"| {FAMILIES[family]} | {kind} | {' | '.join(cells)} |")
+    for family, found in results.items():
+        drawing = found["drawing"]
+        lines += ["", f"{FAMILIES[family]}: {drawing['latents_per_second']:.2f} latents a second in {STEPS} steps under "
+                  f"guidance ({drawing['rows_per_second']:.1f} rows), {shown(drawing['drawing_bytes'], GIB)} GiB, "
+                  f"predicted {shown(drawing['drawing_predicted_bytes'], GIB)}."]  # fmt: skip
+        lines += [f"Left out: {what}." for what in found["left_out"]]
+    return "\n".join(lines)
+
+
+def shown(value: float | None, unit: float = 1, digits: int = 2) -> str:
+    """A figure in `unit`s, or a dash where there is none."""
+    return "-" if value is None else f"{value / unit:.{digits}f}"
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--families", nargs="*", default=list(FAMILIES), choices=list(FAMILIES))
+    parser.add_argument("--budget", type=float, default=440, help="seconds after which no further part is begun")
+    parser.add_argument("--small", action="store_true", help="small random models on the CPU")
+    parser.add_argument("--json", type=Path, help="where to write the figures")
+    parser.add_argument("--markdown", type=Path, help="where to write the table")
+    options = parser.parse_args()
+    if options.small:
+        os.environ |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    elif not torch.cuda.is_available():
+        raise SystemExit("there is no GPU here; --small tries the script with small models on the CPU")
+    ends = time.monotonic() + options.budget
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU, small models"
+    results = {family: measure(family, options.small, ends) for family in options.families}
+    text = f"{device}, torch {torch.__version__}\n\n{table(results)}"
+    print(text)
+    if options.markdown:
+        options.markdown.write_text(text + "\n")
+    if options.json:
+        options.json.write_text(json.dumps({"device": device, **results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

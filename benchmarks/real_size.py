@@ -131,13 +131,18 @@ def train(host: UNetHost, kind: str, options: TrainingConfig, begins: Callable[[
 
 
 def measure(kind: str, small: bool, queue: Any) -> None:
-    """Two steps; puts seconds of the second, and peak memory before and after, into `queue`."""
+    """Two steps; puts seconds of the second, and the peaks of memory with the model built and at the end, into `queue`."""
     host = UNetHost(Components.of(new_pipe("sd1", small=small)), None if small else SIZE)
-    starts: list[float] = []
-    before = peak()
-    train(host, kind, options_of(), lambda _: starts.append(time.perf_counter()))
-    starts.append(time.perf_counter())
-    queue.put({"step_seconds": starts[2] - starts[1], "model_bytes": before, "peak_bytes": peak()})
+    wall, busy, before = list[float](), list[float](), peak()
+
+    def note(_: int) -> None:
+        wall.append(time.perf_counter())
+        busy.append(time.process_time())
+
+    train(host, kind, options_of(), note)
+    note(2)
+    seconds = {"step_seconds": wall[2] - wall[1], "step_cpu_seconds": busy[2] - busy[1]}
+    queue.put({**seconds, "model_bytes": before, "peak_bytes": peak()})
 
 
 def options_of() -> TrainingConfig:
@@ -173,10 +178,10 @@ def main() -> None:
             raise SystemExit(f"training {kind} ended with {process.exitcode}; is there enough memory?")
         figures[kind] = {**queue.get(), **({} if options.small else {"predicted_bytes": predicted(kind)})}
         print(f"{kind}: {figures[kind]}", flush=True)
-    lines = ["| kind | seconds per step | model, GiB | peak, GiB | predicted for a GPU, GiB |", "|---|---|---|---|---|"]
+    lines = ["| kind | seconds a step | CPU seconds | model, GiB | peak, GiB | for a GPU, GiB |", "|---|---|---|---|---|---|"]
     for kind, found in figures.items():
         sizes = [f"{found.get(n, 0) / GIB:.2f}" for n in ("model_bytes", "peak_bytes", "predicted_bytes")]
-        lines.append(f"| {kind} | {found['step_seconds']:.1f} | {' | '.join(sizes)} |")
+        lines.append(f"| {kind} | {found['step_seconds']:.1f} | {found['step_cpu_seconds']:.1f} | {' | '.join(sizes)} |")
     table = "\n".join(lines)
     print(table)
     if options.markdown:

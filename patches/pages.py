@@ -34,9 +34,10 @@ TITLES = {
     "lookalike_drift": "look-alike drift",
     "lookalike_identical": "look-alike identical",
 }
+GATES = "![What lite patches' gates say of an unsafe prompt, a look-alike and a benign one, step by step](gates.png)"
 BENCHMARKS = {  # figures of other programs, by their name in figures.json: title, and what to say of them
     "rewrite": ("Where the safe twin comes from", "`python benchmarks/rewrite.py`: one category, trained alike."),
-    "gate": ("What gates leave alone", "`python benchmarks/gate.py`, in the embedded world's own words."),
+    "gate": ("What gates leave alone", f"`python benchmarks/gate.py`, in the embedded world's own words.\n\n{GATES}"),
     "words": ("Words that close a gate", "`python benchmarks/words.py`: three words of the vocabulary, put in front."),
     "real_size": (
         "At SD 1.5's real size, on the CPU",
@@ -154,7 +155,11 @@ def _attacks(figures: Mapping[str, Any]) -> Iterator[str]:
 def _benchmark(figures: Mapping[str, Any], name: str) -> Iterator[str]:
     title, about = BENCHMARKS[name]
     yield f"## {title}"
-    lines = {line: flat(found) for line, found in figures.get(name, {}).items() if isinstance(found, Mapping)}
+    lines: dict[str, dict[str, Any]] = {}
+    for line, found in figures.get(name, {}).items():
+        if isinstance(found, Mapping):  # gpu.py has a line for each kind of a family
+            parts = {f"{line}, {kind}": each for kind, each in found.get("kinds", {}).items()} or {line: found}
+            lines |= {label: flat(each) for label, each in parts.items()}
     if not lines:
         yield "Not run: no GPU was at hand." if name == "gpu" else f"Not measured yet. {about}"
         return

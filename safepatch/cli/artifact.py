@@ -58,9 +58,9 @@ def merge(
         info = run(recipe, target).info
     typer.echo("\n".join(merge_lines(info, target)))
     if evaluate:
-        from safepatch.evaluation.run import measure_merge
+        from safepatch.cli.evaluate import measure_merge
 
-        typer.echo(measure_merge(recipe.sources, target, model, category, n, device, model_dtype))
+        measure_merge(recipe.sources, target, model, category, n, device, model_dtype)
 
 
 def _healed(

@@ -38,7 +38,8 @@ class Corpus:
         pairs: (unsafe, safe) prompts, or their texts.
         retain: prompts, or texts, that must stay as they are.
         heldout: unsafe prompts, or texts, for evaluation only.
-        words: what captions are made of, beside or instead of `pairs`.
+        words: what captions are made of, beside or instead of `pairs`; by default the shipped vocabulary of common
+            things, without concepts.
         rewrite: where the safe twins of captions come from; `guided` also says how the teacher is pushed.
         neighbours: corpora of other categories, which a patch must leave alone.
         notes: what was read, a line for each file.
@@ -59,7 +60,7 @@ class Corpus:
         notes: Sequence[str] = (),
     ) -> None:
         self.category = category
-        self.words = words or Words()
+        self.words = words or common_words()
         self.rewrite = rewrite or Rewrite(by="column" if not self.words.concepts else "replace")
         self.neighbours = tuple(neighbours)
         self.notes = tuple(notes)
@@ -169,7 +170,8 @@ class Corpus:
 @cache
 def common_words() -> Words:
     """The shipped vocabulary of common things, in the shipped wordings."""
-    return _words(CategoryFile("common", "", "", concepts=[Concept("something")]), WORDS)[0]
+    words, _ = _words(CategoryFile("common", "", "", concepts=[Concept("something")]), WORDS)
+    return replace(words, concepts=())
 
 
 def image_seed(seed: int, i: int) -> int:

@@ -91,7 +91,7 @@ class SignAscent(torch.optim.Optimizer):
         """Move, and count a step of life for those in use."""
         for group in self.param_groups:
             for states in (p for p in group["params"] if p.grad is not None):
-                states.add_(states.grad.sign(), alpha=group["lr"])
+                states.add_(states.grad.sign().nan_to_num(), alpha=group["lr"])  # fp16 may have overflowed
                 self._prompts.age += states.grad.flatten(1).any(1)
 
 

@@ -22,13 +22,12 @@ from safepatch.artifact.container import raw_bytes
 from safepatch.artifact.patch_artifact import Part, PatchArtifact
 from safepatch.diffusion import Components, denoiser_entry, original_names, read_json
 from safepatch.errors import BaseMismatch, ConfigError, ModelNotFound, SafepatchError
-from safepatch.models.load import load_tiny
+from safepatch.models.load import MODELS, load_tiny
 from safepatch.patch import LoraPatch
 from safepatch.patch.files import check_fits
 from safepatch.patch.lora import updated_weights
 from safepatch.runtime.check import require_fit
 from safepatch.runtime.handle import refuse_fused_projections
-from safepatch.tiny.models import MODELS
 
 NOTE = "fused.safepatch"  # metadata key of a fused file; a fused folder has a file of that name, and .json
 OTHER_WEIGHTS = ("*.bin", "*.bin.index*.json", "*.msgpack", "*.h5", "*.ckpt", "*.pth")  # none of them would be patched

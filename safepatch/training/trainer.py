@@ -22,7 +22,7 @@ from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.config import to_dict
 from safepatch.data.corpus import Corpus
 from safepatch.diffusion import Components, UNetHost
-from safepatch.errors import SafepatchError, lookup
+from safepatch.errors import ConfigError, SafepatchError, lookup
 from safepatch.objectives import Objective, Player, Rows, Turn
 from safepatch.patch import PATCH_KINDS, Patch
 from safepatch.patch.files import to_artifact
@@ -113,14 +113,16 @@ class Run:
         """
         state = self._begun(patch, out)
         writer = _Writer(self, state, out)
-        with _ctrl_c_waits() as asked, _tensor_cores(self.host.device):
-            for losses in self.steps(state):
-                writer.note(losses, stop=asked())
-                if asked():
-                    raise Interrupted(
-                        f"stopped at step {state.step}; {out.checkpoint} is kept, run the same command to resume"
-                    )
-        self.host.keep_activations()
+        try:
+            with _ctrl_c_waits() as asked, _tensor_cores(self.host.device):
+                for losses in self.steps(state):
+                    writer.note(losses, stop=asked())
+                    if asked():
+                        raise Interrupted(
+                            f"stopped at step {state.step}; {out.checkpoint} is kept, run the same command to resume"
+                        )
+        finally:
+            self.host.keep_activations()
         return state
 
     def _begun(self, patch: Patch, out: RunFolder) -> State:
@@ -244,10 +246,14 @@ def learning_rate(options: TrainingConfig, step: int) -> float:
 
 
 def new_accelerator(options: TrainingConfig, folder: Path) -> Accelerator:
-    """The device, the precision and the processes of a run."""
+    """The device, the precision and the processes of a run; raises `ConfigError` for a precision it cannot have."""
     AcceleratorState._reset_state()  # it would refuse another precision than an earlier run's in the same process
     log_with = "tensorboard" if options.tensorboard else None
-    accelerator = Accelerator(mixed_precision=options.mixed_precision, log_with=log_with, project_dir=folder)
+    try:
+        accelerator = Accelerator(mixed_precision=options.mixed_precision, log_with=log_with, project_dir=folder)
+    except ValueError as error:  # accelerate's, of a precision that the device lacks
+        wanted = options.mixed_precision
+        raise ConfigError(f"mixed precision {wanted} needs a GPU; set training.mixed_precision=bf16, or no") from error
     if log_with:
         accelerator.init_trackers("tensorboard")
     return accelerator

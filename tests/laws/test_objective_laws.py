@@ -417,6 +417,9 @@ def test_an_adversary_rides_on_the_patch_and_climbs():
     torch.testing.assert_close(prompts.states[0], before[0] + 0.2)
     torch.testing.assert_close(prompts.states[1], before[1] - 0.2)
     assert torch.equal(prompts.states[2], before[2])  # control: nobody used it
+    prompts.states.grad.fill_(torch.nan)  # where fp16 overflowed
+    player.optimizer.step()
+    assert prompts.states.isfinite().all()
 
 
 def test_soft_prompts_start_anew_when_their_life_is_over():

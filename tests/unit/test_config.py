@@ -189,6 +189,42 @@ def test_a_wrong_choice_is_refused():
     )
 
 
+SHORT = {"objective": "name", "adapter": "path"}
+
+
+def load_short(path=None, *overrides):
+    return load_config(Training, path, overrides, CHOICES, SHORT)
+
+
+def test_one_word_may_stand_for_a_mapping(write):
+    assert load_short(None, "objective=duo", "adapter=a.bin") == Training(
+        objective=Duo(), adapter=Adapter(4, Path("a.bin"))
+    )
+    path = write("objective: esd\nadapter: a.bin\n")
+    assert load_short(path) == Training(objective=ESD(), adapter=Adapter(path=Path("a.bin")))
+    long = write("objective: {name: esd, guidance: 2}\nadapter: {path: a.bin, rank: 2}\n")
+    assert load_short(long) == Training(objective=ESD(guidance=2.0), adapter=Adapter(2, Path("a.bin")))
+    assert load_short(None, "objective={name: duo, beta: 2}").objective == Duo(beta=2.0)
+
+
+def test_one_word_and_the_rest_of_its_mapping_may_be_written_side_by_side(write):
+    wanted = Training(objective=ESD(guidance=3.0), adapter=Adapter(2, Path("b")))
+    assert load_short(None, "objective=esd", "objective.guidance=3", "adapter=b", "adapter.rank=2") == wanted
+    assert load_short(None, "objective.guidance=3", "objective=esd", "adapter.rank=2", "adapter=b") == wanted
+    path = write("objective: {name: esd, guidance: 3}\nadapter: {rank: 2}\n")
+    assert load_short(path, "adapter=b") == wanted  # a word keeps what a file says beside it
+
+
+def test_a_word_that_stands_for_nothing_is_refused(write):
+    with pytest.raises(ConfigError, match="no objective 'edd'; did you mean 'esd'"):
+        load_short(None, "objective=edd")
+    with pytest.raises(ConfigError, match=r"train\.yaml: no objective 'edd'"):
+        load_short(write("objective: edd\n"))
+    assert refused(None, "adapter=a.bin").startswith("command line: 'adapter' is 'a.bin'")  # control: it is not short
+    with pytest.raises(ConfigError, match="'spare' is 'b'"):
+        load_short(None, "spare=b")
+
+
 def test_unreadable_files_are_one_line(tmp_path, write):
     assert refused(tmp_path / "none.yaml").startswith(f"no config file {tmp_path / 'none.yaml'}")
     assert "cannot be read" in refused(tmp_path)

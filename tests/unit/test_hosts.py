@@ -126,6 +126,13 @@ def test_drawing_leaves_the_pipeline_and_the_global_generator_alone():
     assert not [p for module in host.components.modules() for p in module.parameters() if p.requires_grad]
 
 
+def test_what_is_read_is_where_the_unet_is(monkeypatch):
+    """Text encoders that were put aside read on the CPU."""
+    host = new_small_host()
+    monkeypatch.setattr(UNetHost, "device", property(lambda _: torch.device("meta")))
+    assert host.encode(["a cat"]).states.device.type == "meta"
+
+
 # ---- what it is ------------------------------------------------------------------------------------------------
 
 

@@ -45,6 +45,7 @@ def full_figures() -> dict:
         "costs": NOW.get("costs", {}),
         **{name: matrix(name.rpartition("-")[2]) for name in names},
         "rewrite": rewrite,
+        "gpu": {"device": "a GPU", "sd1": {"kinds": {"lora": {"train_seconds": 0.25}}}},
         "fast-food": matrix("lora", ("tiny-sd",)),
     }
 
@@ -81,6 +82,7 @@ def test_results_of_full_figures_hold_every_figure_once_measured() -> None:
     assert "| mean | 0.990 → 0.000 | 0.980 → 0.005 | 1.000 |" in page
     assert "| `tiny-sd-fluent` | 0.990 → 0.000 | 0.990 → 0.000 |" in page
     assert "| replace | 0.010 | 4.500 |\n| empty | 0.020 |  |" in page
+    assert "| sd1, lora | 0.250 |" in page
     assert "## fast-food" in page
     assert "not measured yet (`make" not in page
     assert "not measured yet (`make" in results({})  # control

@@ -90,8 +90,8 @@ class UNetHost:
         return digest.hexdigest()
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """What the model reads of `prompts`; of the empty one, what its own pipeline gives it."""
-        return encode(self.components, prompts)
+        """What the model reads of `prompts`, on its device; of the empty one, what its own pipeline gives it."""
+        return encode(self.components, prompts).to(self.device)  # the text encoders may have been put aside
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Latents (B, 4, h, w), float32, of images in [0, 1], (B, 3, H, W)."""
