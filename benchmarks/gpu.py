@@ -245,10 +245,13 @@ def table(results: dict[str, dict[str, Any]]) -> str:
             lines.append(f"| {FAMILIES[family]} | {kind} | {' | '.join(cells)} |")
     for family, found in results.items():
         drawing = found["drawing"]
-        lines += ["", f"{FAMILIES[family]}: {drawing['latents_per_second']:.2f} latents a second in {STEPS} steps under "
-                  f"guidance ({drawing['rows_per_second']:.1f} rows), {shown(drawing['drawing_bytes'], GIB)} GiB, "
-                  f"predicted {shown(drawing['drawing_predicted_bytes'], GIB)}."]  # fmt: skip
-        lines += [f"Left out: {what}." for what in found["left_out"]]
+        sizes = [shown(drawing[name], GIB) for name in ("drawing_bytes", "drawing_predicted_bytes")]
+        lines += [
+            "",
+            f"{FAMILIES[family]}: {drawing['latents_per_second']:.2f} latents a second in {STEPS} steps under guidance "
+            f"({drawing['rows_per_second']:.1f} rows), {sizes[0]} GiB, predicted {sizes[1]}.",
+            *(f"Left out: {what}." for what in found["left_out"]),
+        ]
     return "\n".join(lines)
 
 

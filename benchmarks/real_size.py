@@ -21,7 +21,7 @@ import diffusers
 import torch
 import transformers
 
-from safepatch.data.bank import Batch
+from safepatch.data.bank import Batch, DataConfig
 from safepatch.data.category import Rewrite
 from safepatch.diffusion import Components, UNetHost, quiet
 from safepatch.models.checkpoint import CONFIGS
@@ -107,7 +107,7 @@ class Watched:
     def __init__(self, begins: Callable[[int], None]) -> None:
         self._inner, self._begins, self._step = SafeControlConfig(), begins, 0
 
-    def prepare(self, *_: Any) -> Any:
+    def prepare(self, host: UNetHost, corpus: Any, data: DataConfig) -> Any:
         """Nothing: rows are at hand."""
 
     def players(self, patch: Player, rows: Any) -> list[Player]:
@@ -131,7 +131,7 @@ def train(host: UNetHost, kind: str, options: TrainingConfig, begins: Callable[[
 
 
 def measure(kind: str, small: bool, queue: Any) -> None:
-    """Two steps; puts seconds of the second, and the peaks of memory with the model built and at the end, into `queue`."""
+    """Two steps; puts seconds of the second, and peak memory before them and after, into `queue`."""
     host = UNetHost(Components.of(new_pipe("sd1", small=small)), None if small else SIZE)
     wall, busy, before = list[float](), list[float](), peak()
 
@@ -161,6 +161,17 @@ def predicted(kind: str) -> int:
     return predict(config, Plan(kind, batch_size=1, steps=2)).learning
 
 
+def table_of(figures: dict[str, dict[str, float]]) -> str:
+    """As markdown."""
+    head = ("kind", "seconds a step", "CPU seconds", "model, GiB", "peak, GiB", "predicted for a GPU, GiB")
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for kind, found in figures.items():
+        cells = [f"{found[name]:.1f}" for name in ("step_seconds", "step_cpu_seconds")]
+        cells += [f"{found.get(name, 0) / GIB:.2f}" for name in ("model_bytes", "peak_bytes", "predicted_bytes")]
+        lines.append(f"| {kind} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Measure each kind in a process of its own, print, write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -178,11 +189,7 @@ def main() -> None:
             raise SystemExit(f"training {kind} ended with {process.exitcode}; is there enough memory?")
         figures[kind] = {**queue.get(), **({} if options.small else {"predicted_bytes": predicted(kind)})}
         print(f"{kind}: {figures[kind]}", flush=True)
-    lines = ["| kind | seconds a step | CPU seconds | model, GiB | peak, GiB | for a GPU, GiB |", "|---|---|---|---|---|---|"]
-    for kind, found in figures.items():
-        sizes = [f"{found.get(n, 0) / GIB:.2f}" for n in ("model_bytes", "peak_bytes", "predicted_bytes")]
-        lines.append(f"| {kind} | {found['step_seconds']:.1f} | {found['step_cpu_seconds']:.1f} | {' | '.join(sizes)} |")
-    table = "\n".join(lines)
+    table = table_of(figures)
     print(table)
     if options.markdown:
         options.markdown.write_text(table + "\n")

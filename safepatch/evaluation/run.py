@@ -7,11 +7,14 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.data.corpus import Corpus
 from safepatch.detectors import misfit, open_detector, parse_detector
 from safepatch.detectors.base import Detector
 from safepatch.diffusion import denoiser
+from safepatch.errors import ConfigError
 from safepatch.evaluation import gallery
 from safepatch.evaluation.bench import Bench
 from safepatch.evaluation.cells import Cell, CellLog, Finished, digest, stamp, words_of
@@ -59,6 +62,7 @@ class Plan:
         Raises:
             SafepatchError: for what cannot be opened, and for a patch that does not fit a model.
         """
+        _require_device(matrix.device)
         corpora = matrix.corpora()
         every = subjects(matrix, list(corpora), heal)
         for model, path in product(_models(matrix), {path for each in every for path in each.files.values() if path}):
@@ -204,6 +208,13 @@ def _open(spec: str, corpora: Sequence[Corpus], device: str) -> Detector:
     others = {other.name: other.category for corpus in corpora for other in corpus.neighbours}
     labelled = {name: category for name, category in others.items() if category.labels.get(parsed.name)}
     return open_detector(parsed, list({**labelled, **categories}.values()), device)
+
+
+def _require_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"no device '{device}' here ({str(error).splitlines()[0][:120]}); choose another") from None
 
 
 def _labels(corpus: Corpus, detector: Detector) -> Sequence[str]:

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from safepatch.diffusion import Components, Conditioning, UNetHost, family
-from safepatch.diffusion.loading import UNet2DConditionModel
+from safepatch.diffusion.loading import UNet2DConditionModel  # type: ignore[attr-defined]
 from safepatch.patch import Patch
 from safepatch.patch.host import patched_prediction
 
@@ -63,9 +63,9 @@ def pooled_width(config: Mapping[str, Any]) -> int:
 
 def step_bytes(host: UNetHost, patch: Patch, rows: int, tokens: int, autocast: torch.dtype | None) -> Held:
     """What a forward and a backward pass on `rows` rows hold, by `patched_prediction` on a `meta_host`."""
-    inputs = _inputs(host, rows, tokens)
+    given = inputs(host, rows, tokens)
     with AsOnGpu(autocast), Tally([*host.unet.parameters(), *patch.parameters()]) as tally:
-        predicted = patched_prediction(host, patch, *inputs, inputs[2].states[:1])
+        predicted = patched_prediction(host, patch, *given, given[2].states[:1])
         saved, loss = tally.now, predicted.sum()
         # `backward` would put the first of the two modes aside, which blocks that are recomputed need.
         Variable._execution_engine.run_backward((loss,), (torch.ones_like(loss),), False, False, (), True, True)
@@ -77,7 +77,7 @@ def step_bytes(host: UNetHost, patch: Patch, rows: int, tokens: int, autocast: t
 def drawing_bytes(host: UNetHost, rows: int, tokens: int) -> int:
     """What a call of the host alone on `rows` rows holds at most."""
     with AsOnGpu(None), Tally(list(host.unet.parameters())) as tally:
-        host.predict(*_inputs(host, rows, tokens))
+        host.predict(*inputs(host, rows, tokens))
     return tally.peak
 
 
@@ -180,7 +180,7 @@ class _Stub(nn.Module):
         self.config = SimpleNamespace(**config)
 
 
-def _inputs(host: UNetHost, rows: int, tokens: int) -> tuple[Tensor, Tensor, Conditioning]:
+def inputs(host: UNetHost, rows: int, tokens: int) -> tuple[Tensor, Tensor, Conditioning]:
     """Noisy latents, timesteps and conditioning of `rows` rows."""
     config = host.unet.config
     with META:

@@ -35,8 +35,10 @@ VALIDATION_STEPS = (0.999, 0.799, 0.549, 0.299, 0.049)  # shares of the schedule
 VALIDATION_SEED = 7919  # is added to the seed, far from what anybody chooses for another run
 FEW = 20  # unseen unsafe captions; with fewer, those that were learned from set the threshold
 # Where the threshold is put on the way from the most suspicious harmless logit to the median of the unsafe ones: the
-# worst of thousands of captions needs less of a margin than the worst of a hundred pictures.
+# worst of thousands of captions needs less of a margin than the worst of a hundred pictures. Of thousands, one in a
+# thousand may open the gate: a single odd word ("trombone", which a tokenizer splits off "bone") must not close it.
 MARGIN, TEXT_MARGIN = 0.25, 0.1
+ODD = 0.001
 
 
 class Rows(NamedTuple):
@@ -115,7 +117,8 @@ def _record(scores: Sequence[tuple[Tensor, Tensor]], margin: float) -> dict[str,
     """Threshold and ROC from the logits of unsafe and of harmless rows, at one or more steps."""
     unsafe, harmless = torch.stack([s[0] for s in scores]), torch.stack([s[1] for s in scores])
     worst = harmless.amax(0)  # of each harmless example: one step that opens the gate is enough to change the image
-    threshold = worst.max() + margin * (unsafe.median() - worst.max()).clamp(min=0)
+    level = worst.max() if len(worst) * ODD < 1 else torch.quantile(worst, 1 - ODD)
+    threshold = level + margin * (unsafe.median() - level).clamp(min=0)
     roc = [
         [round(float(t.sigmoid()), 6), round(float((worst >= t).float().mean()), 4), _share(unsafe, t)]
         for t in torch.quantile(torch.cat((unsafe.flatten(), worst)), torch.linspace(0, 1, 21))

@@ -1,4 +1,4 @@
-"""What a training run will take, told before anything is computed: memory of the device, disk, and calls of the host."""
+"""What a training run will take, told before anything is computed: the device's memory, disk, calls of the host."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -136,7 +136,7 @@ class Prediction:
             f"average, optimizer {_gib(self.optimizer)}, {plan.rows} rows of {_gib(self.activations_per_row)}, the "
             f"rest {_gib(self.fixed)}; while drawing {_gib(self.drawing)}",
             f"disk: {_gib(self.disk)} in {plan.data.folder}",
-            f"calls of the host, in rows: {self.drawing_calls:,} to draw latents, {self.training_calls:,} to train{took}",
+            f"rows the host computes: {self.drawing_calls:,} to draw latents, {self.training_calls:,} to train{took}",
         ]
 
     def warning(self, total: int) -> str | None:

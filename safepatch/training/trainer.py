@@ -249,11 +249,9 @@ def new_accelerator(options: TrainingConfig, folder: Path) -> Accelerator:
     """The device, the precision and the processes of a run; raises `ConfigError` for a precision it cannot have."""
     AcceleratorState._reset_state()  # it would refuse another precision than an earlier run's in the same process
     log_with = "tensorboard" if options.tensorboard else None
-    try:
-        accelerator = Accelerator(mixed_precision=options.mixed_precision, log_with=log_with, project_dir=folder)
-    except ValueError as error:  # accelerate's, of a precision that the device lacks
-        wanted = options.mixed_precision
-        raise ConfigError(f"mixed precision {wanted} needs a GPU; set training.mixed_precision=bf16, or no") from error
+    accelerator = Accelerator(mixed_precision=options.mixed_precision, log_with=log_with, project_dir=folder)
+    if options.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would ignore it
+        raise ConfigError("mixed precision fp16 needs a GPU; set training.mixed_precision=bf16, or no")
     if log_with:
         accelerator.init_trackers("tensorboard")
     return accelerator

@@ -1,5 +1,6 @@
 """Healing, on a small random model: it comes nearer to the bundle, repeats, and leaves the base alone."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,25 +9,31 @@ import torch
 
 from safepatch.artifact.info import BUNDLE, PatchInfo
 from safepatch.artifact.patch_artifact import Part, PatchArtifact, verify
-from safepatch.diffusion import noise_pred
-from safepatch.errors import BaseMismatch, MergeError
+from safepatch.data.bank import DataConfig
+from safepatch.data.corpus import Corpus
+from safepatch.data.prompts import Prompt
+from safepatch.diffusion import Components, Conditioning, UNetHost, noise_pred
+from safepatch.errors import BaseMismatch, MergeError, SafepatchError
 from safepatch.merging import MergeRecipe, merge, split
+from safepatch.objectives import Player, Turn, match_bundle
+from safepatch.objectives.match_bundle import MatchBatch, MatchBundle
 from safepatch.patch import ControlPatch, Residuals
 from safepatch.patch.files import from_artifact, to_artifact
 from safepatch.runtime.apply import activate, instruction_states
+from safepatch.runtime.parts import ActivePart
 from safepatch.runtime.residuals import plus
-from safepatch.taxonomy import CATEGORIES
-from safepatch.training import healing
-from safepatch.training.healing import Components, Rows, draw_bank, heal, relative_error
-from tests.small import new_patch, new_small_pipe, new_small_unet, rows
+from safepatch.training import healing, trainer
+from safepatch.training.healing import OPTIONS, heal
+from tests.small import new_patch, new_small_host, new_small_pipe, new_small_unet, rows
 
 NAMES = ("weapons", "gore")
 
 
 @pytest.fixture(autouse=True)
-def few_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(healing, "PROMPTS", 4)
-    monkeypatch.setattr(healing, "TRAJECTORY", 1)
+def few_prompts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)  # a run without a place of its own is under runs/
+    monkeypatch.setattr(match_bundle, "PROMPTS", 4)
+    monkeypatch.setattr(match_bundle, "STEPS", 1)
 
 
 @pytest.fixture
@@ -35,7 +42,7 @@ def pair(tmp_path: Path) -> tuple[str, ...]:
     unet = new_small_unet()
     patches = [new_patch(unet, seed=seed) for seed in range(len(NAMES))]
     made = [
-        to_artifact(patch, unet, {name: CATEGORIES[name].instruction})
+        to_artifact(patch, unet, {name: Corpus.open(name).category.instruction})
         for name, patch in zip(NAMES, patches, strict=True)
     ]
     return tuple(str(a.save(tmp_path / f"{name}.safetensors")) for name, a in zip(NAMES, made, strict=True))
@@ -119,22 +126,42 @@ def test_low_rank_sources_heal_into_a_dense_patch(pair: tuple[str, ...]) -> None
     assert {tensor.dtype for tensor in healed.tensors.values()} == {torch.float16}
 
 
+def active(host: UNetHost, artifact: PatchArtifact) -> ActivePart:
+    return activate(Part(1.0, artifact), host.components, dtype=torch.float32)
+
+
 def test_error_of_nothing_is_one_and_of_the_same_is_zero(pair: tuple[str, ...]) -> None:
-    components = Components.of(new_small_pipe())
-    source = activate(Part(1.0, PatchArtifact.open(pair[0])), components, dtype=torch.float32)
-    silent = source._replace(patch=ControlPatch.from_unet(components.unet))
-    given = Rows(*rows(4))
-    assert relative_error(source, [source], components, given).item() == 0
-    assert relative_error(silent, [source], components, given).item() == pytest.approx(1)
+    host, (artifact, other) = new_small_host(), map(PatchArtifact.open, pair)
+    source = active(host, artifact)
+    objective = MatchBundle(source, [source], artifact.content_hash)
+    latents, _, states = rows(4)
+    batch = MatchBatch(latents, Conditioning(states))
+
+    def loss(patch: torch.nn.Module) -> float:
+        seeded = torch.Generator().manual_seed(0)
+        turn = Turn(host, patch, source.instruction_states, batch, seeded)
+        return objective.loss(Player("patch", patch, None), turn)["loss"].item()  # type: ignore[arg-type]
+
+    assert loss(source.patch) == 0
+    assert loss(ControlPatch.from_unet(host.unet)) == pytest.approx(1)
+    assert loss(active(host, other).patch) > 0.1  # control
 
 
 def test_healing_sees_what_the_bundle_makes_of_unsafe_prompts(pair: tuple[str, ...]) -> None:
-    pipe, n = new_small_pipe(), len(NAMES) * healing.PROMPTS
-    bank, idle = (draw_bank(pipe, merge(pair, weights=weights), seed=0) for weights in ((1, 1), (0, 0)))
-    assert bank.corrected.shape == bank.latents[:n].shape
-    assert not torch.equal(bank.corrected, bank.latents[:n])
-    assert torch.equal(idle.corrected, idle.latents[:n])  # control: a bundle that does nothing
-    assert torch.equal(idle.latents, bank.latents)
+    host, n = new_small_host(), len(NAMES) * match_bundle.PROMPTS
+    corpora = [Corpus.open(name) for name in NAMES]
+
+    def drawn(weight: float) -> match_bundle.MatchRows:
+        bundle = merge(pair, weights=(weight, weight))
+        sources = [activate(part, host.components, dtype=torch.float32) for part in bundle.parts()]
+        return MatchBundle(sources[0], sources, bundle.content_hash).prepare(host, corpora, DataConfig())
+
+    (bank, idle), unsafe = (drawn(weight) for weight in (1.0, 0.0)), torch.arange(n)
+    assert len(bank.corrected) == n
+    assert len(bank.latents) == 2 * n  # there is no gate, so what must stay is there too
+    assert not torch.equal(bank.corrected[unsafe], bank.latents[unsafe])
+    torch.testing.assert_close(idle.corrected[unsafe], idle.latents[unsafe])  # control: a bundle that does nothing
+    assert torch.equal(idle.latents[unsafe], bank.latents[unsafe])
 
 
 def test_gates_that_never_open_teach_nothing(pair: tuple[str, ...]) -> None:
@@ -177,6 +204,81 @@ def test_the_base_is_left_as_it_was(pair: tuple[str, ...]) -> None:
     after = pipe.unet.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert not pipe.unet._forward_pre_hooks
+
+
+# ---- a run like every other --------------------------------------------------------------------------------------
+
+
+def test_a_run_is_logged_beside_the_patch(tmp_path: Path, pair: tuple[str, ...]) -> None:
+    out = tmp_path / "healed.safetensors"
+    heal(new_small_pipe(), MergeRecipe(pair, method="linear", heal=3), out, options=replace(OPTIONS, log_every=1))
+    lines = [json.loads(line) for line in (tmp_path / "healed.heal" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert all(line["loss"] > 0 for line in lines)
+    assert json.loads((tmp_path / "healed.heal" / "config.json").read_text())["recipe"]["heal"] == 3
+    assert not (tmp_path / "healed.heal" / "checkpoint.pt").exists()
+
+
+def test_an_interrupted_healing_ends_in_the_same_file(
+    tmp_path: Path, pair: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options, recipe = replace(OPTIONS, checkpoint_every=1), MergeRecipe(pair, method="linear", heal=4)
+    whole = heal(new_small_pipe(), recipe, tmp_path / "whole.safetensors", options=options)
+    note = trainer._Writer.note
+
+    def cut(writer: trainer._Writer, losses: dict, stop: bool) -> None:
+        note(writer, losses, stop)
+        if writer.state.step == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer._Writer, "note", cut)
+        with pytest.raises(KeyboardInterrupt):
+            heal(new_small_pipe(), recipe, tmp_path / "cut.safetensors", options=options)
+    assert torch.load(tmp_path / "cut.heal" / "checkpoint.pt", weights_only=True)["step"] == 2
+    assert not (tmp_path / "cut.safetensors").exists()  # control: it did not get to its end
+    resumed = heal(new_small_pipe(), recipe, tmp_path / "cut.safetensors", options=options)
+    assert resumed.content_hash == whole.content_hash
+    assert (tmp_path / "cut.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+
+
+def test_a_checkpoint_of_other_sources_is_refused(
+    tmp_path: Path, pair: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, options = tmp_path / "healed.safetensors", replace(OPTIONS, checkpoint_every=1)
+    recipe = MergeRecipe(pair, method="linear", heal=2)
+    with monkeypatch.context() as patched:
+        patched.setattr(healing, "_packed", lambda *_: pytest.fail("as if killed here"))
+        with pytest.raises(pytest.fail.Exception):
+            heal(new_small_pipe(), recipe, out, options=options)
+    with pytest.raises(SafepatchError, match="holds the checkpoint of another configuration"):
+        heal(new_small_pipe(), replace(recipe, weights=(1.0, 0.5)), out, options=options)
+    heal(new_small_pipe(), recipe, out, options=options)  # control: its own goes on
+
+
+@pytest.mark.parametrize("is_gated", [False, True])
+def test_a_model_in_half_precision_is_healed_too(tmp_path: Path, pair: tuple[str, ...], is_gated: bool) -> None:
+    sources = tuple(gated(path, threshold=0.0) for path in pair) if is_gated else pair
+    pipe = new_small_pipe().to(torch.bfloat16)
+    recipe = MergeRecipe(sources, method="linear", heal=2)
+    half = heal(pipe, recipe, tmp_path / "h.safetensors", options=replace(OPTIONS, mixed_precision="bf16"))
+    full = heal(new_small_pipe(), recipe, tmp_path / "f.safetensors")
+    assert half.dtype == full.dtype
+    assert half.info.recipe["heal"]["error_before"] == pytest.approx(full.info.recipe["heal"]["error_before"], rel=0.2)
+    assert half.content_hash != full.content_hash  # control: precision was another
+
+
+def test_words_of_ones_own_and_pictures_of_ones_own_size(tmp_path: Path, pair: tuple[str, ...]) -> None:
+    corpora = [
+        Corpus(Corpus.open(name).category, pairs=[(Prompt(f"something {name}"), Prompt("a cat"))]) for name in NAMES
+    ]
+    pipe, seen = new_small_pipe(), []
+    hook = pipe.unet.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[-2:]))
+    heal(
+        pipe, MergeRecipe(pair, method="linear", heal=1), tmp_path / "h.safetensors", corpora, data=DataConfig(size=32)
+    )
+    hook.remove()
+    assert set(seen) == {(8, 8)}
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------

@@ -311,6 +311,7 @@ def test_every_matrix_file_can_be_read_and_its_patches_found(path: Path) -> None
         (lambda: Matrix(["m"]).corpora(), ConfigError, "no category to measure"),
         (lambda: Matrix(["m"], categories=["weapon"]).corpora(), ConfigError, "did you mean 'weapons'"),
         (lambda: Matrix(["m"], patches=[PatchEntry("p", shipped="lore")]).corpora(), UnknownName, "mean 'lora'"),
+        (lambda: run_matrix(Matrix(["m"], device="abacus")), ConfigError, "no device 'abacus' here"),
         (lambda: MergeEntry(method="bundel").recipe(["a"]), UnknownName, "did you mean 'bundle'"),
     ],
 )

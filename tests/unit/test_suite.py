@@ -12,6 +12,7 @@ from safepatch.artifact.info import PatchInfo
 from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.data.corpus import Corpus
 from safepatch.data.prompts import Prompt
+from safepatch.data.words import Words
 from safepatch.detectors.base import Detector, shows_all, shows_any
 from safepatch.errors import ConfigError, SafepatchError, UnknownName
 from safepatch.evaluation import suite
@@ -162,7 +163,7 @@ def test_without_a_detector_there_is_no_rate(bench: ObedientBench) -> None:
 
 def test_a_corpus_without_such_words_is_measured_by_what_it_has(bench: ObedientBench) -> None:
     category = Category("mine", "a test", "none of it", {"embedded": ("knife",)})
-    corpus = Corpus(category, pairs=[("a knife", "a spoon")])
+    corpus = Corpus(category, pairs=[("a knife", "a spoon")], words=Words())
     found = [row.measure for row in suite.evaluate(bench, corpus, None)]
     assert found == ["unsafe_rate", "safe_recognisable_rate"]
     assert len(suite.evaluate(bench, WEAPONS, None)) == 6  # control
