@@ -18,7 +18,8 @@ MODEL, SIBLING = "tiny-sd", "tiny-sd-twemoji"
 METHOD = "bundle"  # one file, nothing lost, at the run-time cost of both
 SHOWN = 8  # image pairs per section of the report
 METRICS = ["unsafe_rate", "prompt_accuracy", "benign_drift"]
-SETTINGS = ("data.pairs=384", "training.learning_rate=1e-3")  # a short run
+PAIRS = 384  # of a short run; of a shorter one four for every step
+SETTINGS = ("data.steps=8", "training.learning_rate=1e-3")
 
 
 def run_demo(out: Path, steps: int, n: int = 20) -> Path:
@@ -48,5 +49,5 @@ def run_demo(out: Path, steps: int, n: int = 20) -> Path:
 
 def _train(out: Path, steps: int) -> Path:
     overrides = [f"category={TRAINED}", f"model={MODEL}", f"output={out}/train", f"patch.kind={KIND}", *SETTINGS]
-    config = load_train_config(None, [*overrides, f"training.steps={steps}"])
+    config = load_train_config(None, [*overrides, f"data.pairs={min(PAIRS, 4 * steps)}", f"training.steps={steps}"])
     return train(config.load_model(), config, Corpus.open(TRAINED))

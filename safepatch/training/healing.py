@@ -67,9 +67,10 @@ def heal(
         raise MergeError(f"only control patches can be healed, these are {start.info.kind}; merge them without heal")
     corpora = corpora or [Corpus.open(name) for name in start.info.categories]
     options = replace(options, steps=recipe.heal, seed=recipe.seed, learning_rate=recipe.heal_rate)
-    folder = RunFolder.claim(place.with_suffix(".heal"), {"recipe": asdict(recipe), "training": asdict(options)})
-    accelerator = new_accelerator(options, folder.path)
     data = replace(data or DataConfig(), seed=recipe.seed)
+    run_is_of = {"recipe": asdict(recipe), "training": asdict(options), "data": asdict(replace(data, cache=None))}
+    folder = RunFolder.claim(place.with_suffix(".heal"), {**run_is_of, "merged": start.content_hash})
+    accelerator = new_accelerator(options, folder.path)
     host = UNetHost(Components.of(pipe).freeze().to(accelerator.device), data.size)
     bundle = merge(replace(plain, method=BUNDLE, dtype=None, conflicts=False))
     sources = [activate(part, host.components, dtype=torch.float32) for part in bundle.parts()]

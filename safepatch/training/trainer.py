@@ -58,11 +58,10 @@ def train(pipe: Any, config: TrainConfig, corpus: Corpus | None = None) -> Path:
     out = RunFolder.claim(Path(config.output or usual), to_dict(config))
     accelerator = new_accelerator(config.training, out.path)
     host = UNetHost(Components.of(pipe).freeze().to(accelerator.device), config.data.size)
+    kind = lookup(PATCH_KINDS, config.patch.kind, what="patch kind")
+    patch = kind.from_unet(host.unet, config.patch.sees, **config.patch.layout)  # before anything is drawn
     rows = config.objective.prepare(host, corpus, config.data)
     instruction = host.encode([corpus.category.instruction]).states.float()
-    patch = lookup(PATCH_KINDS, config.patch.kind, what="patch kind").from_unet(
-        host.unet, config.patch.sees, **config.patch.layout
-    )
     run = Run(corpus.name, config.objective, host, rows, instruction, config.training, accelerator)
     if config.training.validate_every:
         run = replace(run, show=lambda patch, path: save_validation_grid(pipe, patch, corpus, path))

@@ -77,7 +77,11 @@ def test_dry_run_prints_every_field_and_trains_nothing(tmp_path: Path) -> None:
         (("train", RECIPE, "patch.kind=lite", "patch.rank=0"), "at least 1"),
         (("train", RECIPE, "patch.kind=lit"), "did you mean 'lite'"),
         (("gate", "runs/none.safetensors", "-o", "x.safetensors"), "none.safetensors"),
-        (("table", "--kind", "light"), "did you mean 'lite'"),
+        (("evaluate", "configs/matrices/lora.yaml", "protocol.m=5"), "unknown key 'protocol.m'"),
+        (("evaluate", "--patch", WEAPONS, "--detector", "clipp"), "did you mean 'clip'"),
+        (("new", "no good name"), "letters, digits"),
+        (("train", "nowhere.yaml", "model=tiny-sd"), "nowhere.yaml"),
+        (("train", "configs/patches/lora/weapons.yaml", "model="), "no model"),
     ],
 )
 def test_a_mistake_is_one_line_that_says_what_to_do(words: tuple[str, ...], says: str) -> None:

@@ -27,6 +27,7 @@ from safepatch.training.healing import OPTIONS, heal
 from tests.small import new_patch, new_small_host, new_small_pipe, new_small_unet, rows
 
 NAMES = ("weapons", "gore")
+RATE = 1e-3  # of a model this small
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +71,7 @@ def error(components: Components, made: PatchArtifact, target: PatchArtifact) ->
 
 def test_healing_comes_nearer_to_the_bundle(tmp_path: Path, pair: tuple[str, ...]) -> None:
     pipe, out = new_small_pipe(), tmp_path / "healed.safetensors"
-    healed = heal(pipe, MergeRecipe(pair, (1.0, 0.5), "linear", heal=160), out)
+    healed = heal(pipe, MergeRecipe(pair, (1.0, 0.5), "linear", heal=160, heal_rate=RATE), out)
     bundle, unhealed = (merge(pair, method=method, weights=(1.0, 0.5)) for method in (BUNDLE, "linear"))
     before, after = (error(Components.of(pipe), artifact, bundle) for artifact in (unhealed, healed))
     assert before > 0.05  # control: the merge alone is not the bundle
@@ -94,7 +95,7 @@ def gated(path: str, threshold: float) -> str:
 def test_behind_gates_a_prompts_teachers_are_those_that_open(pair: tuple[str, ...]) -> None:
     pipe, (weapons, gore) = new_small_pipe(), (PatchArtifact.open(path) for path in pair)
     sources = (gated(pair[0], threshold=0.0), gated(pair[1], threshold=1.0))  # gore's never opens
-    healed = heal(pipe, MergeRecipe(sources, method="linear", heal=80))
+    healed = heal(pipe, MergeRecipe(sources, method="linear", heal=80, heal_rate=RATE))
     components, unhealed = Components.of(pipe), merge(sources, method="linear")
     missed = error(components, healed, weapons)
     assert missed < 0.6 * error(components, unhealed, weapons)
@@ -251,8 +252,16 @@ def test_a_checkpoint_of_other_sources_is_refused(
         patched.setattr(healing, "_packed", lambda *_: pytest.fail("as if killed here"))
         with pytest.raises(pytest.fail.Exception):
             heal(new_small_pipe(), recipe, out, options=options)
-    with pytest.raises(SafepatchError, match="holds the checkpoint of another configuration"):
-        heal(new_small_pipe(), replace(recipe, weights=(1.0, 0.5)), out, options=options)
+
+    def refused(recipe: MergeRecipe) -> None:
+        with pytest.raises(SafepatchError, match="holds the checkpoint of another configuration"):
+            heal(new_small_pipe(), recipe, out, options=options)
+
+    refused(replace(recipe, weights=(1.0, 0.5)))
+    own = Path(pair[0]).read_bytes()
+    PatchArtifact.open(pair[0]).astype(torch.bfloat16).save(pair[0])  # another patch in the old one's place
+    refused(recipe)
+    Path(pair[0]).write_bytes(own)
     heal(new_small_pipe(), recipe, out, options=options)  # control: its own goes on
 
 

@@ -147,7 +147,9 @@ def test_a_file_of_what_must_stay_has_its_share(tmp_path):
 
 
 def test_without_words_of_its_own_a_corpus_keeps_the_empty_prompt():
-    assert Corpus(MINE, [("a burger", "a salad")]).retain(3, seed=0) == [EMPTY] * 3
+    assert Corpus(MINE, [("a burger", "a salad")], words=Words()).retain(3, seed=0) == [EMPTY] * 3
+    common = Corpus(MINE, [("a burger", "a salad")]).retain(40, seed=0)  # control: those of everybody are shipped
+    assert len({prompt.text for prompt in common}) > 20
 
 
 # ---- evaluation ------------------------------------------------------------------------------------------------
@@ -189,7 +191,7 @@ def test_an_unknown_set_names_the_nearest():
 
 
 def test_sets_without_words_are_empty():
-    corpus = Corpus(MINE, [("a burger", "a salad")])
+    corpus = Corpus(MINE, [("a burger", "a salad")], words=Words())
     assert {name: len(corpus.evaluation(name, 4, 0)) for name in EVALUATIONS} == {
         **dict.fromkeys(EVALUATIONS, 0),
         "plain": 4,
@@ -528,8 +530,9 @@ def test_a_corpus_of_python_values():
     made = {pair.unsafe.text: pair for pair in corpus.pairs(2, 0)}
     assert made["a burger"] == Pair(Prompt("a burger"), Prompt("a salad"))
     assert made["a pie"] == Pair(Prompt("a pie", seed=3), EMPTY)
-    assert {prompt.text for prompt in corpus.retain(40, 0)} == {"", "a quiet street"}
-    assert [prompt.text for prompt in corpus.evaluation("benign", 2, 0)] == ["a quiet street"] * 2
+    kept = {prompt.text for prompt in corpus.retain(40, 0)}
+    assert {"", "a quiet street"} < kept  # and common things
+    assert [prompt.text for prompt in corpus.evaluation("benign", 4, 0)][1::2] == ["a quiet street"] * 2
     assert corpus.rewrite.by == "column"
     with pytest.raises(ConfigError, match="the corpus of 'mine' has no words; give pairs, or words"):
         Corpus(MINE)
