@@ -24,6 +24,7 @@ from safepatch.diffusion.hosts.unet import Predict, UNetHost, batched
 from safepatch.diffusion.loading import (
     CLIP,
     denoiser_entry,
+    empty_unet,
     hub_unet_config,
     load_folder,
     load_from_hub,
@@ -64,6 +65,7 @@ __all__ = [
     "decode_latents",
     "denoiser",
     "denoiser_entry",
+    "empty_unet",
     "encode",
     "encode_images",
     "encode_prompts",

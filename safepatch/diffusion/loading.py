@@ -1,6 +1,7 @@
 """Pipelines and their parts from folders, single files and the Hub."""
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,17 @@ def read_unet(source: str | Path, config: Path | None = None) -> Any:
     return UNet2DConditionModel.from_single_file(
         str(source), config=str(config), subfolder="unet", local_files_only=True
     )
+
+
+def empty_unet(config: Mapping[str, Any]) -> Any:
+    """A UNet of this configuration whose weights are on the meta device: its shapes, and nothing else."""
+    log = logging.getLogger("diffusers")
+    level, _ = log.level, log.setLevel(logging.ERROR)  # it warns that nothing is kept in float32
+    try:
+        with torch.device("meta"):
+            return UNet2DConditionModel.from_config(dict(config))
+    finally:
+        log.setLevel(level)
 
 
 def original_names(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, str]:

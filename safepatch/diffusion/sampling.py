@@ -104,7 +104,9 @@ def add_noise(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: Tensor)
 
 def alphas(scheduler: Any, timesteps: Tensor) -> tuple[Tensor, Tensor]:
     """sqrt(a) and sqrt(1 - a) at `timesteps` (B,), each of shape (B, 1, 1, 1)."""
-    cumulative = moved(scheduler.alphas_cumprod, timesteps.device)[timesteps]
+    if scheduler.alphas_cumprod.device != timesteps.device:
+        scheduler.alphas_cumprod = moved(scheduler.alphas_cumprod, timesteps.device)  # once, not at every step
+    cumulative = scheduler.alphas_cumprod[timesteps]
     return cumulative.sqrt().view(-1, 1, 1, 1), (1 - cumulative).sqrt().view(-1, 1, 1, 1)
 
 

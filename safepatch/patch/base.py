@@ -142,6 +142,10 @@ class Patch(nn.Module, ABC):
     def ungated(cls, unet: Any, sees: str, empty: bool, **layout: Any) -> Self:
         """What `from_unet` makes, but for the gate."""
 
+    def learning(self, unet: Any) -> AbstractContextManager:
+        """What must hold on the host during a training run."""
+        return nullcontext()
+
     def recomputing(self, unet: Any) -> AbstractContextManager:
         """What must hold while the host's blocks run once more in the backward pass, to save memory."""
         return nullcontext()

@@ -71,6 +71,7 @@ class LoraPatch(Patch):
         self.sees, self.layout = "prompt", {"rank": rank}
         self.layers = tuple(updates)
         self.updates = nn.ModuleList(updates.values())
+        self.hooks: LayerHooks | None = None  # while it learns
 
     @classmethod
     def ungated(cls, unet: Any, sees: str, empty: bool, rank: int = 16, **layout: Any) -> "LoraPatch":
@@ -93,6 +94,16 @@ class LoraPatch(Patch):
         """What `predict`, which calls `unet`, makes with the updates at scale 1."""
         with updated(unet, self):
             return predict()
+
+    @contextmanager
+    def learning(self, unet: Any) -> Iterator[None]:
+        """Hooks are put on the host's layers once for all of the block."""
+        self.hooks = LayerHooks(unet, self)
+        try:
+            yield
+        finally:
+            self.hooks.remove()
+            self.hooks = None
 
     def recomputing(self, unet: Any) -> AbstractContextManager:
         """The updates again."""
@@ -191,12 +202,14 @@ class LayerHooks:
 @contextmanager
 def updated(unet: Any, patch: LoraPatch) -> Iterator[None]:
     """Within the block, every call of `unet` is updated at scale 1."""
-    hooks = LayerHooks(unet, patch)
+    hooks = patch.hooks or LayerHooks(unet, patch)
     hooks.begin(slice(None))
     try:
         yield
     finally:
-        hooks.remove()
+        hooks.begin(None)
+        if hooks is not patch.hooks:
+            hooks.remove()
 
 
 def _linear_layers(unet: Any) -> dict[str, tuple[int, int]]:

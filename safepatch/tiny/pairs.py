@@ -46,5 +46,5 @@ def _scene(name: str, replacement: str, rng: random.Random) -> Scene:
 
 
 if __name__ == "__main__":
-    kind, place, *rest = sys.argv[1:]
-    print(write_pairs(kind, Path(place), *map(int, rest[:1]), *rest[1:2]))  # noqa: T201 -- a script's answer
+    kind, place, n, vendor = (*sys.argv[1:], *("768", "noto")[len(sys.argv) - 3 :])
+    print(write_pairs(kind, Path(place), int(n), vendor))  # noqa: T201 -- a script's answer

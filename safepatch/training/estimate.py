@@ -5,7 +5,6 @@ a mode beside it adds up what is alive. Two things that only a GPU does are put 
 values and its output (Rabe and Staats 2021, arXiv 2112.05682), and the casts of CUDA's autocast.
 """
 
-import logging
 import weakref
 from collections.abc import Mapping
 from types import SimpleNamespace
@@ -19,8 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from safepatch.diffusion import Components, Conditioning, UNetHost, family
-from safepatch.diffusion.loading import UNet2DConditionModel  # type: ignore[attr-defined]
+from safepatch.diffusion import Components, Conditioning, UNetHost, empty_unet, family
 from safepatch.patch import Patch
 from safepatch.patch.host import patched_prediction
 
@@ -43,11 +41,7 @@ class Held(NamedTuple):
 
 def meta_host(config: Mapping[str, Any], edge: int, dtype: torch.dtype) -> UNetHost:
     """A host of this configuration without weights, for latents of `edge` x `edge`."""
-    log = logging.getLogger("diffusers")
-    level, _ = log.level, log.setLevel(logging.ERROR)  # it warns that nothing is kept in float32
-    with META:
-        unet = UNet2DConditionModel.from_config(dict(config)).to(dtype)
-    log.setLevel(level)
+    unet = empty_unet(config).to(dtype)
     vae, second = _Stub(block_out_channels=(0,)), None
     if width := pooled_width(config):
         second = _Stub(projection_dim=width)

@@ -55,7 +55,7 @@ def train(pipe: Any, config: TrainConfig, corpus: Corpus | None = None) -> Path:
     """
     corpus = corpus or Corpus.open(config.category)
     usual = f"runs/train/{corpus.name}-{config.patch.kind}"
-    out = RunFolder.claim(Path(config.output or usual), to_dict(config))
+    out = RunFolder.claim(Path(config.output or usual), _recorded(config))
     accelerator = new_accelerator(config.training, out.path)
     host = UNetHost(Components.of(pipe).freeze().to(accelerator.device), config.data.size)
     kind = lookup(PATCH_KINDS, config.patch.kind, what="patch kind")
@@ -113,7 +113,7 @@ class Run:
         state = self._begun(patch, out)
         writer = _Writer(self, state, out)
         try:
-            with _ctrl_c_waits() as asked, _tensor_cores(self.host.device):
+            with _ctrl_c_waits() as asked, _tensor_cores(self.host.device), patch.learning(self.host.unet):
                 for losses in self.steps(state):
                     writer.note(losses, stop=asked())
                     if asked():
@@ -287,12 +287,17 @@ def _ctrl_c_waits() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, usual)
 
 
+def _recorded(config: TrainConfig) -> dict[str, Any]:
+    """The settings that a run depends on: all but where drawn latents are kept."""
+    recorded = to_dict(config)
+    return {**recorded, "data": {name: value for name, value in recorded["data"].items() if name != "cache"}}
+
+
 def _packed(
     patch: Patch, host: UNetHost, corpus: Corpus, config: TrainConfig, training: dict[str, Any], gates: dict[str, Any]
 ) -> PatchArtifact:
     """The trained patch as an artifact in float16, low-rank when the configuration says so; `gates` by category."""
-    recorded = {name: value for name, value in to_dict(config).items() if name != "output"}
-    recorded["data"] = {name: value for name, value in recorded["data"].items() if name != "cache"}
+    recorded = {name: value for name, value in _recorded(config).items() if name != "output"}
     recorded |= {"category": corpus.name, "model": Path(config.model.path).name, "rewrite": to_dict(corpus.rewrite)}
     recorded |= {"gate": gates} if gates else {}
     instructions = {corpus.name: corpus.category.instruction}
