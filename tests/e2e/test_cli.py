@@ -81,7 +81,7 @@ def test_dry_run_prints_every_field_and_trains_nothing(tmp_path: Path) -> None:
         (("evaluate", "--patch", WEAPONS, "--detector", "clipp"), "did you mean 'clip'"),
         (("new", "no good name"), "letters, digits"),
         (("train", "nowhere.yaml", "model=tiny-sd"), "nowhere.yaml"),
-        (("train", "configs/patches/lora/weapons.yaml", "model="), "no model"),
+        (("train", "safepatch/assets/categories/weapons.yaml"), "no model"),
     ],
 )
 def test_a_mistake_is_one_line_that_says_what_to_do(words: tuple[str, ...], says: str) -> None:
