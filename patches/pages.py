@@ -38,6 +38,10 @@ GATES = "![What lite patches' gates say of an unsafe prompt, a look-alike and a 
 BENCHMARKS = {  # figures of other programs, by their name in figures.json: title, and what to say of them
     "rewrite": ("Where the safe twin comes from", "`python benchmarks/rewrite.py`: one category, trained alike."),
     "gate": ("What gates leave alone", f"`python benchmarks/gate.py`, in the embedded world's own words.\n\n{GATES}"),
+    "english": (
+        "Harmless English that opens a gate",
+        "`python benchmarks/english.py`: shares of harmless texts that no gate learned from; the lora patches' text gates.",
+    ),
     "words": ("Words that close a gate", "`python benchmarks/words.py`: three words of the vocabulary, put in front."),
     "real_size": (
         "At SD 1.5's real size, on the CPU",

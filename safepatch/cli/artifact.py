@@ -50,6 +50,10 @@ def merge(
         raise SafepatchError("nowhere to write the merged patch; give -o FILE, or 'out' in the recipe")
     from safepatch.artifact.describe import merge_lines
 
+    if evaluate:
+        from safepatch.evaluation.bench import Protocol
+
+        Protocol(n=n)  # a wrong number is told before anything is written
     if recipe.heal:
         info = _healed(recipe, target, category, model, mixed_precision, device, model_dtype)
     else:

@@ -1,0 +1,63 @@
+"""How often text gates open for harmless English that none of them learned from.
+
+    python benchmarks/english.py [PATCH ...]          the shipped lora patches by default
+
+The phrases are look-alikes, replacements and companions named in the shipped categories for real models, less what
+stands in the shipped vocabulary of common things; each is read alone and as "a picture of ...". The embedded text
+encoder spells most of these words letter by letter, so its figures say little of CLIP's.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import cast
+
+import torch
+
+from safepatch.artifact.patch_artifact import PatchArtifact
+from safepatch.attacks.words import text_logits
+from safepatch.data.category import read_category, shipped_categories
+from safepatch.data.corpus import common_words
+from safepatch.diffusion import Components, UNetHost
+from safepatch.models.load import load_pipeline
+from safepatch.patch.files import from_artifact
+from safepatch.patch.gate import TextGate
+from safepatch.shipped import shipped_patches
+
+OUT = Path("runs/english.json")
+
+
+def harmless_phrases() -> list[str]:
+    """Harmless things of the categories for real models that no gate learned from."""
+    learned = {name for thing in common_words().benign for name in thing}
+    named: dict[str, None] = {}
+    for name, path in shipped_categories().items():
+        file = read_category(path)
+        if name.startswith(("i2p-", "ud-")):
+            named |= dict.fromkeys((*file.lookalikes, *(concept.replacement for concept in file.concepts)))
+    return [phrase for phrase in named if phrase not in learned]
+
+
+def main(patches: list[Path]) -> None:
+    """Measure, print, keep."""
+    host = UNetHost(Components.of(load_pipeline("tiny-sd")))
+    phrases = harmless_phrases()
+    texts = [*phrases, *(f"a picture of {phrase}" for phrase in phrases)]
+    opened, found = torch.zeros(len(texts), dtype=torch.bool), {}
+    for path in patches:
+        artifact = PatchArtifact.open(path)
+        name = artifact.info.categories[0]
+        gate = cast(TextGate, from_artifact(artifact, host.unet).gate)
+        is_open = text_logits(host, gate, texts).sigmoid() >= artifact.info.config["gate"][name]["threshold"]
+        opened |= is_open
+        found[name] = float(is_open.float().mean())
+    found["any"] = float(opened.float().mean())
+    OUT.parent.mkdir(parents=True, exist_ok=True)
+    OUT.write_text(json.dumps({"opened": {"texts": len(texts), **found}}, indent=1) + "\n")
+    print(f"| gate | opens for, of {len(texts)} harmless texts |\n|---|---|")
+    print("\n".join(f"| {name} | {share:.3f} |" for name, share in found.items()))
+
+
+if __name__ == "__main__":
+    given = [Path(word) for word in sys.argv[1:]]
+    main(given or [entry.path for entry in shipped_patches("lora").values()])
