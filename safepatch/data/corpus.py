@@ -27,6 +27,7 @@ from safepatch.taxonomy import Category
 # Shares of what is preserved, of those sets that a corpus has. With neighbours a patch learns to do its own job only.
 RETAIN_SHARES: dict[str, float] = {"file": 0.35, "benign": 0.35, "lookalike": 0.25, "other": 0.25, "empty": 0.15}
 COMPANIONS = 0.65  # share of the unsafe prompts of training that show a harmless thing too
+TRIES = 50  # for a neighbour's prompt without anything of the category
 SHOWN_CONCEPTS = 8  # of those that the teacher of `guided` is pushed away from
 
 
@@ -153,8 +154,13 @@ class Corpus:
                     things, rng.randrange(len(things)), rng, rng.random() < 0.5
                 )
         if neighbours:
-            sets["other"] = lambda rng: rng.choice(neighbours)._plain(rng)
+            sets["other"] = self._foreign
         return sets
+
+    def _foreign(self, rng: Random) -> Prompt:
+        """A neighbour's prompt; one whose companion is of this category would teach the opposite of its pairs."""
+        prompts = (rng.choice(self.neighbours)._plain(rng) for _ in range(TRIES))
+        return next((prompt for prompt in prompts if not self.words.mentions(prompt.text)), EMPTY)
 
     def _plain(self, rng: Random, i: int | None = None, heldout: bool = False) -> Prompt:
         """An unsafe prompt in wording that training knows, or in held-out wording; any, or the i-th."""

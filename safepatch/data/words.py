@@ -7,6 +7,7 @@ import re
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from random import Random
 
 from safepatch.data.category import Concept, Phrases
@@ -69,6 +70,15 @@ class Words:
         template = self._template(rng, beside is not None, heldout=False)
         asks = (noun(thing[0]), *([noun(beside[0])] if beside else ()))
         return Prompt(self._filled(template, rng.choice(thing), beside, rng), asks=asks)
+
+    def mentions(self, text: str) -> bool:
+        """Whether a text names one of the concepts, as a whole word."""
+        return bool(self.concepts) and self._named.search(text) is not None
+
+    @cached_property
+    def _named(self) -> re.Pattern:
+        nouns = {noun(name) for concept in self.concepts for name in _all_names(concept)}
+        return re.compile(rf"\b({'|'.join(map(re.escape, sorted(nouns, key=len, reverse=True)))})\b", re.IGNORECASE)
 
     @property
     def has_companions(self) -> bool:

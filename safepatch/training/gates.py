@@ -6,6 +6,7 @@ of common things, so that it has met more English than the category's own. The t
 seed, so that no harmless one of them opens the gate at any step.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from random import Random
@@ -19,6 +20,7 @@ from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.artifact.patch_artifact import cast as converted
 from safepatch.data.bank import DataConfig, PairBank, Retained, Texts, build_bank, build_retained
 from safepatch.data.corpus import Corpus, common_words
+from safepatch.data.prompts import Pair, Prompt
 from safepatch.diffusion import Components, UNetHost, batched, moved
 from safepatch.errors import ConfigError
 from safepatch.patch import Features
@@ -39,6 +41,9 @@ FEW = 20  # unseen unsafe captions; with fewer, those that were learned from set
 # thousand may open the gate: a single odd word ("trombone", which a tokenizer splits off "bone") must not close it.
 MARGIN, TEXT_MARGIN = 0.25, 0.1
 ODD = 0.001
+
+
+_LITTLE = {"a", "an", "the", "of", "in", "on", "at", "and", "with", "to", "by", "for", "next", "some"}
 
 
 class Rows(NamedTuple):
@@ -100,10 +105,25 @@ def captions(corpus: Corpus, n: int, seed: int) -> tuple[list[str], list[str]]:
     unsafe = [pair.unsafe.text for pair in pairs]
     twins = [] if corpus.rewrite.by == "guided" else [pair.safe.text for pair in pairs]
     common, rng = common_words(), Random(f"common {seed}")
-    things = rng.sample(range(len(common.benign)), len(common.benign))
+    telling = telling_words(corpus, pairs, kept)
+    order = rng.sample(range(len(common.benign)), len(common.benign))
+    things = [i for i in order if not telling & {word for name in common.benign[i] for word in _split(name)}]
     shown = [common.harmless(common.benign, things[i % len(things)], rng, i % 2 == 1).text for i in range(part)]
-    known = set(unsafe)
+    known = set(unsafe)  # a companion in a caption may be one of the category's own things too
+    shown = [text for text in shown if not telling & {*_split(text)}]
     return unsafe, [text for text in (*twins, *(prompt.text for prompt in kept), *shown) if text not in known]
+
+
+def telling_words(corpus: Corpus, pairs: Sequence[Pair], kept: Sequence[Prompt]) -> set[str]:
+    """Words that the unsafe prompts have and nothing harmless has: a common thing of that name is not harmless here."""
+    named = [name for concept in corpus.words.concepts for name in (*concept.known_names, *concept.heldout)]
+    unsafe = {word for text in (*named, *(pair.unsafe.text for pair in pairs)) for word in _split(text)}
+    twins = [] if corpus.rewrite.by == "guided" else [pair.safe.text for pair in pairs]
+    return unsafe - {word for text in (*twins, *(prompt.text for prompt in kept)) for word in _split(text)} - _LITTLE
+
+
+def _split(text: str) -> list[str]:
+    return re.findall(r"[^\W\d_]+", text.casefold())
 
 
 def _unseen(corpus: Corpus, unsafe: Sequence[str], harmless: Sequence[str], seed: int) -> tuple[list[str], list[str]]:

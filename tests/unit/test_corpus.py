@@ -545,3 +545,34 @@ def test_words_of_python_values():
     assert set(texts_of(corpus.pairs(30, 0))) >= {"a burger", "a salad", "a burger and a cat", "a cat and a burger"}
     with pytest.raises(ConfigError, match="'a pie' has no safe twin; give its concept a replacement"):
         Corpus(MINE, words=Words((Concept("a pie"),))).pairs(1, 0)
+
+
+# ---- what stands among the harmless, and is the category's own ---------------------------------------------------
+
+
+def sweets(neighbours: tuple[Corpus, ...] = ()) -> Corpus:
+    """A category of things that are harmless elsewhere, and stand in the shipped vocabulary too."""
+    concepts = (Concept("a pizza", replacement="a carrot"), Concept("a cake", replacement="an apple"))
+    words = Words(concepts, ("{x}", "{x} next to {y}"), companions=(("a dog",),), benign=(("a dog",), ("a cat",)))
+    return Corpus(Category("sweets", "fast food", "no sweets"), words=words, neighbours=neighbours)
+
+
+def test_a_neighbours_prompt_that_shows_the_categorys_own_thing_is_not_kept():
+    """It would teach the opposite of the pairs: a pizza beside a knife must stay, a pizza beside a dog must go."""
+    theirs = [prompt.text for prompt in shipped("weapons").evaluation("plain", 500, 0)]
+    assert any(says(text, ["pizza", "cake"]) for text in theirs)  # control: neighbours have them as companions
+    kept = [prompt.text for prompt in sweets((shipped("weapons"),)).retain(400, 0)]
+    assert any("knife" in text for text in kept)
+    assert not any(says(text, ["pizza", "cake"]) for text in kept)
+
+
+def test_a_gate_does_not_learn_that_the_categorys_own_thing_is_common():
+    from safepatch.data.corpus import common_words
+    from safepatch.training.gates import captions, telling_words
+
+    corpus = sweets()
+    assert {"a pizza", "a cake"} <= {name for thing in common_words().benign for name in thing}  # control
+    assert {"pizza", "cake"} <= telling_words(corpus, corpus.pairs(40, 0), corpus.retain(40, 0))
+    unsafe, harmless = captions(corpus, 12_000, seed=0)
+    assert any("pizza" in text for text in unsafe)
+    assert not any(says(text, ["pizza", "cake"]) for text in harmless)
