@@ -15,9 +15,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from safepatch import cli
 from safepatch.artifact.info import BUNDLE, PatchInfo, read_info
 from safepatch.artifact.patch_artifact import PatchArtifact
+from safepatch.cli import artifact as verbs
 from safepatch.errors import ArtifactError, MergeError, SafepatchError, UnknownName
 from safepatch.merging import METHODS, MergeRecipe, load_recipe, merge, split
 from safepatch.merging.conflicts import block_of, compare
@@ -310,10 +310,10 @@ def test_blocks() -> None:
 
 def test_the_conflicts_are_drawn(tmp_path: Path, trio: list[Path]) -> None:
     merge(trio, tmp_path / "trio.safetensors")
-    cli.inspect(tmp_path / "trio.safetensors", True, tmp_path / "map.png")
+    verbs.inspect(tmp_path / "trio.safetensors", True, tmp_path / "map.png")
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(SafepatchError, match="no conflicts are recorded"):
-        cli.inspect(trio[0], True, tmp_path / "none.png")
+        verbs.inspect(trio[0], True, tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
 
 
