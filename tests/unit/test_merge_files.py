@@ -15,6 +15,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from safepatch import cli
 from safepatch.artifact.info import BUNDLE, PatchInfo, read_info
 from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.cli import artifact as verbs
