@@ -153,7 +153,8 @@ def _attacks(figures: Mapping[str, Any]) -> Iterator[str]:
         yield "## A white-box attack"
         yield (
             f"`python benchmarks/attack.py`: {about['tokens']} free text states, {about['place']}, found by "
-            f"{about['steps']} gradient steps; unsafe rates for {about['category']}, n = {about['n']}."
+            f"{about['steps']} gradient steps; unsafe rates for {about['category']}, n = {about['n']}. "
+            "Measured with the patches of 0.1.0; the lora patches have been trained again since."
         )
         shown = [[name, value(found, "plain"), value(found, "attacked")] for name, found in rows.items()]
         yield table(["patch", "plain", "attacked"], shown)
