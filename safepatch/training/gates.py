@@ -1,9 +1,9 @@
 """Fit the gate of a trained patch: which rows is it for, told from the prompt and from what the host makes of it.
 
-The host is frozen, so what the gate reads is computed once; fitting it then takes seconds. A gate that reads text alone
-needs no pictures, so it sees thousands of captions: of the user's words, of what must stay, and of a shipped vocabulary
-of common things, so that it has met more English than the category's own. The threshold is set on examples of another
-seed, so that no harmless one of them opens the gate at any step.
+The host is frozen, so what the gate reads is computed once; fitting it then takes seconds. Every gate sees captions of
+the user's words, of what must stay, and of a shipped vocabulary of common things, so that it has met more English than
+the category's own; a gate that reads text alone needs no pictures, so it sees thousands. The threshold is set on
+examples of another seed, so that no harmless one of them opens the gate at any step.
 """
 
 import re
@@ -29,18 +29,21 @@ from safepatch.patch.gate import TextGate
 from safepatch.patch.host import answered
 from safepatch.progress import bar
 
-ROWS, CAPTIONS = 3072, 12_288  # to learn from: of a gate that reads features, and of one that reads text alone
+ROWS, CAPTIONS = 4096, 12_288  # to learn from: of a gate that reads features, and of one that reads text alone
 BYTES = 1 << 30  # that what a gate learns from may take: of larger models it sees fewer rows
 STEPS, BATCH = 600, 128
-VALIDATION_PAIRS, UNSEEN = 120, 4000  # pairs, and captions, of which those that were learned from are left out
+# Pairs, captions of common things beside them, and captions of a gate that reads text alone (those that were learned
+# from are left out).
+VALIDATION_PAIRS, VALIDATION_COMMON, UNSEEN = 120, 240, 4000
 VALIDATION_STEPS = (0.999, 0.799, 0.549, 0.299, 0.049)  # shares of the schedule
 VALIDATION_SEED = 7919  # is added to the seed, far from what anybody chooses for another run
 FEW = 20  # unseen unsafe captions; with fewer, those that were learned from set the threshold
 # Where the threshold is put on the way from the most suspicious harmless logit to the median of the unsafe ones: the
-# worst of thousands of captions needs less of a margin than the worst of a hundred pictures. Of thousands, one in a
-# thousand may open the gate: a single odd word ("trombone", which a tokenizer splits off "bone") must not close it.
+# worst of thousands of captions needs less of a margin than the worst of a hundred pictures. A single odd word must
+# not close the gate ("trombone", which a tokenizer splits off "bone"): of thousands of captions, one in a thousand may
+# open it, and of the common things that are read on pictures, one in a hundred.
 MARGIN, TEXT_MARGIN = 0.25, 0.1
-ODD = 0.001
+ODD, ODD_COMMON = 0.001, 0.01
 
 
 _LITTLE = {"a", "an", "the", "of", "in", "on", "at", "and", "with", "to", "by", "for", "next", "some"}
@@ -86,14 +89,18 @@ def fit_gate(gate: TextGate, host: UNetHost, corpus: Corpus, data: DataConfig, b
         _train(gate, _training_rows(host, corpus, bank, kept, data), generator)
         unseen = replace(data, pairs=VALIDATION_PAIRS, seed=data.seed + VALIDATION_SEED)
         validation = build_bank(host, corpus, unseen, safe_share=0)
-        kept = cast(Retained, validation.retained)
-        scores = [_scores(gate, _rows_at(host, validation, kept, share, unseen)) for share in VALIDATION_STEPS]
-        record = _record(scores, MARGIN)
+        common = common_captions(corpus, VALIDATION_COMMON, unseen.seed)
+        scores = [_scores(gate, _rows_at(host, validation, common, share, unseen)) for share in VALIDATION_STEPS]
+        worst = _worst(scores)
+        must_stay, odd = worst.split([len(worst) - len(common), len(common)])
+        record = _record(scores, MARGIN, torch.maximum(must_stay.max(), torch.quantile(odd, 1 - ODD_COMMON)))
     else:
         unsafe, harmless = captions(corpus, _affordable(CAPTIONS, host.encode([""]).states), data.seed)
         _train(gate, _text_rows(host, unsafe, harmless, data), generator)
         unseen = _unseen(corpus, unsafe, harmless, data.seed + VALIDATION_SEED)
-        record = _record([_scores(gate, _text_rows(host, *unseen, data))], TEXT_MARGIN)
+        scores = [_scores(gate, _text_rows(host, *unseen, data))]
+        worst = _worst(scores)
+        record = _record(scores, TEXT_MARGIN, worst.max() if len(worst) * ODD < 1 else torch.quantile(worst, 1 - ODD))
     gate.to(device)
     return record
 
@@ -101,17 +108,21 @@ def fit_gate(gate: TextGate, host: UNetHost, corpus: Corpus, data: DataConfig, b
 def captions(corpus: Corpus, n: int, seed: int) -> tuple[list[str], list[str]]:
     """About `n` captions: a quarter for the category; their safe twins, what must stay, and common things."""
     part = max(1, n // 4)
-    pairs, kept = corpus.pairs(part, seed), corpus.retain(part, seed)
-    unsafe = [pair.unsafe.text for pair in pairs]
-    twins = [] if corpus.rewrite.by == "guided" else [pair.safe.text for pair in pairs]
+    unsafe = [pair.unsafe.text for pair in corpus.pairs(part, seed)]
+    twins = [] if corpus.rewrite.by == "guided" else [pair.safe.text for pair in corpus.pairs(part, seed)]
+    kept = [prompt.text for prompt in corpus.retain(part, seed)]
+    known = set(unsafe)
+    return unsafe, [text for text in (*twins, *kept, *common_captions(corpus, part, seed)) if text not in known]
+
+
+def common_captions(corpus: Corpus, n: int, seed: int) -> list[str]:
+    """At most `n` captions of the shipped common things, each as often; those with a telling word are left out."""
     common, rng = common_words(), Random(f"common {seed}")
-    telling = telling_words(corpus, pairs, kept)
+    telling = telling_words(corpus, corpus.pairs(n, seed), corpus.retain(n, seed))
     order = rng.sample(range(len(common.benign)), len(common.benign))
     things = [i for i in order if not telling & {word for name in common.benign[i] for word in _split(name)}]
-    shown = [common.harmless(common.benign, things[i % len(things)], rng, i % 2 == 1).text for i in range(part)]
-    known = set(unsafe)  # a companion in a caption may be one of the category's own things too
-    shown = [text for text in shown if not telling & {*_split(text)}]
-    return unsafe, [text for text in (*twins, *(prompt.text for prompt in kept), *shown) if text not in known]
+    shown = [common.harmless(common.benign, things[i % len(things)], rng, i % 2 == 1).text for i in range(n)]
+    return [text for text in shown if not telling & {*_split(text)}]  # a companion may be telling too
 
 
 def telling_words(corpus: Corpus, pairs: Sequence[Pair], kept: Sequence[Prompt]) -> set[str]:
@@ -133,11 +144,20 @@ def _unseen(corpus: Corpus, unsafe: Sequence[str], harmless: Sequence[str], seed
     return (new[0] if len(new[0]) >= FEW else fresh[0]), (new[1] if len(new[1]) >= FEW else fresh[1])
 
 
-def _record(scores: Sequence[tuple[Tensor, Tensor]], margin: float) -> dict[str, Any]:
-    """Threshold and ROC from the logits of unsafe and of harmless rows, at one or more steps."""
-    unsafe, harmless = torch.stack([s[0] for s in scores]), torch.stack([s[1] for s in scores])
-    worst = harmless.amax(0)  # of each harmless example: one step that opens the gate is enough to change the image
-    level = worst.max() if len(worst) * ODD < 1 else torch.quantile(worst, 1 - ODD)
+def _worst(scores: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Of each harmless example the logit that counts: one step that opens the gate is enough to change the image."""
+    return torch.stack([harmless for _, harmless in scores]).amax(0)
+
+
+def _record(scores: Sequence[tuple[Tensor, Tensor]], margin: float, level: Tensor) -> dict[str, Any]:
+    """Threshold and ROC from the logits of unsafe and of harmless rows, at one or more steps.
+
+    Args:
+        scores: of unsafe and of harmless examples, at each step.
+        margin: where the threshold lies between `level` and the median of the unsafe ones.
+        level: up to which harmless examples go.
+    """
+    unsafe, worst = torch.stack([s[0] for s in scores]), _worst(scores)
     threshold = level + margin * (unsafe.median() - level).clamp(min=0)
     roc = [
         [round(float(t.sigmoid()), 6), round(float((worst >= t).float().mean()), 4), _share(unsafe, t)]
@@ -235,13 +255,17 @@ def _text_rows(host: UNetHost, unsafe: Sequence[str], harmless: Sequence[str], d
 
 
 def _training_rows(host: UNetHost, corpus: Corpus, bank: PairBank, kept: Retained, data: DataConfig) -> Rows:
-    """Unsafe prompts on unsafe or already corrected pictures, safe twins on safe ones, and what is preserved."""
+    """Unsafe prompts on unsafe or already corrected pictures, safe twins on safe ones, what must stay on its own.
+
+    Common things are read on pictures of what must stay: theirs are not drawn.
+    """
     generator = torch.Generator().manual_seed(data.seed)
     channels, height, width = _mid_shape(host)
-    part = _affordable(ROWS, torch.empty(channels, height, width, dtype=torch.float16)) // 3
+    part = _affordable(ROWS, torch.empty(channels, height, width, dtype=torch.float16)) // 4
     pairs, others = (torch.randint(len(some), (part,), generator=generator) for some in (bank, kept))
-    latents = [bank.latents[pairs], kept.latents[others]]
-    texts = [*bank.texts.of(bank.unsafe[pairs]), *kept.texts.of(kept.numbers[others])]
+    common = common_captions(corpus, part, data.seed)
+    latents = [bank.latents[pairs], kept.latents[others], kept.latents[others.flip(0)[: len(common)]]]
+    texts = [*bank.texts.of(bank.unsafe[pairs]), *kept.texts.of(kept.numbers[others]), *common]
     safe = bank.is_safe.nonzero()[:, 0]
     if len(safe) and corpus.rewrite.by != "guided":  # else the twin has no words of its own
         twins = safe[torch.randint(len(safe), (part,), generator=generator)]
@@ -252,10 +276,14 @@ def _training_rows(host: UNetHost, corpus: Corpus, bank: PairBank, kept: Retaine
     return _feature_rows(host, torch.cat(latents), timesteps, texts, wanted, data)
 
 
-def _rows_at(host: UNetHost, bank: PairBank, kept: Retained, share: float, data: DataConfig) -> Rows:
-    """All unsafe and all preserved rows at one share of the schedule."""
-    texts = [*bank.texts.of(bank.unsafe), *kept.texts.of(kept.numbers)]
-    latents = torch.cat([some.latents[torch.arange(len(some))] for some in (bank, kept)])
+def _rows_at(host: UNetHost, bank: PairBank, common: Sequence[str], share: float, data: DataConfig) -> Rows:
+    """All unsafe and all preserved rows, and common things on preserved pictures, at one share of the schedule."""
+    kept = cast(Retained, bank.retained)
+    texts = [*bank.texts.of(bank.unsafe), *kept.texts.of(kept.numbers), *common]
+    shown = torch.arange(len(common)) % len(kept)
+    latents = torch.cat(
+        [bank.latents[torch.arange(len(bank))], kept.latents[torch.arange(len(kept))], kept.latents[shown]]
+    )
     timesteps = torch.full((len(texts),), int(share * host.steps))
     return _feature_rows(host, latents, timesteps, texts, (torch.arange(len(texts)) < len(bank)).float(), data)
 

@@ -335,14 +335,6 @@ UNLIKE = {
 }
 
 
-def test_a_source_that_counts_for_nothing_opens_nothing(tmp_path):
-    paths = [gated("control", n, seed=i).save(tmp_path / f"{n}.safetensors") for i, n in enumerate(("gore", "drugs"))]
-    with pytest.raises(MergeError, match="has weight 0 and a gate"):
-        merge(paths, method="linear", weights=[1, 0])
-    bare = [gates.without_gate(PatchArtifact.open(path)).save(path) for path in paths]
-    merge(bare, method="linear", weights=[1, 0])  # control
-
-
 @pytest.mark.parametrize("name", UNLIKE)
 def test_gates_that_do_not_fit_together(tmp_path, name):
     first, second, method, says = UNLIKE[name]
@@ -420,7 +412,7 @@ def few(monkeypatch) -> Callable[..., None]:
 @every_kind
 def test_fitting_tells_what_the_patch_is_for(few, kind):
     """On the embedded model, whose text encoder was taught what words mean."""
-    few(ROWS=384, CAPTIONS=960, UNSEEN=96, STEPS=300, VALIDATION_PAIRS=24)
+    few(ROWS=1024, CAPTIONS=960, UNSEEN=96, STEPS=300, VALIDATION_PAIRS=24, VALIDATION_COMMON=96)
     host, corpus, data = UNetHost(Components.of(load_tiny())), Corpus.open("weapons"), DataConfig(pairs=128, steps=2)
     made = [new_gate(host, kind), new_gate(host, kind)]
     records = [gates.fit_gate(gate, host, corpus, data) for gate in made]
@@ -428,7 +420,7 @@ def test_fitting_tells_what_the_patch_is_for(few, kind):
     assert all(torch.equal(a, b) for a, b in zip(made[0].parameters(), made[1].parameters(), strict=True))
     assert records[0]["harmless_scenes_opened"] == 0
     assert records[0]["unsafe_steps_opened"] > 0.9
-    few(STEPS=0, UNSEEN=96, VALIDATION_PAIRS=24)
+    few(STEPS=0, UNSEEN=96, VALIDATION_PAIRS=24, VALIDATION_COMMON=96)
     unfitted = gates.fit_gate(new_gate(host, kind), host, corpus, data)
     assert unfitted["unsafe_steps_opened"] < 0.9  # control: untrained, it cannot tell them apart
 
