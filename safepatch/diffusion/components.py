@@ -1,15 +1,13 @@
 """The parts of a diffusers pipeline."""
 
-import sys
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_processor import AttnProcessor2_0, JointAttnProcessor2_0
-from torch import Tensor, nn
+from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from safepatch.diffusion.hosts.kinds import TRANSFORMERS
@@ -133,31 +131,13 @@ def has_fused_projections(host: nn.Module) -> bool:
     )
 
 
+def is_offloaded_to_disk(host: nn.Module) -> bool:
+    """Whether diffusers' group offloading keeps weights of the host in files, and placeholders in their stead."""
+    registries = [registry for part in host.modules() if (registry := getattr(part, "_diffusers_hook", None))]
+    groups = [getattr(hook, "group", None) for registry in registries for hook in registry.hooks.values()]
+    return any(getattr(group, "offload_to_disk_path", None) for group in groups)
+
+
 def not_supported(name: str) -> UnsupportedModel:
     """The error for a pipeline or model of a kind that patches do not know."""
     return UnsupportedModel(f"not supported yet: {name}; use Stable Diffusion 1, 2 or XL, or a folder of SD3 or Flux 1")
-
-
-def calling_pipeline() -> DiffusionPipeline | None:
-    """The innermost pipeline on the call stack: whoever is drawing right now."""
-    frame = _calling_frame()
-    return frame and frame.f_locals["self"]
-
-
-@torch.compiler.disable()
-def is_negative_prompt(states: Tensor) -> bool:
-    """Whether the pipeline that is drawing calls its host for the negative prompt alone, with these text states.
-
-    States that are the prompt's as well count as the prompt's.
-    """
-    frame = _calling_frame()
-    if frame is None or frame.f_locals.get("prompt_embeds") is states:
-        return False
-    return frame.f_locals.get("negative_prompt_embeds") is states
-
-
-def _calling_frame() -> FrameType | None:
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and not isinstance(frame.f_locals.get("self"), DiffusionPipeline):
-        frame = frame.f_back
-    return frame

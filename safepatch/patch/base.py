@@ -28,6 +28,11 @@ class Residuals(NamedTuple):
     mid: Tensor
 
 
+def plus(left: Residuals, right: Residuals) -> Residuals:
+    """The sum of two patches' residuals."""
+    return Residuals(tuple(a + b for a, b in zip(left.down, right.down, strict=True)), left.mid + right.mid)
+
+
 class Features(NamedTuple):
     """What a frozen host made of its input, before anything is added to it; shaped as its `Residuals`.
 

@@ -8,6 +8,7 @@ the prompt's text.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
 
@@ -20,6 +21,7 @@ from safepatch.errors import BaseMismatch, ConfigError
 from safepatch.patch.base import Patch, StoredPatch
 from safepatch.patch.draw import Draw
 from safepatch.patch.gate import TextGate
+from safepatch.patch.hooks import Calls, Hooks
 
 GATE = "lora.gate."  # what the names of a gate's tensors begin with
 BLOCKS = ("attentions", "transformer_blocks", "single_transformer_blocks")  # where the layers are
@@ -102,7 +104,7 @@ class LoraPatch(Patch):
         try:
             yield
         finally:
-            self.hooks.remove()
+            self.hooks.hooks.remove()
             self.hooks = None
 
     def recomputing(self, unet: Any) -> AbstractContextManager:
@@ -148,54 +150,66 @@ def updated_weights(artifact: PatchArtifact) -> list[str]:
     return [name.removeprefix("lora.") for name in artifact.parameter_names() if not name.startswith(GATE)]
 
 
+@dataclass
+class Updating:
+    """What the layers are to do in one call of the host.
+
+    Attributes:
+        rows: of what they are given, the last ones, those that are updated; None for none.
+        scale: strength, of all (1,) or of each of `rows`; None for 1.
+        left: layers whose update is still to be added.
+    """
+
+    rows: slice | None = None
+    scale: Tensor | None = None
+    left: set[str] = field(default_factory=set)
+
+
 class LayerHooks:
     """Hooks on a host's linear layers that add a patch's updates to what they make."""
 
     def __init__(self, unet: Any, patch: LoraPatch) -> None:
-        self._rows: slice | None = None
-        self._scale = torch.zeros(1)
-        self._left: set[str] = set()  # layers whose update is still to be added in this call
         self._patch = patch
-        self._device = next(patch.parameters()).device
-        pairs: Any = zip(patch.layers, patch.updates, strict=True)
-        self._hooks = [
-            unet.get_submodule(layer).register_forward_hook(partial(self._add, layer, update))
-            for layer, update in pairs
-        ]
+        self._calls = Calls(Updating)
+        self.hooks = Hooks()
+        for layer, update in zip(patch.layers, patch.updates, strict=True):
+            self.hooks.after(unet.get_submodule(layer), partial(self._add, layer, cast(Update, update)))
 
-    def begin(self, rows: slice | None, scale: Tensor | None = None, skipped: Sequence[int] = ()) -> None:
-        """The host is about to be called.
+    def begin(self) -> None:
+        """The host is about to be called, by default without the updates."""
+        self._calls.begin()
+
+    def update(self, rows: slice, scale: Tensor | None = None, skipped: Sequence[int] = ()) -> None:
+        """The call that has begun is one with the updates.
 
         Args:
-            rows: of what it is given, the last ones, those that are updated; None for none.
+            rows: of what the host is given, the last ones, those that are updated.
             scale: strength, of all (1,) or of each of `rows`; 1 by default.
             skipped: transformer blocks that this call leaves out, as SD3's skip layer guidance does.
         """
-        self._scale = torch.ones(1, device=self._device) if scale is None else scale
-        self._rows = rows if scale is None or scale.any() else None
-        out = tuple(f"transformer_blocks.{index}." for index in skipped)
-        self._left = {layer for layer in self._patch.layers if not layer.startswith(out)} if self._rows else set()
+        now, out = self._calls.now, tuple(f"transformer_blocks.{index}." for index in skipped)
+        now.rows, now.scale = rows, scale
+        now.left = {layer for layer in self._patch.layers if not layer.startswith(out)}
 
-    @property
-    def is_done(self) -> bool:
-        """Whether every layer's update has been added since `begin`."""
-        return not self._left
-
-    def remove(self) -> None:
-        """Take the hooks off; calling it twice is harmless."""
-        while self._hooks:
-            self._hooks.pop().remove()
+    def end(self) -> list[str]:
+        """The call has ended; what did not happen in it."""
+        ended = self._calls.end()
+        left = sorted(ended.left) if ended else []
+        return [f"'{left[0]}' ({len(left)} layers in all) was not called as a layer"] if left else []
 
     def _add(self, layer: str, update: Update, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        if self._rows is None:
+        now = self._calls.now
+        if now.rows is None:
             return None
-        self._left.discard(layer)
+        now.left.discard(layer)
         # Where the layer runs on another number of rows, as in PAG, they cannot be told apart: all are updated.
-        is_whole = self._rows.stop in (None, len(output))
-        start, scale = (self._rows.start or 0, self._scale) if is_whole else (0, self._scale.max()[None])
+        is_whole = now.rows.stop in (None, len(output))
+        start = (now.rows.start or 0) if is_whole else 0
         hidden = args[0][start:]
-        scale = scale.to(hidden.device, output.dtype).reshape(-1, *[1] * (output.ndim - 1))
-        added = scale * update.to(hidden.device)(hidden.to(update.dtype)).to(output.dtype)
+        added = update.to(hidden.device)(hidden.to(update.dtype)).to(output.dtype)
+        if now.scale is not None:
+            scale = now.scale if is_whole else now.scale.max()[None]
+            added = scale.to(hidden.device, output.dtype).reshape(-1, *[1] * (output.ndim - 1)) * added
         return torch.cat((output[:start], output[start:] + added)) if start else output + added
 
 
@@ -203,13 +217,14 @@ class LayerHooks:
 def updated(unet: Any, patch: LoraPatch) -> Iterator[None]:
     """Within the block, every call of `unet` is updated at scale 1."""
     hooks = patch.hooks or LayerHooks(unet, patch)
-    hooks.begin(slice(None))
+    hooks.begin()
+    hooks.update(slice(None))
     try:
         yield
     finally:
-        hooks.begin(None)
+        hooks.end()
         if hooks is not patch.hooks:
-            hooks.remove()
+            hooks.hooks.remove()
 
 
 def _linear_layers(unet: Any) -> dict[str, tuple[int, int]]:

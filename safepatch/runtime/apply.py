@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from safepatch.artifact.patch_artifact import Part, PatchArtifact
-from safepatch.diffusion import Components, encode_prompts
+from safepatch.diffusion import Components, encode_prompts, is_offloaded_to_disk
 from safepatch.errors import ConfigError
 from safepatch.patch import Patch
 from safepatch.patch.files import from_artifact
@@ -54,6 +54,11 @@ def apply(
     if any(parameter.is_meta for parameter in components.unet.parameters()):
         raise ConfigError(
             "the UNet's weights are offloaded layer by layer, none is there to add to; use enable_model_cpu_offload()"
+        )
+    if is_offloaded_to_disk(components.unet):
+        raise ConfigError(
+            "the UNet's weights are offloaded to disk group by group, what is there are placeholders; apply the patch "
+            "first, or offload to the CPU"
         )
     refuse_fused_projections(components.unet)
     artifact = patch if isinstance(patch, PatchArtifact) else PatchArtifact.open(patch)

@@ -1,7 +1,8 @@
 """What the parts of a patch add to one call of the host, computed when it is asked for."""
 
+import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any, NamedTuple, cast
 
@@ -9,19 +10,15 @@ import torch
 from torch import Tensor
 
 from safepatch.patch import Features, ResidualPatch, Residuals
+from safepatch.patch.base import plus
 from safepatch.patch.gate import TextGate
-from safepatch.runtime.parts import ActivePart, Scale
-from safepatch.runtime.residuals import Cached, Call, padded, plus
+from safepatch.patch.hooks import Calls
+from safepatch.runtime.call import Begun, Call, Seen
+from safepatch.runtime.parts import ActivePart
+from safepatch.runtime.residuals import padded
 
 SPEEDS = {"full": 1, "fast": 2}  # denoising steps for which a control patch's residuals are used
-
-
-class Settings(NamedTuple):
-    """What a user sets on a `Handle`, checked there."""
-
-    scale: Scale
-    gate: str
-    speed: str
+_COUNTING = threading.Lock()  # of whatever threads draw with one patch
 
 
 @dataclass
@@ -30,22 +27,82 @@ class Stats:
 
     Attributes:
         unet_calls: times the host's first layer ran, however it was called.
-        patched_calls: times the patch had its say.
+        patched_calls: calls in which the patch could act: switched on, within its window, on rows with a prompt.
+        acted_calls: those of them in which it changed something.
+        acted_rows: rows that it changed.
         gated_rows: rows that a gate has judged, counted per step and category.
         open_rows: those of them for which it opened.
     """
 
     unet_calls: int = 0
     patched_calls: int = 0
+    acted_calls: int = 0
+    acted_rows: int = 0
     gated_rows: int = 0
     open_rows: int = 0
 
+    def count(self, **more: int) -> None:
+        """Add to the counters, whatever other threads do."""
+        with _COUNTING:
+            for name, number in more.items():
+                setattr(self, name, getattr(self, name) + number)
+
+
+class Cached(NamedTuple):
+    """Residuals that a control patch made, and the calls they were used for.
+
+    Attributes:
+        residuals: as they were handed to the host; None where a gate was closed.
+        shape: of the sample.
+        rows: those that were corrected.
+        states: the rows' text states.
+        timestep: of the last call.
+        scales: their strengths.
+        uses: how many calls they were used for.
+        is_tiled: whether the UNet was called more than once at a timestep, for instance tile by tile.
+    """
+
+    residuals: Residuals | None
+    shape: torch.Size
+    rows: slice
+    states: Seen
+    timestep: float
+    scales: Tensor
+    uses: int = 1
+    is_tiled: bool = False
+
+    def serves(self, call: Call) -> bool:
+        """Whether `call` is a later step of the same denoising."""
+        alike = (self.shape, self.rows) == (call.sample.shape, call.rows) and self.states.is_still(call.prompt_states)
+        return alike and call.timestep < self.timestep and not self.is_tiled and self.residuals is not None
+
+    def shows_tiles(self, call: Call) -> bool:
+        """Whether `call` is one more at the same timestep, or follows such calls within the same denoising."""
+        return call.timestep == self.timestep or (self.is_tiled and call.timestep < self.timestep)
+
+
+class Read(NamedTuple):
+    """What a gate that reads text alone made of the text states of a denoising: it is the same at every step."""
+
+    states: Seen
+    rows: slice
+    probabilities: Tensor
+
+
+@dataclass
+class Memory:
+    """What the parts remember from step to step of one thread's denoising, by the part's identity."""
+
+    residuals: dict[int, Cached] = field(default_factory=dict)
+    texts: dict[int, Read] = field(default_factory=dict)
+
 
 class Corrector:
-    """What the parts of a patch do in each call, with what they remember from step to step.
+    """What the parts of a patch do in each call.
 
     Parts that compute residuals are asked for them `early` or `late`; others, left to hooks of their own, for their
-    `strength`.
+    `strength`. Strengths are decided on the CPU: a gate that reads features is waited for once a step, because a patch
+    that it leaves alone is not run at all; one that reads text alone is asked once a denoising.
 
     Attributes:
         parts: those that compute residuals.
@@ -59,80 +116,78 @@ class Corrector:
         self.has_gate = any(part.patch.gate for part in parts)
         self.stats = Stats()
         self.on_gate: Callable[[Any, Tensor], None] | None = None
-        self._cache: dict[int, Cached] = {}  # by the part's identity
-
-    @property
-    def reads_features(self) -> bool:
-        """Whether any part, or a gate of one, must be shown the host's features."""
-        return any(_module(part).reads_features or part.patch.gate for part in self.parts)
+        self._memory = Calls(Memory)
 
     def forget(self) -> None:
-        """Drop residuals that were kept for later steps."""
-        self._cache.clear()
+        """Drop what was kept for later steps."""
+        self._memory = Calls(Memory)
 
-    def early(self, call: Call, settings: Settings) -> Residuals | None:
+    def early(self, begun: Begun) -> Residuals | None:
         """Before the host runs: the sum over the parts that read none of its features."""
-        return self._sum([part for part in self.parts if not _is_late(part, settings)], call, settings, None)
+        return self._sum([part for part in self.parts if not _is_late(part, begun)], begun, None)
 
-    def late(self, call: Call, settings: Settings, features: Features) -> Residuals | None:
+    def late(self, begun: Begun, features: Features) -> Residuals | None:
         """Once the host's encoder has run: the sum over the parts that read its features."""
-        return self._sum([part for part in self.parts if _is_late(part, settings)], call, settings, features)
+        return self._sum([part for part in self.parts if _is_late(part, begun)], begun, features)
 
     @torch.no_grad()
-    def strength(self, part: ActivePart, call: Call, settings: Settings) -> Tensor:
-        """Of a part without residuals: one for all rows to correct, (1,), or where it has a gate one for each, (B,)."""
-        scales = part.scales(settings.scale).to(call.sample.device)
-        if part.patch.gate is None or settings.gate == "off":
-            return scales
-        states = call.prompt_states[call.rows].float()
-        return scales * self._openings(part, settings.gate, None, call.row_timesteps, states)[:, 0]
+    def strength(self, part: ActivePart, begun: Begun) -> Tensor | None:
+        """Of a part without residuals: one for all rows to correct, (1,), or where it has a gate one for each, (B,).
 
-    def _sum(
-        self, parts: Sequence[ActivePart], call: Call, settings: Settings, features: Features | None
-    ) -> Residuals | None:
-        made = [self._recent(part, call, settings, features) for part in parts]
+        None where it is off for all.
+        """
+        scales = self._scales(part, begun, None)
+        begun.note(scales)
+        return scales.reshape(-1) if scales.any() else None
+
+    def _sum(self, parts: Sequence[ActivePart], begun: Begun, features: Features | None) -> Residuals | None:
+        made = [self._recent(part, begun, features) for part in parts]
         made = [residuals for residuals in made if residuals is not None]
         return reduce(plus, made) if made else None
 
-    def _recent(self, part: ActivePart, call: Call, settings: Settings, features: Features | None) -> Residuals | None:
+    def _recent(self, part: ActivePart, begun: Begun, features: Features | None) -> Residuals | None:
         """The part's residuals, or those of the step before where the speed allows and its gate was open for all rows.
 
         Where it was closed for a row it is asked again, so that no row depends on the others.
         """
-        if settings.speed == "full" or _module(part).reads_features:
-            return self._now(part, call, settings, features)[0]
-        last = self._cache.get(id(part))
-        if last and last.uses < SPEEDS[settings.speed] and last.serves(call):
-            self._cache[id(part)] = last._replace(timestep=call.timestep, uses=last.uses + 1)
+        call, kept = cast(Call, begun.call), self._memory.now.residuals
+        if begun.settings.speed == "full" or _module(part).reads_features:
+            return self._now(part, begun, features)[0]
+        last = kept.get(id(part))
+        if last and last.uses < SPEEDS[begun.settings.speed] and last.serves(call):
+            kept[id(part)] = last._replace(timestep=call.timestep, uses=last.uses + 1)
+            begun.note(last.scales)
             return last.residuals
-        made, scales = self._now(part, call, settings, features)
-        tiled = last is not None and last.shows_tiles(call)
-        self._cache[id(part)] = Cached(
+        made, scales = self._now(part, begun, features)
+        kept[id(part)] = Cached(
             made if scales.all() else None,
             call.sample.shape,
             call.rows,
-            call.prompt_states,
+            Seen.of(call.prompt_states),
             call.timestep,
-            is_tiled=tiled,
+            scales,
+            is_tiled=last is not None and last.shows_tiles(call),
         )
         return made
 
-    def _now(
-        self, part: ActivePart, call: Call, settings: Settings, features: Features | None
-    ) -> tuple[Residuals | None, Tensor]:
+    def _now(self, part: ActivePart, begun: Begun, features: Features | None) -> tuple[Residuals | None, Tensor]:
         """The part's residuals, None where it is off for all rows, and the scales it has."""
+        call = cast(Call, begun.call)
         shown = features and features.of_rows(call.rows)
-        scales = self._scales(part, call, settings, shown)
+        scales = self._scales(part, begun, shown)
+        begun.note(scales)
         return self._residuals(part, call, scales, shown) if scales.any() else None, scales
 
     @torch.no_grad()
-    def _scales(self, part: ActivePart, call: Call, settings: Settings, shown: Features | None) -> Tensor:
-        """Strength of each group, (groups,), or where a gate decides of each row and group, (B, groups)."""
-        scales = part.scales(settings.scale).to(call.sample.device)
-        if shown is None or part.patch.gate is None or settings.gate == "off":
+    def _scales(self, part: ActivePart, begun: Begun, shown: Features | None) -> Tensor:
+        """Strength of each group, (groups,), or where a gate decides of each row and group, (B, groups); on the CPU."""
+        scales, gate = part.scales(begun.settings.scale), part.patch.gate
+        if gate is None or begun.settings.gate == "off":
             return scales
-        states = call.prompt_states[call.rows]
-        return scales * self._openings(part, settings.gate, shown.mid, call.row_timesteps, states)
+        call = cast(Call, begun.call)
+        looks = shown is not None and gate.reads_features
+        probabilities = self._looked(part, call, cast(Features, shown).mid) if looks else self._read(part, call)
+        return scales * self._openings(part, begun, probabilities)
 
     @torch.no_grad()
     def _residuals(self, part: ActivePart, call: Call, scales: Tensor, shown: Features | None) -> Residuals:
@@ -142,25 +197,37 @@ class Corrector:
         times = call.row_timesteps
         conditions = {name: value[rows] for name, value in call.conditions.items()} | dict(call.shared)
         instruction = part.instruction_states.to(sample.device, dtype)
-        states = call.prompt_states[rows].to(dtype)
-        shown = shown and shown.to(dtype)
-        made = patch(sample[rows].to(dtype), times, states, instruction, conditions, shown, scales.to(dtype))
+        states, scales = call.prompt_states[rows].to(dtype), scales.to(sample.device, dtype, non_blocking=True)
+        made = patch(sample[rows].to(dtype), times, states, instruction, conditions, shown and shown.to(dtype), scales)
         return Residuals(tuple(padded(r, rows, sample) for r in made.down), padded(made.mid, rows, sample))
 
-    def _openings(self, part: ActivePart, mode: str, mid: Tensor | None, timesteps: Tensor, states: Tensor) -> Tensor:
+    def _looked(self, part: ActivePart, call: Call, mid: Tensor) -> Tensor:
+        """Probabilities by a gate that reads features, (B, gates); it stays in float32."""
+        states = call.prompt_states[call.rows].float()
+        gate = cast(TextGate, part.patch.gate).to(states.device)
+        return gate(mid.float(), call.row_timesteps, states).sigmoid().cpu()
+
+    def _read(self, part: ActivePart, call: Call) -> Tensor:
+        """Probabilities by a gate that reads text alone, (B, gates)."""
+        kept = self._memory.now.texts
+        last = kept.get(id(part))
+        if last is None or last.rows != call.rows or not last.states.is_still(call.prompt_states):
+            states = call.prompt_states[call.rows].float()
+            gate = cast(TextGate, part.patch.gate).to(states.device)
+            last = Read(Seen.of(call.prompt_states), call.rows, gate(None, call.row_timesteps, states).sigmoid().cpu())
+            kept[id(part)] = last
+        return last.probabilities
+
+    def _openings(self, part: ActivePart, begun: Begun, probabilities: Tensor) -> Tensor:
         """How far the gate is open for each row and group, in [0, 1], (B, groups); 0 or 1 where it is hard.
 
         A patch that was merged into one group acts where the gate of any of its sources opens.
         """
-        gate, thresholds = cast(TextGate, part.patch.gate).to(states.device), cast(Tensor, part.thresholds)
-        mid = None if mid is None else mid.float()  # a gate stays in float32
-        probabilities = gate(mid, timesteps, states.float()).sigmoid()
-        is_open = probabilities >= thresholds.to(probabilities.device)
-        self.stats.gated_rows += is_open.numel()
-        self.stats.open_rows += int(is_open.sum())
+        is_open = probabilities >= cast(Tensor, part.thresholds)
+        self.stats.count(gated_rows=is_open.numel(), open_rows=int(is_open.sum()))
         if self.on_gate:
-            self.on_gate(timesteps, probabilities)
-        openings = probabilities if mode == "soft" else is_open.float()
+            self.on_gate(cast(Call, begun.call).row_timesteps, probabilities)
+        openings = probabilities if begun.settings.gate == "soft" else is_open.float()
         return openings if part.patch.groups > 1 else openings.amax(1, keepdim=True)
 
 
@@ -168,6 +235,6 @@ def _module(part: ActivePart) -> ResidualPatch:
     return cast(ResidualPatch, part.patch)
 
 
-def _is_late(part: ActivePart, settings: Settings) -> bool:
+def _is_late(part: ActivePart, begun: Begun) -> bool:
     """Whether the part needs the host's features, for itself or for its gate."""
-    return _module(part).reads_features or (part.patch.gate is not None and settings.gate != "off")
+    return _module(part).reads_features or (part.patch.gate is not None and begun.settings.gate != "off")

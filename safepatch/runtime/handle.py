@@ -1,42 +1,75 @@
 """One attachment of a patch to a pipeline: hooks that let it act in every UNet call, and notice when it cannot.
 
-The patch enters through a forward pre-hook on the UNet that adds residuals to the ones already there, or, where it
-reads the host's own features, through hooks on the UNet's blocks (`safepatch.patch.host`). So it works in any pipeline
-that calls the same UNet, and stacks with ControlNets and with other patches. Nothing is replaced. What is said here of
-the UNet holds for the transformer of a pipeline that has one.
+Hooks on the UNet tell when a call of it begins and ends; those inside it take its features and add what the patch makes
+of them (`safepatch.patch.host`, `safepatch.patch.lora`). So a patch works in any pipeline that calls the same UNet, and
+stacks with ControlNets and with other patches. Nothing is replaced. What belongs to a call is kept with the call, so
+threads may share a UNet. What is said here of the UNet holds for the transformer of a pipeline that has one.
 """
 
 import copy
 import math
+import threading
+import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from safepatch.diffusion import (
+    UNET,
     Components,
+    Drawing,
     calling_pipeline,
     denoiser,
+    drawing,
     has_fused_projections,
     host_kind,
     is_compiled,
     is_negative_prompt,
+    negative_rows,
+    steps_ahead,
+    threads_inside,
     uncompiled,
 )
 from safepatch.errors import ConfigError, PatchBypassed, lookup
 from safepatch.patch import Features, Residuals
 from safepatch.patch.gate import MODES
+from safepatch.patch.hooks import Calls, Hooks
 from safepatch.patch.host import HostHooks
 from safepatch.patch.lora import LayerHooks, LoraPatch
-from safepatch.runtime.corrector import SPEEDS, Corrector, Settings, Stats
+from safepatch.runtime.call import Begun, Call, Seen, Settings
+from safepatch.runtime.corrector import SPEEDS, Corrector, Stats
+from safepatch.runtime.drain import Drain
 from safepatch.runtime.parts import ActivePart, Scale
-from safepatch.runtime.residuals import Call, with_residuals
+from safepatch.runtime.residuals import with_residuals
+
+
+@dataclass
+class Denoising:
+    """What one thread's denoising has been like so far.
+
+    Attributes:
+        by: the pipeline's call; None for a loop of one's own, which ends where it decodes an image.
+        is_on: whether the patch was switched on in some call.
+        is_within: whether some call of those fell into its window, or it was told that none will.
+        states: text states of the last call.
+        negative: how many of its first rows carried the negative prompt.
+    """
+
+    by: Drawing | None = None
+    is_on: bool = False
+    is_within: bool = False
+    states: Seen | None = None
+    negative: int = 0
 
 
 class Handle:
     """One attachment of a patch, or of all parts of a bundle; leaving the `with` block, or `remove()`, takes it off.
+
+    Threads may draw with one patch at the same time, each with a pipeline of its own that shares the UNet.
 
     Attributes:
         categories: what the patch is for, where it came from a file.
@@ -66,23 +99,22 @@ class Handle:
         self.gate = gate
         self.speed = speed
         self._fail_closed = fail_closed
-        self._prepared = False  # whether the patch had its say in the UNet call that is under way
-        self._call: Call | None = None  # the UNet call under way, while there is something to correct
-        self._hooks: list[Any] = [
-            self._unet.register_forward_pre_hook(self._prepare, with_kwargs=True),
-            self._unet.register_forward_hook(self._end_call, always_call=True),
-            getattr(self._unet, self._kind.entry).register_forward_pre_hook(self._count_call),
-        ]
+        self._calls = Calls(Begun)
+        self._denoisings = Calls(Denoising)
+        self._drain = Drain(self._unet)
+        self._earlier: set[int] | None = None  # threads in a call that began before the patch was here
         self._layers = [
             (LayerHooks(self._unet, part.patch), part) for part in parts if isinstance(part.patch, LoraPatch)
         ]
-        self._hooks.extend(hooks for hooks, _ in self._layers)
-        self._host = None
-        if self._corrector.reads_features:
-            self._host = HostHooks(self._unet, self._answer)
-            self._hooks.append(self._host)
+        computes = bool(self._corrector.parts) and self._kind is UNET
+        self._host = HostHooks(self._unet, self._answer) if computes else None
+        self._hooks = Hooks()
+        self._hooks.after(self._unet, self._end_call, always_call=True)
+        self._hooks.before(self._unet, self._prepare, with_kwargs=True)
+        self._earlier = threads_inside(self._unet)
+        self._hooks.before(getattr(self._unet, self._kind.entry), self._count_call)
         if fail_closed:
-            self._hooks.append(components.vae.decoder.register_forward_pre_hook(self._check))
+            self._hooks.before(components.vae.decoder, self._check)
 
     def __enter__(self) -> "Handle":
         return self
@@ -99,18 +131,50 @@ class Handle:
             copied._pipe = weakref.ref(memo[id(self._pipe())])
         return copied
 
+    def __reduce__(self) -> NoReturn:
+        raise ConfigError(
+            "a pipeline with a patch cannot be pickled; take the patch off, and apply it where it is used"
+        )
+
     def remove(self) -> None:
-        """Take the patch off; calling it twice is harmless."""
-        self._fail_closed = False  # compiled code may run the inner hook once more
-        self._corrector.forget()
-        while self._hooks:
-            self._hooks.pop().remove()
+        """Take the patch off, once the images that other threads are drawing with it are done; twice is harmless.
+
+        Raises:
+            ConfigError: in the midst of a denoising of this thread, of which the rest would be unpatched.
+        """
+        if not self._hooks:
+            return
+        with self._drain.drained():
+            for hooks in self._all_hooks:
+                hooks.remove()
+            self._corrector.forget()
+
+    @property
+    def _all_hooks(self) -> list[Hooks]:
+        """Those that begin a call go first and come last."""
+        return [self._hooks, *(inner.hooks for inner in self._inner)]
 
     @property
     def is_active(self) -> bool:
-        """Whether the pipeline still runs the UNet this patch hangs on, and the patch still hangs there."""
+        """Whether the pipeline still runs the UNet this patch hangs on, and every hook of the patch hangs in it."""
         pipe = self._pipe()
-        return pipe is not None and uncompiled(denoiser(pipe)) is self._unet and self in attached(self._unet)
+        if pipe is None or uncompiled(denoiser(pipe)) is not self._unet or not self._all_hang:
+            return False
+        there = {id(module) for part in (self._unet, uncompiled(pipe.vae)) for module in part.modules()}
+        return all(id(hook.module) in there for hooks in self._all_hooks for hook in hooks)
+
+    @property
+    def _inner(self) -> list[LayerHooks | HostHooks]:
+        return [hooks for hooks, _ in self._layers] + ([self._host] if self._host else [])
+
+    @property
+    def _all_hang(self) -> bool:
+        return all(hooks.all_hang for hooks in self._all_hooks)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """What each category's corrections are multiplied by beside the scale, as the patch was merged."""
+        return {name: part.weight for part in self._parts for name in part.categories}
 
     @property
     def stats(self) -> Stats:
@@ -185,80 +249,139 @@ class Handle:
         self._speed = speed
         self._corrector.forget()
 
-    def _prepare(self, unet: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    @torch.compiler.disable()
+    def _prepare(
+        self, unet: nn.Module, args: tuple, kwargs: dict[str, Any] | None = None
+    ) -> tuple[tuple, dict[str, Any]] | None:
         """Before the UNet runs: correct what needs no features, and note down what the others will need."""
-        self._call = self._begun(args, kwargs)
-        made = self._corrector.early(self._call, self._settings) if self._call else None
-        for hooks, part in self._layers:
-            if self._call:
-                skipped = self._kind.bind(args, kwargs).get("skip_layers") or ()
-                hooks.begin(self._call.rows, self._corrector.strength(part, self._call, self._settings), skipped)
-            else:
-                hooks.begin(None)
-        changed = made and with_residuals(made, unet, args, kwargs)
-        self.stats.patched_calls += 1
-        self._prepared = True  # only now: a call that failed above must not stand in for a bypassed one
-        return changed
-
-    def _begun(self, args: tuple, kwargs: dict[str, Any]) -> Call | None:
-        """The call, or None when the patch is off or outside its window."""
-        if not any(part.scales(self.scale).any() for part in self._parts):
+        denoising = self._follow()
+        self._drain.pass_by(denoising.by)
+        if kwargs is None or not self._hooks:  # another thread is attaching it, or has just taken it off
             return None
-        call = Call.of(self._kind, args, kwargs)
-        call = call._replace(rows=self._rows_to_correct(call))
-        return call if self._is_within(call) and call.rows.start < call.rows.stop else None
+        begun = self._begin(denoising, args, kwargs)
+        made = self._corrector.early(begun) if begun.call else None
+        if made and self._host:
+            self._host.add(made)
+        for hooks, part in self._layers if begun.call else ():
+            self._update(hooks, part, begun, self._kind.bind(args, kwargs).get("skip_layers") or ())
+        if self._fail_closed and not self._all_hang:
+            self._bypassed("hooks inside it are lost; apply the patch again")
+        begun.is_prepared = True  # only now: a call that failed above must not stand in for a bypassed one
+        return with_residuals(made, unet, args, kwargs) if made and not self._host else None
 
-    def _is_within(self, call: Call) -> bool:
-        if self.window == (0.0, 1.0):
-            return True
-        return self.window[0] <= 1 - call.timestep / self._full_timestep <= self.window[1]
+    def _begin(self, denoising: Denoising, args: tuple, kwargs: dict[str, Any]) -> Begun:
+        begun = self._calls.begin()
+        if self._earlier:
+            self._earlier.discard(threading.get_ident())
+        for inner in self._inner:
+            inner.begin()
+        begun.settings = Settings(self.scale, self.gate, self.speed)
+        begun.call = self._to_correct(Call.of(self._kind, args, kwargs), denoising, begun.settings)
+        return begun
+
+    def _update(self, hooks: LayerHooks, part: ActivePart, begun: Begun, skipped: Sequence[int]) -> None:
+        call, strength = begun.call, self._corrector.strength(part, begun)
+        if call and strength is not None:
+            hooks.update(call.rows, strength.to(call.sample.device, non_blocking=True), skipped)
+
+    def _follow(self) -> Denoising:
+        """This thread's denoising; another one, where another call of a pipeline has begun."""
+        now = self._denoisings.now
+        if (by := drawing(now.by)) is not now.by:
+            vars(now).update(vars(Denoising(by)))
+            steps = steps_ahead() if self._is_on(self.scale) and self.window != (0.0, 1.0) else []
+            if steps and not any(self._is_within(step) for step in steps):
+                now.is_within = True
+                self._say_outside()
+        return now
+
+    def _to_correct(self, call: Call, denoising: Denoising, settings: Settings) -> Call | None:
+        """The call with the rows to correct, or None when the patch is off, outside its window, or for no row."""
+        if not self._is_on(settings.scale):
+            return None
+        denoising.is_on = True
+        if self.window != (0.0, 1.0) and not self._is_within(call.timestep):
+            return None
+        denoising.is_within = True
+        call = call._replace(rows=self._rows_to_correct(call, denoising))
+        if call.rows.start == call.rows.stop:
+            return None
+        self.stats.count(patched_calls=1)
+        return call
+
+    def _is_on(self, scale: Scale) -> bool:
+        return any(part.scales(scale).any() for part in self._parts)
+
+    def _is_within(self, timestep: float) -> bool:
+        return self.window[0] <= 1 - timestep / self._full_timestep <= self.window[1]
 
     def _answer(self, features: Features) -> Residuals | None:
         """Once the encoder has run: the corrections of the parts that read its features."""
-        return self._corrector.late(self._call, self._settings, features) if self._call else None
+        begun = self._calls.now
+        return self._corrector.late(begun, features) if begun.call else None
 
-    @property
-    def _settings(self) -> Settings:
-        return Settings(self.scale, self.gate, self.speed)
-
-    def _rows_to_correct(self, call: Call) -> slice:
-        """Which rows carry the prompt: under guidance the first equal part, or a whole call, is the negative one's.
+    def _rows_to_correct(self, call: Call, denoising: Denoising) -> slice:
+        """Which rows carry the prompt: under guidance the first ones, or a whole call, may be the negative prompt's.
 
         A negative prompt that names the unsafe concept pushes away from it; correcting its row would weaken that.
         """
-        # A pipeline keeps its guidance after its call ends, and others may use the UNet, so its word is not enough:
-        # the parts must also hold the same latents. In doubt every row is corrected.
-        sample, pipe, batch = call.sample, self._pipe(), len(call.sample)
-        if self._kind.calls_apart and is_negative_prompt(call.prompt_states):
+        batch, states = len(call.sample), call.prompt_states
+        if self._kind.calls_apart and is_negative_prompt(states):
             return slice(batch, batch)
-        parts = 3 if getattr(pipe, "do_perturbed_attention_guidance", False) else 2
-        rows = batch // parts
-        guided = getattr(pipe, "do_classifier_free_guidance", False) and rows * parts == batch
-        return slice(rows if guided and torch.equal(sample[:-rows], sample[rows:]) else 0, batch)
+        if denoising.by is None:
+            return slice(0, batch)
+        if denoising.states is None or not denoising.states.is_still(states):
+            denoising.states, denoising.negative = Seen.of(states), negative_rows(states)
+        return slice(denoising.negative, batch)
 
+    @torch.compiler.disable()
     def _count_call(self, *_: object) -> None:
         """Inside the UNet, however it was called: the patch must have had its say."""
-        self.stats.unet_calls += 1
-        if self._fail_closed and not self._prepared:
-            name = self._kind.component
-            raise PatchBypassed(
-                f"the {self._kind.noun} ran without its patch: its hook is lost, or {name}.forward() was called; call "
-                f"{name}()"
-            )
+        self.stats.count(unet_calls=1)
+        begun = self._calls.now
+        if begun.has_entered or not begun.is_prepared:
+            self._unprepared()
+        begun.has_entered = begun.is_prepared
 
+    @torch.compiler.disable()
     def _end_call(self, unet: nn.Module, args: tuple, output: object) -> None:
-        ended, self._call, self._prepared = self._call, None, False
-        done = [hooks.is_done for hooks, _ in self._layers] + [self._host is None or self._host.is_done]
-        for hooks, _ in self._layers:
-            hooks.begin(None)  # whoever calls the host's forward next does so without the patch
-        if ended and self._fail_closed and output is not None and not all(done):
-            raise PatchBypassed(
-                f"the {self._kind.noun} ran without its patch: hooks inside it are lost; apply the patch again"
-            )
+        begun = self._calls.end()
+        if begun is None:
+            return self._unprepared() if output is not None else None
+        missed = [what for inner in self._inner for what in inner.end()]
+        if begun.call is None or output is None:
+            return None
+        if self._fail_closed and not begun.has_entered:
+            self._bypassed(f"its {self._kind.entry} was replaced or not called; apply the patch again")
+        if self._fail_closed and missed:
+            self._bypassed(f"{missed[0]}: hooks inside it are lost, or it was wrapped; apply the patch again")
+        if begun.acted is not None and (rows := int(begun.acted.sum())):
+            self.stats.count(acted_calls=1, acted_rows=rows)
+        return None
+
+    def _unprepared(self) -> None:
+        """The UNet ran, and the patch was not asked: an error, unless it was not there when the call began."""
+        thread, earlier = threading.get_ident(), self._earlier
+        if not self._fail_closed or self._drain.is_over or earlier is None or thread in earlier:
+            return
+        name = self._kind.component
+        self._bypassed(f"its hook is lost, or {name}.forward() was called; call {name}()")
+
+    def _bypassed(self, why: str) -> NoReturn:
+        raise PatchBypassed(f"the {self._kind.noun} ran without its patch: {why}")
+
+    def _say_outside(self) -> None:
+        """No step of a denoising is one in which the patch acts."""
+        start, end = self.window
+        text = f"no step of this denoising is within the patch's window, {start} to {end}; widen it, or take more steps"
+        if self._fail_closed:
+            raise PatchBypassed(text)
+        warnings.warn(text, stacklevel=2)
 
     def _check(self, *_: object) -> None:
-        """Before latents become an image: the UNet that drew them must be a patched one."""
-        own, caller = self._pipe(), calling_pipeline()
+        """Before latents become an image: the UNet that drew them must be a patched one, and the patch have acted."""
+        own, caller, drawn = self._pipe(), calling_pipeline(), replace(self._denoisings.now)
+        vars(self._denoisings.now).update(vars(Denoising()))
         if own is not None and uncompiled(denoiser(own)) is not self._unet:
             raise PatchBypassed(
                 f"pipe.{self._kind.component} was replaced after the patch was applied; apply the patch again"
@@ -269,6 +392,8 @@ class Handle:
                 f"{type(caller).__name__} shares this VAE but its {host_kind(drawn_with).noun} carries no patch; apply "
                 "the patch to it too"
             )
+        if drawn.is_on and not drawn.is_within:
+            self._say_outside()
 
 
 def refuse_compiled(pipe: Any) -> None:

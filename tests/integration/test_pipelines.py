@@ -171,6 +171,8 @@ def expect_law(pipe: Any, reference: Tensor, options: dict[str, Any]) -> None:
     """The patch on `pipe` acts, is silent at scale 0, and is gone when removed."""
     (state,) = status(pipe)
     awake = draw(pipe, **options)
+    stats = state.stats
+    assert stats.acted_calls == stats.patched_calls == stats.unet_calls > 0
     state.handle.scale = 0
     off = draw(pipe, **options)
     state.handle.remove()
@@ -178,7 +180,7 @@ def expect_law(pipe: Any, reference: Tensor, options: dict[str, Any]) -> None:
     assert awake.shape == reference.shape
     assert not torch.equal(awake, reference)
     assert torch.equal(off, reference)
-    assert state.stats.patched_calls == state.stats.unet_calls > 0
+    assert stats.acted_calls == stats.patched_calls == stats.unet_calls / 2
     assert status(pipe) == ()
     assert torch.equal(draw(pipe, **options), reference)
 

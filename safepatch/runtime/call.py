@@ -1,0 +1,111 @@
+"""A call of the host, as far as a patch is concerned with it."""
+
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from safepatch.diffusion import HostKind
+from safepatch.patch.base import row_timesteps
+from safepatch.runtime.parts import Scale
+
+
+class Settings(NamedTuple):
+    """What a user sets on a `Handle`, checked there."""
+
+    scale: Scale
+    gate: str
+    speed: str
+
+
+NONE = Settings(0.0, "off", "full")
+
+
+class Call(NamedTuple):
+    """What the host is given, and which rows of it are to be corrected.
+
+    Attributes:
+        sample: noisy latents, (B, >= 4, h, w), or as Flux packs them, (B, tokens, >= 64).
+        timesteps: int, float, 0-d or (B,).
+        prompt_states: text states, (B, tokens, width).
+        conditions: what else the host is told of each row, by name, e.g. SDXL's `text_embeds`; each (B, ...).
+        shared: what it is told of all rows at once.
+        rows: those to correct.
+    """
+
+    sample: Tensor
+    timesteps: Any
+    prompt_states: Tensor
+    conditions: Mapping[str, Tensor]
+    shared: Mapping[str, Tensor]
+    rows: slice
+
+    @classmethod
+    def of(cls, kind: HostKind, args: tuple, kwargs: Mapping[str, Any]) -> "Call":
+        """The call with these arguments, all rows of it."""
+        given = kind.bind(args, kwargs)
+        sample, timesteps, states = (given[name] for name in (kind.sample, kind.timestep, kind.states))
+        given |= given.get("added_cond_kwargs") or {}  # a UNet's conditions are in there
+        conditions, shared = (
+            {name: given[name] for name in names if isinstance(given.get(name), Tensor)}
+            for names in (kind.conditions, kind.shared)
+        )
+        return cls(sample, timesteps, states, conditions, shared, slice(0, len(sample)))
+
+    @property
+    def row_timesteps(self) -> Tensor:
+        """Those of the rows to correct, (B,)."""
+        return row_timesteps(self.timesteps, self.sample)[self.rows]
+
+    @property
+    def timestep(self) -> float:
+        """Of the first row; where it lies on a device, asking waits for the device."""
+        return float(torch.as_tensor(self.timesteps).flatten()[0])
+
+
+@dataclass
+class Begun:
+    """A call of the host that is under way, as one attachment sees it.
+
+    Attributes:
+        call: with the rows to correct; None where there is nothing to correct.
+        settings: as they were when it began.
+        is_prepared: whether the patch had its say.
+        has_entered: whether the host's first layer has run.
+        acted: on which of the rows to correct something acts, (rows,) bool on the CPU; None for none.
+    """
+
+    call: Call | None = None
+    settings: Settings = NONE
+    is_prepared: bool = False
+    has_entered: bool = False
+    acted: Tensor | None = None
+
+    def note(self, scales: Tensor) -> None:
+        """Corrections of these strengths, (groups,) or (rows, groups) on the CPU, are added."""
+        assert self.call is not None, "nothing acts in a call without rows to correct"
+        acts = (scales != 0).any(-1).expand(self.call.rows.stop - self.call.rows.start)
+        self.acted = acts if self.acted is None else self.acted | acts
+
+
+class Seen(NamedTuple):
+    """A tensor that is known by identity, without a look at its values, as long as nobody writes into it."""
+
+    tensor: "weakref.ref[Tensor]"
+    version: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Seen":
+        """Remember `tensor`."""
+        return cls(weakref.ref(tensor), _version(tensor))
+
+    def is_still(self, tensor: Tensor) -> bool:
+        """Whether `tensor` is the one, with the same values."""
+        return self.tensor() is tensor and self.version == _version(tensor)
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
