@@ -92,7 +92,7 @@ class ControlPatch(ClonePatch):
 
 def skip_channels(unet: Any) -> tuple[int, ...]:
     """Channels of every skip in encoder order (conv_in, then each resnet and downsampler), then the mid's."""
-    widths = [unet.conv_in.out_channels]
+    widths = [unet.config["block_out_channels"][0]]  # conv_in may be wrapped by a LoRA
     for block in unet.down_blocks:
         width = block.resnets[-1].out_channels
         widths += [width] * (len(block.resnets) + bool(block.downsamplers))

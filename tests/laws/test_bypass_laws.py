@@ -12,6 +12,8 @@ import diffusers
 import pytest
 import torch
 from diffusers import AnimateDiffPipeline, DDIMScheduler, MotionAdapter, StableDiffusionPipeline
+from diffusers.utils.peft_utils import recurse_remove_peft_layers
+from peft import LoraConfig
 
 from safepatch.diffusion import quiet
 from safepatch.errors import ConfigError, PatchBypassed
@@ -470,3 +472,41 @@ def test_states_that_are_written_into_between_steps_are_looked_at_again(small_pi
             callback_on_step_end=swap, callback_on_step_end_tensor_inputs=["prompt_embeds"],
         )  # fmt: skip
     assert [b - a for a, b in zip([0, *acted], acted, strict=False)] == [1, 2, 2]
+
+
+def with_lora(pipe: StableDiffusionPipeline, *layers: str) -> None:
+    """Somebody's LoRA, by PEFT, awake."""
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=list(layers)))
+    with torch.no_grad():
+        for name, parameter in pipe.unet.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(0))
+
+
+@every_kind
+def test_a_lora_that_is_unloaded_under_a_patch_takes_no_hook_with_it_unnoticed(small_pipe, kind):
+    artifact = new_artifact(small_pipe.unet, kind)
+    with_lora(small_pipe, "to_q")
+    with apply(small_pipe, artifact):
+        images(small_pipe)
+        assert status(small_pipe)[0].active  # control
+        recurse_remove_peft_layers(small_pipe.unet)
+        is_active, drawn = status(small_pipe)[0].active, None
+        if is_active:
+            drawn = images(small_pipe)
+        else:
+            with pytest.raises(PatchBypassed):
+                images(small_pipe)
+    base = images(small_pipe)
+    assert drawn is None or not torch.equal(drawn, base)
+
+
+@every_kind
+def test_a_lora_on_the_first_layer_is_no_hindrance(small_pipe, kind):
+    artifact = new_artifact(small_pipe.unet, kind)
+    with_lora(small_pipe, "conv_in")
+    base = images(small_pipe)
+    with apply(small_pipe, artifact) as handle:
+        assert not torch.equal(images(small_pipe), base)
+        assert handle.is_active
+    assert torch.equal(images(small_pipe), base)
