@@ -12,7 +12,6 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import torch
@@ -21,16 +20,11 @@ from torch import Tensor, nn
 from safepatch.diffusion import (
     UNET,
     Components,
-    Drawing,
     calling_pipeline,
     denoiser,
-    drawing,
     has_fused_projections,
     host_kind,
     is_compiled,
-    is_negative_prompt,
-    negative_rows,
-    steps_ahead,
     threads_inside,
     uncompiled,
 )
@@ -40,30 +34,12 @@ from safepatch.patch.gate import MODES
 from safepatch.patch.hooks import Calls, Hooks
 from safepatch.patch.host import HostHooks
 from safepatch.patch.lora import LayerHooks, LoraPatch
-from safepatch.runtime.call import Begun, Call, Seen, Settings
+from safepatch.runtime.call import Begun, Call, Settings
 from safepatch.runtime.corrector import SPEEDS, Corrector, Stats
+from safepatch.runtime.denoising import Denoising, Denoisings
 from safepatch.runtime.drain import Drain
 from safepatch.runtime.parts import ActivePart, Scale
 from safepatch.runtime.residuals import with_residuals
-
-
-@dataclass
-class Denoising:
-    """What one thread's denoising has been like so far.
-
-    Attributes:
-        by: the pipeline's call; None for a loop of one's own, which ends where it decodes an image.
-        is_on: whether the patch was switched on in some call.
-        is_within: whether some call of those fell into its window, or it was told that none will.
-        states: text states of the last call.
-        negative: how many of its first rows carried the negative prompt.
-    """
-
-    by: Drawing | None = None
-    is_on: bool = False
-    is_within: bool = False
-    states: Seen | None = None
-    negative: int = 0
 
 
 class Handle:
@@ -90,17 +66,16 @@ class Handle:
         self._pipe = weakref.ref(pipe)
         self._unet: Any = components.unet
         self._kind = host_kind(self._unet)
-        self._full_timestep = components.scheduler.config.num_train_timesteps * self._kind.timestep_unit
         self._parts = tuple(parts)
         self._corrector = Corrector(parts)
         self.categories = tuple(sorted({name for part in parts for name in part.categories}))
+        self._denoisings = Denoisings(self._kind, components.scheduler, window)
         self.scale = scale
         self.window = window
         self.gate = gate
         self.speed = speed
         self._fail_closed = fail_closed
         self._calls = Calls(Begun)
-        self._denoisings = Calls(Denoising)
         self._drain = Drain(self._unet)
         self._earlier: set[int] | None = None  # threads in a call that began before the patch was here
         self._layers = [
@@ -229,14 +204,14 @@ class Handle:
     @property
     def window(self) -> tuple[float, float]:
         """The part of the denoising in which the patch acts, from 0 (pure noise) to 1 (the image)."""
-        return self._window
+        return self._denoisings.window
 
     @window.setter
     def window(self, window: tuple[float, float]) -> None:
         start, end = window
         if not 0 <= start < end <= 1:
             raise ConfigError(f"start and end must be 0 <= start < end <= 1, not {start} and {end}")
-        self._window = (start, end)
+        self._denoisings.window = (start, end)
 
     @property
     def speed(self) -> str:
@@ -254,10 +229,13 @@ class Handle:
         self, unet: nn.Module, args: tuple, kwargs: dict[str, Any] | None = None
     ) -> tuple[tuple, dict[str, Any]] | None:
         """Before the UNet runs: correct what needs no features, and note down what the others will need."""
-        denoising = self._follow()
+        denoising = self._denoisings.follow(self._is_on(self.scale))
         self._drain.pass_by(denoising.by)
         if kwargs is None or not self._hooks:  # another thread is attaching it, or has just taken it off
             return None
+        if denoising.will_miss:
+            denoising.will_miss, denoising.is_met = False, True  # it is said once
+            self._say_missed()
         begun = self._begin(denoising, args, kwargs)
         made = self._corrector.early(begun) if begun.call else None
         if made and self._host:
@@ -284,26 +262,11 @@ class Handle:
         if call and strength is not None:
             hooks.update(call.rows, strength.to(call.sample.device, non_blocking=True), skipped)
 
-    def _follow(self) -> Denoising:
-        """This thread's denoising; another one, where another call of a pipeline has begun."""
-        now = self._denoisings.now
-        if (by := drawing(now.by)) is not now.by:
-            vars(now).update(vars(Denoising(by)))
-            steps = steps_ahead() if self._is_on(self.scale) and self.window != (0.0, 1.0) else []
-            if steps and not any(self._is_within(step) for step in steps):
-                now.is_within = True
-                self._say_outside()
-        return now
-
     def _to_correct(self, call: Call, denoising: Denoising, settings: Settings) -> Call | None:
         """The call with the rows to correct, or None when the patch is off, outside its window, or for no row."""
-        if not self._is_on(settings.scale):
+        if not self._is_on(settings.scale) or not self._denoisings.meets(denoising, call):
             return None
-        denoising.is_on = True
-        if self.window != (0.0, 1.0) and not self._is_within(call.timestep):
-            return None
-        denoising.is_within = True
-        call = call._replace(rows=self._rows_to_correct(call, denoising))
+        call = call._replace(rows=self._denoisings.rows(denoising, call))
         if call.rows.start == call.rows.stop:
             return None
         self.stats.count(patched_calls=1)
@@ -312,27 +275,10 @@ class Handle:
     def _is_on(self, scale: Scale) -> bool:
         return any(part.scales(scale).any() for part in self._parts)
 
-    def _is_within(self, timestep: float) -> bool:
-        return self.window[0] <= 1 - timestep / self._full_timestep <= self.window[1]
-
     def _answer(self, features: Features) -> Residuals | None:
         """Once the encoder has run: the corrections of the parts that read its features."""
         begun = self._calls.now
         return self._corrector.late(begun, features) if begun.call else None
-
-    def _rows_to_correct(self, call: Call, denoising: Denoising) -> slice:
-        """Which rows carry the prompt: under guidance the first ones, or a whole call, may be the negative prompt's.
-
-        A negative prompt that names the unsafe concept pushes away from it; correcting its row would weaken that.
-        """
-        batch, states = len(call.sample), call.prompt_states
-        if self._kind.calls_apart and is_negative_prompt(states):
-            return slice(batch, batch)
-        if denoising.by is None:
-            return slice(0, batch)
-        if denoising.states is None or not denoising.states.is_still(states):
-            denoising.states, denoising.negative = Seen.of(states), negative_rows(states)
-        return slice(denoising.negative, batch)
 
     @torch.compiler.disable()
     def _count_call(self, *_: object) -> None:
@@ -370,7 +316,7 @@ class Handle:
     def _bypassed(self, why: str) -> NoReturn:
         raise PatchBypassed(f"the {self._kind.noun} ran without its patch: {why}")
 
-    def _say_outside(self) -> None:
+    def _say_missed(self) -> None:
         """No step of a denoising is one in which the patch acts."""
         start, end = self.window
         text = f"no step of this denoising is within the patch's window, {start} to {end}; widen it, or take more steps"
@@ -380,8 +326,7 @@ class Handle:
 
     def _check(self, *_: object) -> None:
         """Before latents become an image: the UNet that drew them must be a patched one, and the patch have acted."""
-        own, caller, drawn = self._pipe(), calling_pipeline(), replace(self._denoisings.now)
-        vars(self._denoisings.now).update(vars(Denoising()))
+        own, caller, drawn = self._pipe(), calling_pipeline(), self._denoisings.end()
         if own is not None and uncompiled(denoiser(own)) is not self._unet:
             raise PatchBypassed(
                 f"pipe.{self._kind.component} was replaced after the patch was applied; apply the patch again"
@@ -392,8 +337,8 @@ class Handle:
                 f"{type(caller).__name__} shares this VAE but its {host_kind(drawn_with).noun} carries no patch; apply "
                 "the patch to it too"
             )
-        if drawn.is_on and not drawn.is_within:
-            self._say_outside()
+        if drawn.is_missed:
+            self._say_missed()
 
 
 def refuse_compiled(pipe: Any) -> None:

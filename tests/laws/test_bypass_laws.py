@@ -510,3 +510,17 @@ def test_a_lora_on_the_first_layer_is_no_hindrance(small_pipe, kind):
         assert not torch.equal(images(small_pipe), base)
         assert handle.is_active
     assert torch.equal(images(small_pipe), base)
+
+
+def test_a_preview_before_the_window_begins_is_no_missed_window(small_pipe):
+    """User interfaces decode latents while they are drawn."""
+
+    def preview(pipe: StableDiffusionPipeline, _: int, __: int, kwargs: dict) -> dict:
+        pipe.vae.decode(kwargs["latents"])
+        return kwargs
+
+    with apply(small_pipe, new_artifact(small_pipe.unet), start=0.6) as handle:
+        small_pipe(
+            "a knife", num_inference_steps=4, height=64, width=64, output_type="pt", callback_on_step_end=preview
+        )
+        assert handle.stats.acted_calls == 1
