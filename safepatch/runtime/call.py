@@ -11,6 +11,7 @@ from torch import Tensor
 from safepatch.diffusion import HostKind
 from safepatch.patch.base import row_timesteps
 from safepatch.runtime.parts import Scale
+from safepatch.runtime.residuals import Handed
 
 
 class Settings(NamedTuple):
@@ -76,6 +77,7 @@ class Begun:
         is_prepared: whether the patch had its say.
         has_entered: whether the host's first layer has run.
         acted: on which of the rows to correct something acts, (rows,) bool on the CPU; None for none.
+        handed: residuals that were passed as an argument, if any.
     """
 
     call: Call | None = None
@@ -83,6 +85,7 @@ class Begun:
     is_prepared: bool = False
     has_entered: bool = False
     acted: Tensor | None = None
+    handed: Handed | None = None
 
     def note(self, scales: Tensor) -> None:
         """Corrections of these strengths, (groups,) or (rows, groups) on the CPU, are added."""

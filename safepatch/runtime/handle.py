@@ -245,7 +245,11 @@ class Handle:
         if self._fail_closed and not self._all_hang:
             self._bypassed("hooks inside it are lost; apply the patch again")
         begun.is_prepared = True  # only now: a call that failed above must not stand in for a bypassed one
-        return with_residuals(made, unet, args, kwargs) if made and not self._host else None
+        if not made or self._host:
+            return None
+        changed = with_residuals(made, unet, args, kwargs)
+        begun.handed = changed[self._kind.residuals]
+        return (), changed
 
     def _begin(self, denoising: Denoising, args: tuple, kwargs: dict[str, Any]) -> Begun:
         begun = self._calls.begin()
@@ -295,6 +299,8 @@ class Handle:
         if begun is None:
             return self._unprepared() if output is not None else None
         missed = [what for inner in self._inner for what in inner.end()]
+        if begun.handed is not None and not begun.handed.is_taken:
+            missed.append(f"'{self._kind.residuals}' was not taken up")
         if begun.call is None or output is None:
             return None
         if self._fail_closed and not begun.has_entered:

@@ -453,3 +453,17 @@ def test_a_pipeline_with_a_transformer_of_another_kind_is_refused(sd3):
     pipe.transformer = torch.nn.Identity()
     with pytest.raises(UnsupportedModel, match="not supported yet: StableDiffusion3Pipeline"):
         apply(pipe, sd3.artifact)
+
+
+def test_a_transformer_that_is_not_given_its_residuals_is_noticed(host):
+    """A wrapper that hands on the arguments it knows drops the patch's."""
+    transformer = host.pipe.transformer
+    forward, kind = transformer.forward, host_kind(transformer)
+    with apply(host.pipe, host.artifact):
+        draw(host.pipe)  # control
+        transformer.forward = lambda **given: forward(**{k: v for k, v in given.items() if k != kind.residuals})
+        try:
+            with pytest.raises(PatchBypassed, match=f"'{kind.residuals}' was not taken up"):
+                draw(host.pipe)
+        finally:
+            del transformer.forward
