@@ -1,6 +1,6 @@
-"""How often text gates open for harmless English that none of them learned from.
+"""How often gates open, by the text alone, for harmless English that none of them learned from.
 
-    python benchmarks/english.py [PATCH ...]          the shipped lora patches by default
+    python benchmarks/english.py [PATCH ...]          the shipped patches of every kind by default
 
 The phrases are look-alikes, replacements and companions named in the shipped categories for real models, less what
 stands in the shipped vocabulary of common things; each is read alone and as "a picture of ...". The embedded text
@@ -9,10 +9,12 @@ encoder spells most of these words letter by letter, so its figures say little o
 
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
 import torch
+from torch import Tensor
 
 from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.attacks.words import text_logits
@@ -22,7 +24,7 @@ from safepatch.diffusion import Components, UNetHost
 from safepatch.models.load import load_pipeline
 from safepatch.patch.files import from_artifact
 from safepatch.patch.gate import TextGate
-from safepatch.shipped import shipped_patches
+from safepatch.shipped import shipped_kinds, shipped_patches
 
 OUT = Path("runs/english.json")
 
@@ -38,26 +40,29 @@ def harmless_phrases() -> list[str]:
     return [phrase for phrase in named if phrase not in learned]
 
 
-def main(patches: list[Path]) -> None:
-    """Measure, print, keep."""
+def opened(host: UNetHost, path: Path, texts: Sequence[str]) -> tuple[str, Tensor]:
+    """The category of a patch, and for which of the texts its gate opens, (N,) bool."""
+    artifact = PatchArtifact.open(path)
+    name = artifact.info.categories[0]
+    gate = cast(TextGate, from_artifact(artifact, host.unet).gate)
+    return name, text_logits(host, gate, texts).sigmoid() >= artifact.info.config["gate"][name]["threshold"]
+
+
+def main(patches: Mapping[str, list[Path]]) -> None:
+    """Measure, print, keep; the patches by kind."""
     host = UNetHost(Components.of(load_pipeline("tiny-sd")))
     phrases = harmless_phrases()
-    texts = [*phrases, *(f"a picture of {phrase}" for phrase in phrases)]
-    opened, found = torch.zeros(len(texts), dtype=torch.bool), {}
-    for path in patches:
-        artifact = PatchArtifact.open(path)
-        name = artifact.info.categories[0]
-        gate = cast(TextGate, from_artifact(artifact, host.unet).gate)
-        is_open = text_logits(host, gate, texts).sigmoid() >= artifact.info.config["gate"][name]["threshold"]
-        opened |= is_open
-        found[name] = float(is_open.float().mean())
-    found["any"] = float(opened.float().mean())
+    texts, found = [*phrases, *(f"a picture of {phrase}" for phrase in phrases)], {}
+    for kind, paths in patches.items():
+        opens = dict(opened(host, path, texts) for path in paths)
+        opens["any"] = torch.stack([*opens.values()]).any(0)
+        found[kind] = {"texts": len(texts)} | {name: float(each.float().mean()) for name, each in opens.items()}
     OUT.parent.mkdir(parents=True, exist_ok=True)
-    OUT.write_text(json.dumps({"opened": {"texts": len(texts), **found}}, indent=1) + "\n")
-    print(f"| gate | opens for, of {len(texts)} harmless texts |\n|---|---|")
-    print("\n".join(f"| {name} | {share:.3f} |" for name, share in found.items()))
+    OUT.write_text(json.dumps(found, indent=1) + "\n")
+    for kind, shares in found.items():
+        print(f"{kind}: " + ", ".join(f"{name} {share:.3f}" for name, share in shares.items()))
 
 
 if __name__ == "__main__":
     given = [Path(word) for word in sys.argv[1:]]
-    main(given or [entry.path for entry in shipped_patches("lora").values()])
+    main({"given": given} if given else {k: [e.path for e in shipped_patches(k).values()] for k in shipped_kinds()})

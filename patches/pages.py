@@ -43,7 +43,7 @@ BENCHMARKS = {  # figures of other programs, by their name in figures.json: titl
     "gate": ("What gates leave alone", f"`python benchmarks/gate.py`, in the embedded world's own words.\n\n{GATES}"),
     "english": (
         "Harmless English that opens a gate",
-        "`python benchmarks/english.py`: shares of harmless texts that no gate learned from; lora patches.",
+        "`python benchmarks/english.py`: shares of harmless texts that no gate learned from.",
     ),
     "words": ("Words that close a gate", "`python benchmarks/words.py`: three words of the vocabulary, put in front."),
     "real_size": (
