@@ -34,8 +34,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from safepatch.artifact.container import raw_bytes, write_stream
+from safepatch.artifact.container import raw_bytes
 from safepatch.artifact.info import PatchInfo
+from safepatch.artifact.writer import write_stream
 from safepatch.merging import merge
 
 Shapes = dict[str, tuple[int, ...]]

@@ -7,8 +7,20 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
+def printable(text: str) -> str:
+    """`text` on one line, every character that is not printable (controls, bidi marks, ...) as its escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class SafepatchError(Exception):
-    """Base of all errors a user can act on; the CLI prints it as one line and exits with 2."""
+    """Base of all errors a user can act on; the CLI prints it as one line and exits with 2.
+
+    Args:
+        message: may quote what files say; what a terminal would obey in it is escaped.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(printable(str(message)))
 
 
 class UnknownName(SafepatchError, KeyError):

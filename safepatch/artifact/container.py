@@ -1,38 +1,36 @@
-"""The bytes of a patch file: safetensors, written deterministically and hashed as a whole.
+"""The layout of a patch file, safetensors, and what must hold of a header before it is believed.
 
-The layout is safetensors (https://github.com/huggingface/safetensors): 8 bytes of little-endian header length, a
-JSON header, the data. The header is written here because the library writes metadata in random order and accepts
-duplicate keys. The content hash is the SHA-256 of the whole file with the hash's own digits set to zero.
+The layout (https://github.com/huggingface/safetensors) is 8 bytes of little-endian header length, a JSON header, the
+data. The header is read and written here because the library writes metadata in random order and accepts duplicate
+keys. Nothing is allocated by what a header says that its file's length does not pay for.
 """
 
-import errno
-import hashlib
 import json
 import math
-import mmap
 import os
-import shutil
-import uuid
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+import stat
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from safepatch.errors import ArtifactError
+from safepatch.errors import ArtifactError, printable
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 HASH_KEY = "safepatch.hash_sha256"
+VERSION_KEY = "safepatch.format_version"
 NO_HASH = "0x" + "0" * 64
-MAX_HEADER = 100_000_000  # bytes, the safetensors library's own limit
-CHUNK = 1 << 22  # bytes read at once while hashing
-RUN = 1 << 25  # bytes after which the disk is set to work, so that little is left to wait for at the end
+MAX_HEADER = 1 << 24  # bytes
+METADATA, PER_TENSOR = 1 << 20, 1 << 12  # bytes of a header that are believed to be metadata, and about each tensor
+MAX_SIDES, MAX_VALUES = 8, 1 << 40  # of a tensor, an empty one's other sides included
 
 
 def canonical_json(value: Any) -> str:
@@ -40,52 +38,70 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-def write(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
-    """Write a file that carries its own hash, all or nothing; equal input gives equal bytes."""
-    write_stream(path, metadata, tensors, _data(tensors))
+class Entry(NamedTuple):
+    """One tensor of a file.
 
-
-def write_stream(
-    path: Path, metadata: Mapping[str, str], layout: Mapping[str, Tensor], data: Iterable[bytes | memoryview]
-) -> None:
-    """Write a file of which only the layout is in memory: header first, then `data` as it comes, the hash at the end.
-
-    Args:
-        path: where the file appears, all or nothing.
-        metadata: texts by key, the hash being `NO_HASH`.
-        layout: dtype and shape of every tensor; meta tensors will do.
-        data: the tensors' bytes in the order of `in_file_order(layout)`, in pieces of any size.
+    Attributes:
+        dtype: its name in the header.
+        shape: of the tensor.
+        begin: its first byte, counted from the end of the header.
+        end: its last byte + 1.
     """
-    text = _header_text(metadata, layout)
-    size = 8 + len(text) + sum(tensor.nbytes for tensor in layout.values())
-    try:
-        _check_space(path, size)
-        _write_atomically(path, text, data)
-    except OSError as error:
-        raise ArtifactError(
-            f"cannot write {path}: {error.strerror or error}; choose a writable folder with {size} bytes free"
-        ) from error
 
-
-def _check_space(path: Path, size: int) -> None:
-    """Refuse before the first byte; the file being replaced stays until the end and needs its room too."""
-    free = shutil.disk_usage(path.parent).free
-    if free < size:
-        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}, {free} bytes are free")
-
-
-def content_hash(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
-    """`0x` and 64 hex digits: the hash that `write` stores."""
-    return _digest(_header_text(metadata, tensors), _data(tensors))
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
 
 
 @dataclass(frozen=True)
 class Header:
-    """The header of a file: its text as it stands there, the metadata, and the entry of each tensor."""
+    """The header of a file.
+
+    Attributes:
+        text: as it stands there.
+        metadata: texts by key.
+        tensors: what it says of each tensor, by name, in the order of their bytes.
+    """
 
     text: bytes
     metadata: dict[str, str]
-    tensors: dict[str, dict[str, Any]]
+    tensors: dict[str, Entry]
+
+    @classmethod
+    def of(cls, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> "Header":
+        """The header of a file that holds `tensors`, of which meta tensors will do."""
+        entries: dict[str, Entry] = {}
+        end = 0
+        for name, tensor in in_file_order(tensors):
+            begin, end = end, end + tensor.nbytes
+            entries[name] = Entry(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), begin, end)
+        said = {
+            name: {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [entry.begin, entry.end]}
+            for name, entry in entries.items()
+        }
+        text = canonical_json({"__metadata__": dict(metadata), **said}).encode()
+        return cls(text + b" " * (-len(text) % 8), dict(metadata), entries)
+
+    @property
+    def prefix(self) -> bytes:
+        """What stands before the header: its length."""
+        return len(self.text).to_bytes(8, "little")
+
+    @property
+    def start(self) -> int:
+        """The data's first byte in the file."""
+        return 8 + len(self.text)
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of data."""
+        return max((entry.end for entry in self.tensors.values()), default=0)
+
+    @property
+    def stated_hash(self) -> str:
+        """The content hash that the file states, zeros where it states none."""
+        return self.metadata.get(HASH_KEY, NO_HASH)
 
 
 def in_file_order(tensors: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
@@ -98,68 +114,7 @@ def raw_bytes(tensor: Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def _data(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
-    for _, tensor in in_file_order(tensors):
-        yield raw_bytes(tensor)
-
-
-def _header_text(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> bytes:
-    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
-    end = 0
-    for name, tensor in in_file_order(tensors):
-        begin, end = end, end + tensor.nbytes
-        entries[name] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [begin, end],
-        }
-    text = canonical_json(entries).encode()
-    return text + b" " * (-len(text) % 8)
-
-
-def _slot(content_hash: str) -> bytes:
-    return f'"{HASH_KEY}":"{content_hash}"'.encode()
-
-
-def _prefix(text: bytes) -> bytes:
-    return len(text).to_bytes(8, "little")
-
-
-def _digest(text: bytes, data: Iterable[bytes | memoryview]) -> str:
-    sha = hashlib.sha256(_prefix(text) + text)
-    for chunk in data:
-        sha.update(chunk)
-    return f"0x{sha.hexdigest()}"
-
-
-def _write_atomically(path: Path, text: bytes, data: Iterable[bytes | memoryview]) -> None:
-    """The header `text` with its hash's slot open, the data, then the hash into the slot, then the final name."""
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    sha = hashlib.sha256(_prefix(text) + text)
-    try:
-        with partial.open("xb") as file:
-            file.write(_prefix(text) + text)
-            sent = 0
-            for chunk in data:
-                sha.update(chunk)
-                file.write(chunk)
-                if (end := file.tell()) - sent >= RUN:
-                    _begin_writeback(file.fileno(), sent, end)
-                    sent = end
-            file.seek(8 + text.index(_slot(NO_HASH)))
-            file.write(_slot(f"0x{sha.hexdigest()}"))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)  # still there only when something failed
-
-
-def _begin_writeback(descriptor: int, start: int, end: int) -> None:
-    """Have the kernel write these bytes to the disk by and by, where it can be asked to."""
-    if hasattr(os, "posix_fadvise"):  # Linux writes what it is told will not be needed; pages still dirty stay cached
-        with suppress(OSError):  # a hint that cannot be given is no failure
-            os.posix_fadvise(descriptor, start, end - start, os.POSIX_FADV_DONTNEED)
+# Reading
 
 
 @contextmanager
@@ -171,24 +126,79 @@ def naming(path: Path) -> Iterator[None]:
         raise ArtifactError(f"{path}: no such file; give the path of a .safetensors patch") from error
     except OSError as error:
         raise ArtifactError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ArtifactError, SafetensorError) as error:
+    except ArtifactError as error:
+        if str(error).startswith(printable(f"{path}: ")):
+            raise
         raise ArtifactError(f"{path}: {error}") from error
+
+
+def open_file(path: Path) -> int:
+    """A descriptor of the regular file at `path`; a device or a pipe is refused, and never waited for."""
+    waiting = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | waiting | getattr(os, "O_BINARY", 0))
+    except ValueError as error:
+        raise ArtifactError(f"no path of a file ({error}); give the path of a .safetensors patch") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ArtifactError("refused: a folder, a device or a pipe, no regular file; give the path of a patch")
+    return descriptor
+
+
+def read_at(descriptor: int, buffer: memoryview, offset: int) -> None:
+    """Fill `buffer` with the file's bytes from `offset` on; raises `ArtifactError` when there are too few."""
+    while buffer:
+        count = _read_some(descriptor, buffer, offset)
+        if not count:
+            raise ArtifactError("truncated: it ends before what its header promises; fetch the file again")
+        buffer, offset = buffer[count:], offset + count
+
+
+def _read_some(descriptor: int, buffer: memoryview, offset: int) -> int:
+    if hasattr(os, "preadv"):
+        return os.preadv(descriptor, [buffer], offset)
+    with _SEEKING:  # Windows has one place per descriptor
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        data = os.read(descriptor, len(buffer))
+    buffer[: len(data)] = data
+    return len(data)
+
+
+_SEEKING = threading.Lock()
 
 
 def read_header(path: Path) -> Header:
     """The header of the file at `path`, its layout checked against the file's length."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(9)
-        length = int.from_bytes(start[:8], "little")
-        if start[8:] != b"{" or length > MAX_HEADER:
-            raise ArtifactError("refused: not a safetensors file; pickle and other formats can run code or hide damage")
-        if 8 + length > size:
-            raise ArtifactError(f"truncated: {size} bytes end inside the header; fetch the file again")
-        file.seek(8)
-        header = _parse_header(file.read(length))
+    descriptor = open_file(path)
+    try:
+        return header_of(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def header_of(descriptor: int) -> Header:
+    """The header of an open file, its layout checked against the file's length."""
+    size, start = os.fstat(descriptor).st_size, bytearray(9)
+    if size >= len(start):
+        read_at(descriptor, memoryview(start), 0)
+    length = int.from_bytes(start[:8], "little")
+    if start[8:] != b"{" or length > MAX_HEADER:
+        raise ArtifactError("refused: not a safetensors file; pickle and other formats can run code or hide damage")
+    if 8 + length > size:
+        raise ArtifactError(f"truncated: {size} bytes end inside the header; fetch the file again")
+    text = bytearray(length)
+    read_at(descriptor, memoryview(text), 8)
+    check_bound(bytes(text))
+    header = _parse_header(bytes(text))
     _check_layout(header, size)
     return header
+
+
+def check_bound(text: bytes) -> None:
+    """Raise `ArtifactError` for a header larger than its tensors explain, before it is parsed."""
+    bound = min(MAX_HEADER, METADATA + PER_TENSOR * text.count(b'"data_offsets"'))
+    if len(text) > bound:
+        raise ArtifactError(f"refused: a header of {len(text)} bytes, where its tensors explain {bound}")
 
 
 def _parse_header(text: bytes) -> Header:
@@ -199,7 +209,8 @@ def _parse_header(text: bytes) -> Header:
     metadata = tensors.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ArtifactError("damaged: its metadata is not a table of texts; fetch the file again")
-    return Header(text, metadata, tensors)
+    entries = {name: _entry(name, said) for name, said in tensors.items()}
+    return Header(text, metadata, dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end))))
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -209,74 +220,34 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
+def _entry(name: str, said: Any) -> Entry:
+    """What the header says of one tensor, once every value is known to be of its kind and within bounds."""
+    try:
+        dtype, shape, (begin, end) = said["dtype"], tuple(said["shape"]), said["data_offsets"]
+        itemsize = DTYPES[dtype].itemsize
+        name.encode()
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"damaged: bad header entry of tensor '{name}' ({error}); fetch the file again") from error
+    numbers = [*shape, begin, end]
+    if not all(type(number) is int and number >= 0 for number in numbers) or len(shape) > MAX_SIDES:
+        raise ArtifactError(f"damaged: bad header entry of tensor '{name}' ({numbers}); fetch the file again")
+    if math.prod(max(side, 1) for side in shape) > MAX_VALUES or end - begin != math.prod(shape) * itemsize:
+        raise ArtifactError(f"damaged: shape and size of tensor '{name}' disagree; fetch the file again")
+    if begin % itemsize:
+        raise ArtifactError(f"damaged: tensor '{name}' is not aligned to its values; fetch the file again")
+    return Entry(dtype, shape, begin, end)
+
+
 def _check_layout(header: Header, size: int) -> None:
+    """Raise unless the tensors fill the data without gaps and the data fill the file."""
     end = 0
-    for begin, stop, name in sorted((*_extent(name, entry), name) for name, entry in header.tensors.items()):
-        if begin != end:
-            raise ArtifactError(f"damaged: tensor '{name}' starts at byte {begin}, not {end}; fetch the file again")
-        end = stop
-    expected = 8 + len(header.text) + end
+    for name, entry in header.tensors.items():
+        if entry.begin != end:
+            raise ArtifactError(
+                f"damaged: tensor '{name}' starts at byte {entry.begin}, not {end}; fetch the file again"
+            )
+        end = entry.end
+    expected = header.start + end
     if size != expected:
         problem = "truncated" if size < expected else "damaged"
         raise ArtifactError(f"{problem}: {size} bytes where the header promises {expected}; fetch the file again")
-
-
-def _extent(name: str, entry: dict[str, Any]) -> tuple[int, int]:
-    try:
-        begin, end = entry["data_offsets"]
-        fits = end - begin == math.prod(entry["shape"]) * DTYPES[entry["dtype"]].itemsize
-    except (KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(f"damaged: bad header entry of tensor '{name}' ({error}); fetch the file again") from error
-    if not fits:
-        raise ArtifactError(f"damaged: shape and size of tensor '{name}' disagree; fetch the file again")
-    return begin, end
-
-
-def check_hash(path: Path, header: Header) -> None:
-    """Raise `ArtifactError` unless the file's hash is the one it states."""
-    stored = header.metadata.get(HASH_KEY, NO_HASH)
-    blank = header.text.replace(_slot(stored), _slot(NO_HASH))
-    with path.open("rb") as file:
-        file.seek(8 + len(header.text))
-        found = _digest(blank, iter(lambda: file.read(CHUNK), b""))
-    if found != stored:
-        raise ArtifactError(f"altered: its content hash is {found[:12]}, it states {stored[:12]}; fetch the file again")
-
-
-@dataclass(frozen=True)
-class MappedTensors:
-    """The tensors of a file, mapped into memory and read when they are used.
-
-    Attributes:
-        tensors: views on the file by name.
-        offsets: first and last byte + 1 of each tensor in the file.
-    """
-
-    tensors: dict[str, Tensor]
-    offsets: dict[str, tuple[int, int]]
-    _map: mmap.mmap
-
-    @classmethod
-    def open(cls, path: Path, header: Header) -> "MappedTensors":
-        """The tensors of the file at `path`, whose checked `header` is at hand."""
-        start = 8 + len(header.text)
-        with path.open("rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # private: nothing can reach the file
-        offsets, tensors = {}, {}
-        for name, entry in header.tensors.items():
-            begin, end = (start + place for place in entry["data_offsets"])
-            offsets[name] = (begin, end)
-            dtype = DTYPES[entry["dtype"]]
-            count = (end - begin) // dtype.itemsize
-            empty = torch.empty(0, dtype=dtype)  # frombuffer refuses to read nothing
-            flat = torch.frombuffer(mapped, dtype=dtype, count=count, offset=begin) if count else empty
-            tensors[name] = flat.reshape(entry["shape"])
-        return cls(tensors, offsets, mapped)
-
-    def release(self, name: str) -> None:
-        """Give the memory of tensor `name` back; the next use reads it from the file again."""
-        begin, end = self.offsets[name]
-        first = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
-        last = end // mmap.PAGESIZE * mmap.PAGESIZE
-        if last > first and hasattr(mmap, "MADV_DONTNEED"):  # Windows has no such call
-            self._map.madvise(mmap.MADV_DONTNEED, first, last - first)

@@ -9,16 +9,25 @@ from safepatch.artifact.info import PatchInfo
 
 def described(info: PatchInfo) -> dict[str, Any]:
     """What `inspect` says: a merge's sources and conflicts apart from its recipe, no lists of tensors."""
-    recipe = dict(info.recipe or {})
+    apart = ("sources", "conflicts", "rank_errors")
+    recipe = {key: value for key, value in (info.recipe or {}).items() if key not in apart}
     sources = [
-        {key: value for key, value in source.items() if key not in ("metadata", "tensors")}
-        for source in recipe.pop("sources", [])
+        {key: value for key, value in source.items() if key not in ("metadata", "tensors")} for source in info.sources
     ]
-    plain = {key: value for key, value in asdict(info).items() if key != "shapes"}
-    merged = {"sources": sources, "source_hashes": [source["hash"] for source in sources]}
-    conflicts = recipe.pop("conflicts", [])
-    recipe.pop("rank_errors", None)
-    return {**plain, "categories": list(info.categories), "recipe": recipe or None, **merged, "conflicts": conflicts}
+    return {
+        **{key: value for key, value in asdict(info).items() if key != "shapes"},
+        "categories": list(info.categories),
+        "weights": weights(info),
+        "recipe": recipe or None,
+        "sources": sources,
+        "source_hashes": [source["hash"] for source in sources],
+        "conflicts": (info.recipe or {}).get("conflicts", []),
+    }
+
+
+def weights(info: PatchInfo) -> dict[str, float]:
+    """Category -> its weight in the merge, of those merged with another weight than 1."""
+    return {name: s["weight"] for s in info.sources for name in s["categories"] if s["weight"] != 1}
 
 
 def merge_lines(info: PatchInfo, path: Path) -> list[str]:

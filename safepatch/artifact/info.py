@@ -6,17 +6,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safepatch.artifact.container import HASH_KEY, NO_HASH, canonical_json, naming, read_header
+from safepatch.artifact.container import HASH_KEY, NO_HASH, VERSION_KEY, canonical_json, naming, read_header
+from safepatch.artifact.schema import SCHEMA, plain
 from safepatch.errors import ArtifactError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 BUNDLE = "bundle"  # the merge method that keeps its sources apart, as tensors `part<index>.<name>`
 JSON_FIELDS = ("instructions", "fingerprint", "base", "config", "training", "recipe", "evaluation", "shapes")
 
 
 @dataclass(frozen=True)
 class PatchInfo:
-    """What a patch is, without its tensors; JSON fields are copied and key-sorted on construction.
+    """What a patch is, without its tensors; what the schema does not allow cannot be constructed.
+
+    JSON fields are copied and key-sorted on construction.
 
     Attributes:
         kind: how the patch acts on the model, e.g. `control`.
@@ -30,7 +33,7 @@ class PatchInfo:
         shapes: full shape of every parameter that is stored low-rank.
         title: shown to people; made from kind and categories when empty.
         license: SPDX expression, or empty when none was stated.
-        format_version: of the file format.
+        format_version: of the file format; what was read from an older file is written as such, to the same bytes.
     """
 
     kind: str
@@ -47,9 +50,12 @@ class PatchInfo:
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
-        """Normalize, so that equal content is equal bytes."""
+        """Normalize, so that equal content is equal bytes, and check."""
         for name in JSON_FIELDS:
-            object.__setattr__(self, name, _plain(name, getattr(self, name)))
+            object.__setattr__(self, name, _normal(name, getattr(self, name)))
+        for name, check in SCHEMA.items():
+            plain(getattr(self, name), name)
+            check(getattr(self, name), name)
         object.__setattr__(self, "title", self.title or f"{self.kind} patch: {', '.join(self.categories)}")
 
     @property
@@ -60,7 +66,12 @@ class PatchInfo:
     @property
     def is_bundle(self) -> bool:
         """Whether the file keeps several patches apart, to be applied together."""
-        return self.recipe is not None and self.recipe.get("method") == BUNDLE
+        return self.recipe is not None and self.recipe["method"] == BUNDLE
+
+    @property
+    def sources(self) -> list[dict[str, Any]]:
+        """What the recipe of a merged patch says of its sources; empty for any other patch."""
+        return (self.recipe or {}).get("sources", [])
 
     def to_metadata(self) -> dict[str, str]:
         """The file's `__metadata__`: ModelSpec 1.0.1 and `safepatch.*` keys; the hash is a slot of zeros."""
@@ -72,7 +83,7 @@ class PatchInfo:
             "modelspec.license": self.license,
             "modelspec.date": str(self.training.get("date", "")),
             HASH_KEY: NO_HASH,
-            "safepatch.format_version": str(self.format_version),
+            VERSION_KEY: str(self.format_version),
             "safepatch.kind": self.kind,
         }
         values |= {f"safepatch.{name}": canonical_json(getattr(self, name)) for name in JSON_FIELDS}
@@ -91,17 +102,16 @@ class PatchInfo:
         return cls(kind=kind, title=title, license=license_, format_version=version, **fields)
 
 
-def _plain(name: str, value: dict | None) -> dict | None:
-    if not isinstance(value, dict) and not (name == "recipe" and value is None):
-        raise ArtifactError(f"patch info '{name}' is a {type(value).__name__}; give a dict")
+def _normal(name: str, value: Any) -> Any:
+    """The value as JSON gives it back: lists for tuples, keys sorted."""
     try:
         return json.loads(canonical_json(value))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ArtifactError(f"patch info '{name}' is not plain JSON ({error}); give numbers and texts") from error
 
 
 def _format_version(metadata: Mapping[str, str]) -> int:
-    version = metadata.get("safepatch.format_version")
+    version = metadata.get(VERSION_KEY)
     if version is None:
         raise ArtifactError("has no safepatch metadata: a safetensors file, but not a patch; choose a patch file")
     if version not in {str(known) for known in range(1, FORMAT_VERSION + 1)}:

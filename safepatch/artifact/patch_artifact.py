@@ -2,24 +2,20 @@
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from safepatch.artifact.container import (
-    DTYPE_NAMES,
-    check_hash,
-    content_hash,
-    naming,
-    read_header,
-    write,
-)
+from safepatch.artifact.acting import is_finite, require_acting, require_finite
+from safepatch.artifact.container import DTYPE_NAMES, naming
 from safepatch.artifact.info import PatchInfo
+from safepatch.artifact.tensor_file import TensorFile
+from safepatch.artifact.writer import content_hash, data_of, write_stream
 from safepatch.errors import ArtifactError, lookup
 
 FORMS = ({"delta"}, {"down", "up"})  # how one parameter may be stored: dense or low-rank
@@ -39,11 +35,6 @@ def factorize(delta: Tensor, rank: int) -> Factors:
     return Factors(up=u[:, :rank] * root, down=root[:, None] * vh[:rank])
 
 
-def is_finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or infinite; the smallest and the largest tell, as NaN is both."""
-    return not tensor.numel() or all(math.isfinite(end.item()) for end in tensor.aminmax())
-
-
 def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """`tensor` as `dtype`; raises `ArtifactError` when a finite value overflows."""
     result = tensor.to(dtype)
@@ -58,17 +49,17 @@ class PatchArtifact:
 
     Attributes:
         tensors: `<part>.<parameter path>.<form>` -> values; form `delta` is dense with the parameter's shape,
-            forms `up` (out, r) and `down` (r, rest) together are low-rank.
+            forms `up` (out, r) and `down` (r, rest) together are low-rank. Of a `TensorFile`, they are read when used.
         info: what the patch is.
     """
 
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
     info: PatchInfo
 
     def __post_init__(self) -> None:
         """Refuse names, dtypes and shapes that the format does not know."""
         forms: dict[str, set[str]] = {name: set() for name in self.info.shapes}
-        for name, tensor in self.tensors.items():
+        for name, tensor in self.layout.items():
             parameter, _, form = name.rpartition(".")
             forms.setdefault(parameter, set()).add(form)
             if tensor.dtype not in DTYPE_NAMES:
@@ -80,14 +71,30 @@ class PatchArtifact:
     def _fits(self, parameter: str, forms: set[str]) -> bool:
         if "delta" in forms:
             return parameter not in self.info.shapes
-        shape, (up, down) = self.info.shapes.get(parameter), self.factors(parameter)
-        if not shape or not all(isinstance(side, int) for side in shape) or not up.ndim == down.ndim == 2:
+        shape, (up, down) = self.info.shapes.get(parameter), (self.layout[f"{parameter}.{f}"] for f in Factors._fields)
+        if not shape or not up.ndim == down.ndim == 2:
             return False
         return [*up.shape] == [shape[0], down.shape[0]] and shape[0] * down.shape[1] == math.prod(shape)
+
+    @property
+    def layout(self) -> Mapping[str, Tensor]:
+        """The tensors by name, of which dtype and shape count: those that stand in a file are not read."""
+        return self.tensors.layout if isinstance(self.tensors, TensorFile) else self.tensors
 
     def parameter_names(self) -> tuple[str, ...]:
         """`<part>.<parameter path>` of every parameter, sorted, without the form."""
         return tuple(sorted({name.rpartition(".")[0] for name in self.tensors}))
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """Full shape of parameter `name`, None when the patch lacks it."""
+        if name in self.info.shapes:
+            return tuple(self.info.shapes[name])
+        delta = self.layout.get(f"{name}.delta")
+        return None if delta is None else tuple(delta.shape)
+
+    def rank(self, name: str) -> int | None:
+        """The rank that parameter `name` is stored with, None for dense."""
+        return len(self.layout[f"{name}.down"]) if name in self.info.shapes else None
 
     def stored(self, name: str) -> dict[str, Tensor]:
         """Form -> tensor of parameter `name`, as stored; empty when the patch lacks it."""
@@ -112,25 +119,24 @@ class PatchArtifact:
     @property
     def nbytes(self) -> int:
         """Bytes of tensor data."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
+        return sum(tensor.nbytes for tensor in self.layout.values())
 
     @property
     def dtype(self) -> torch.dtype:
         """The narrowest dtype that holds every tensor."""
-        dtypes = [tensor.dtype for tensor in self.tensors.values()]
+        dtypes = [tensor.dtype for tensor in self.layout.values()]
         return reduce(torch.promote_types, dtypes) if dtypes else torch.float32
 
     @property
     def content_hash(self) -> str:
         """`0x` and 64 hex digits over tensors and metadata: what `save` stores and `verify` recomputes."""
-        return content_hash(self.info.to_metadata(), self.tensors)
+        return content_hash(self.info.to_metadata(), self.layout, data_of(self.tensors, self.layout))
 
     def parts(self) -> "tuple[Part, ...]":
         """What a bundle keeps apart, bundles inside it opened too; any other patch is its own only part."""
         if not self.info.is_bundle:
             return (Part(1.0, self),)
-        sources = [(index, float(source["weight"])) for index, source in enumerate(self._sources())]
-        opened = [(weight, self.part(index)) for index, weight in sources]
+        opened = [(float(source["weight"]), self.part(index)) for index, source in enumerate(self.info.sources)]
         if sum(len(artifact.tensors) for _, artifact in opened) != len(self.tensors):
             raise ArtifactError("damaged: this bundle holds tensors that belong to none of its parts; merge it again")
         return tuple(
@@ -139,15 +145,14 @@ class PatchArtifact:
 
     def part(self, index: int) -> "PatchArtifact":
         """Source `index` of a bundle, as it was before the merge."""
-        prefix = part_prefix(index)
+        prefix, source = part_prefix(index), self.info.sources[index]
+        if "metadata" not in source:
+            raise ArtifactError("damaged: its recipe does not describe its parts; merge it again")
+        info = PatchInfo.from_metadata(source["metadata"])
+        if isinstance(self.tensors, TensorFile):
+            return PatchArtifact(self.tensors.under(prefix), info)
         held = {name.removeprefix(prefix): t for name, t in self.tensors.items() if name.startswith(prefix)}
-        return PatchArtifact(held, PatchInfo.from_metadata(self._sources()[index]["metadata"]))
-
-    def _sources(self) -> list[dict[str, Any]]:
-        sources = (self.info.recipe or {}).get("sources")
-        if isinstance(sources, list) and all({"weight", "metadata"} <= source.keys() for source in sources):
-            return sources
-        raise ArtifactError("damaged: its recipe does not describe its parts; merge it again")
+        return PatchArtifact(held, info)
 
     def astype(self, dtype: torch.dtype) -> "PatchArtifact":
         """The same patch with every tensor as `dtype`."""
@@ -161,37 +166,46 @@ class PatchArtifact:
         shapes = dict(self.info.shapes)
         for name in self.parameter_names():
             stored = self.stored(name)
-            if self._rank(name) > rank:
+            if self._full_rank(name) > rank:
                 delta, dtype = self.delta(name), next(iter(stored.values())).dtype
                 stored = {form: cast(name, factor, dtype) for form, factor in factorize(delta, rank)._asdict().items()}
                 shapes[name] = list(delta.shape)
             tensors |= {f"{name}.{form}": tensor for form, tensor in stored.items()}
         return PatchArtifact(tensors, replace(self.info, shapes=shapes))
 
-    def _rank(self, name: str) -> int:
+    def _full_rank(self, name: str) -> int:
         """The rank `name` is stored with; 0 for what has no useful rank (biases, gates and the like)."""
         if is_gate(name):
             return 0
-        if name in self.info.shapes:
-            return self.factors(name).up.shape[1]
-        delta = self.tensors[f"{name}.delta"]
-        return min(delta.flatten(1).shape) if delta.ndim in (2, 4) else 0
+        out, *rest = self.shape(name) or (0,)
+        return self.rank(name) or (min(out, math.prod(rest)) if len(rest) in (1, 3) else 0)
 
     def save(self, path: str | Path) -> Path:
         """Write the file, all or nothing; equal artifacts give equal bytes."""
         path = Path(path)
-        write(path, self.info.to_metadata(), self.tensors)
+        write_stream(path, self.info.to_metadata(), self.layout, data_of(self.tensors, self.layout))
         return path
 
     @classmethod
-    def open(cls, path: str | Path) -> "PatchArtifact":
-        """Read a patch; raises `ArtifactError` when it is damaged, altered, or not a patch."""
-        path = Path(path)
-        with naming(path):
-            header = read_header(path)
-            info = PatchInfo.from_metadata(header.metadata)
-            check_hash(path, header)
-            return cls(load_file(path), info)
+    def open(cls, path: str | Path, allow_zero: bool = False) -> "PatchArtifact":
+        """Read a patch into memory, for use.
+
+        Args:
+            path: of the file.
+            allow_zero: open a patch too that changes nothing: zeros where it would act, weights of 0, closed gates.
+
+        Raises:
+            ArtifactError: when it is damaged, altered, not a patch, or a patch that cannot act.
+        """
+        file = TensorFile.open(Path(path))
+        with naming(file.path):
+            info = PatchInfo.from_metadata(file.header.metadata)
+        tensors = file.load()
+        with naming(file.path):
+            artifact = cls(tensors, info)
+            require_finite(artifact)
+            require_acting(artifact, allow_zero)
+        return artifact
 
 
 def is_gate(name: str) -> bool:
@@ -211,10 +225,6 @@ def part_prefix(index: int) -> str:
     return f"part{index}."
 
 
-def verify(path: str | Path) -> PatchInfo:
-    """Check the whole file, its hash and that every value is finite; raises `ArtifactError` otherwise."""
-    artifact = PatchArtifact.open(path)
-    broken = [name for name, tensor in sorted(artifact.tensors.items()) if not tensor.isfinite().all()]
-    if broken:
-        raise ArtifactError(f"{path}: tensor '{broken[0]}' holds NaN or infinity; train the patch again")
-    return artifact.info
+def verify(path: str | Path, allow_zero: bool = False) -> PatchInfo:
+    """Check a whole file as `PatchArtifact.open` does; raises `ArtifactError` unless it is intact and can act."""
+    return PatchArtifact.open(path, allow_zero).info

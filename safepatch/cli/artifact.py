@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from safepatch.cli import app
+from safepatch.cli import app, say
 from safepatch.cli.options import Category, Device, Model, ModelDtype, PatchFile, opened
 from safepatch.errors import SafepatchError
 
@@ -60,7 +60,7 @@ def merge(
         from safepatch.merging import merge as run
 
         info = run(recipe, target).info
-    typer.echo("\n".join(merge_lines(info, target)))
+    say(*merge_lines(info, target))
     if evaluate:
         from safepatch.cli.evaluate import measure_merge
 
@@ -109,7 +109,7 @@ def split(
     from safepatch.merging import split as run
 
     part = run(merged, category, out)
-    typer.echo(f"split {', '.join(part.info.categories)}: {out}, unchanged ({part.content_hash[:14]})")
+    say(f"split {', '.join(part.info.categories)}: {out}, unchanged ({part.content_hash[:14]})")
 
 
 @app.command()
@@ -132,15 +132,20 @@ def inspect(
         typer.echo(json.dumps(info, indent=1, sort_keys=True))
         return
     for key, value in info.items():
-        typer.echo(f"{key:15s} {json.dumps(value, sort_keys=True) if isinstance(value, dict | list) else value}")
+        say(f"{key:15s} {json.dumps(value, sort_keys=True) if isinstance(value, dict | list) else value}")
 
 
 @app.command()
-def verify(patch: PatchFile) -> None:
-    """Check a patch file: structure, finite values, content hash."""
+def verify(
+    patch: PatchFile,
+    allow_zero: Annotated[
+        bool, typer.Option("--allow-zero", help="Let a patch pass that changes nothing: zeros, weights of 0.")
+    ] = False,
+) -> None:
+    """Check a patch file: structure, content hash, finite values, and that it can act."""
     from safepatch.artifact.patch_artifact import verify as run
 
-    typer.echo(f"ok: {patch} is intact ({', '.join(run(patch).categories)})")
+    say(f"ok: {patch} is intact ({', '.join(run(patch, allow_zero).categories)})")
 
 
 def _numbers(text: str | None) -> list[float] | None:

@@ -1,5 +1,6 @@
-"""Merging: open the sources, compare them, write one tensor after the other; memory holds a few pieces at a time."""
+"""Merging: open the sources, compare them, write piece after piece; memory holds a few pieces at a time."""
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,9 +12,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from safepatch.artifact.container import MappedTensors, raw_bytes, read_header, write_stream
+from safepatch.artifact.container import raw_bytes
 from safepatch.artifact.info import BUNDLE, PatchInfo
 from safepatch.artifact.patch_artifact import PatchArtifact, is_gate
+from safepatch.artifact.tensor_file import TensorFile
+from safepatch.artifact.writer import write_stream
 from safepatch.errors import MergeError
 from safepatch.merging.conflicts import Comparison, compare, report
 from safepatch.merging.groups import has_gate, is_grouped, merged_layout
@@ -64,8 +67,8 @@ def merge(
         info = _merged_info(job, pool)
         if target is None:
             return PatchArtifact(_in_memory(job), info)
-        write_stream(target, info.to_metadata(), job.layout, _stream(job, pool))
-    return PatchArtifact(MappedTensors.open(target, read_header(target)).tensors, info)
+        digests = write_stream(target, info.to_metadata(), job.layout, _stream(job, pool))
+    return PatchArtifact(TensorFile.open(target, digests), info)
 
 
 def combine(artifacts: Sequence[PatchArtifact], recipe: MergeRecipe) -> PatchArtifact:
@@ -92,13 +95,20 @@ def _recipe(sources: Any, method: str, weights: Sequence[float] | None, options:
 
 def check_target(target: Path, recipe: MergeRecipe) -> None:
     """Make the folder of the output; raises `MergeError` when that cannot be, or when it is one of the sources."""
-    for source in recipe.sources:
-        if target.resolve() == Path(source).resolve():
-            raise MergeError(f"the output {target} is one of the patches to merge; choose another name")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise MergeError(f"cannot write {target}: {error.strerror or error}; choose a writable folder") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise MergeError(f"cannot write {target}: {reason}; choose a writable folder") from error
+    if any(_is_same(target, source) for source in recipe.sources):
+        raise MergeError(f"the output {target} is one of the patches to merge; choose another name")
+
+
+def _is_same(target: Path, source: str) -> bool:
+    try:
+        return os.path.samefile(target, source)
+    except (OSError, ValueError):  # one of them is not there, or no path
+        return False
 
 
 def _prepare(sources: Sequence[Source], recipe: MergeRecipe) -> Job:
@@ -145,17 +155,23 @@ def _workers() -> Iterator[ThreadPoolExecutor | None]:
 
 
 def _stream(job: Job, pool: Pool) -> Iterator[memoryview]:
-    """The bytes of the merged file's tensors, in its order."""
-    for piece, values in _ahead(pool, job.values, job.pieces(), job.cost):
+    """The bytes of the merged file's tensors, in its order; it ends well only if the sources were what they state."""
+    for _, values in _ahead(pool, job.values, job.pieces(), job.cost):
         yield raw_bytes(values)
-        if piece.stop == job.layout[piece.tensor].numel():
-            job.release(piece.tensor)
+    _confirm(job)
 
 
 def _in_memory(job: Job) -> dict[str, Tensor]:
     """The merged tensors by name."""
     whole = {name: Piece(name, 0, meta.numel()) for name, meta in job.layout.items()}
-    return {name: job.values(piece).reshape(job.layout[name].shape) for name, piece in whole.items()}
+    merged = {name: job.values(piece).reshape(job.layout[name].shape) for name, piece in whole.items()}
+    _confirm(job)
+    return merged
+
+
+def _confirm(job: Job) -> None:
+    for source in job.sources:
+        source.confirm()
 
 
 def _ahead(pool: Pool, work: Callable[[T], R], items: Iterable[T], cost: Callable[[T], int]) -> Iterator[tuple[T, R]]:
@@ -223,7 +239,7 @@ def _record(source: Source, method: str) -> dict[str, Any]:
     if method in EXACT:
         record["metadata"] = info.to_metadata()
     if method == "cat":
-        tensors = source.artifact.tensors
+        tensors = source.artifact.layout
         record["tensors"] = {name: [DTYPE_NAMES[t.dtype], list(t.shape)] for name, t in tensors.items()}
     return record
 
@@ -238,13 +254,7 @@ def _conflicts(job: Job, pool: Pool) -> list[dict[str, Any]]:
     def cost(name: str) -> int:
         return 4 * torch.Size(job.shape(name)).numel() * len(job.sources)
 
-    def figures() -> Iterator[tuple[str, Comparison]]:
-        for name, comparison in _ahead(pool, compared, names, cost):
-            yield name, comparison
-            for source in job.sources:
-                source.release(name)
-
-    return report(figures())
+    return report(_ahead(pool, compared, names, cost))
 
 
 def _united_instructions(job: Job) -> dict[str, str]:

@@ -50,7 +50,7 @@ def gates_layout(sources: Sequence[Source]) -> dict[str, int]:
 
     Raises:
         MergeError: when only some have gates, or they differ in width, or two are for one category, or a source keeps
-            its categories apart, or counts for nothing.
+            its categories apart.
     """
     widths = {source.info.config["layout"]["gate"] if has_gate(source) else 0: source.name for source in sources}
     if len(widths) > 1:
@@ -62,8 +62,6 @@ def gates_layout(sources: Sequence[Source]) -> dict[str, int]:
     for source in sources:
         if source.info.config["layout"].get("groups", 1) > 1:
             raise MergeError(f"{source.name} keeps its categories apart; merge by cat or bundle")
-        if not source.weight:
-            raise MergeError(f"{source.name} has weight 0 and a gate that would open for the others; leave it out")
     gates = _categories(sources, "merge by bundle, which keeps both gates")
     return {"gate": next(iter(widths)), **({"gates": gates} if gates > 1 else {})}
 
@@ -83,10 +81,18 @@ def _categories(sources: Sequence[Source], advice: str) -> int:
 
 
 def joined_shape(sources: Sequence[Source], name: str) -> tuple[int, ...]:
-    """One group per category of the sources, and the widest of each other side."""
-    shapes = [shape for source in sources if (shape := source.shape(name)) is not None]
-    sides = zip(*(shape[1:] for shape in shapes), strict=True)
-    return (sum(len(source.info.categories) for source in sources), *map(max, sides))
+    """One group per category of the sources, and the widest of each other side.
+
+    Raises:
+        MergeError: when a source has not one group per category there, or the sources differ in how many sides it has.
+    """
+    shapes = {source: shape for source in sources if (shape := source.shape(name)) is not None}
+    sides = len(next(iter(shapes.values())))
+    for source, shape in shapes.items():
+        if len(shape) != sides or shape[:1] != (len(source.info.categories),):
+            raise MergeError(f"'{name}' is {list(shape)} in {source.name}; merge patches of one configuration")
+    widest = map(max, zip(*(shape[1:] for shape in shapes.values()), strict=True))
+    return (sum(len(source.info.categories) for source in sources), *widest)
 
 
 def places(sources: Sequence[PatchInfo], index: int) -> list[int]:

@@ -86,11 +86,6 @@ class Job(ABC):
         """About how many bytes of memory merging a piece takes."""
         return 4 * (piece.stop - piece.start) * (len(self.sources) + 2)
 
-    def release(self, tensor: str) -> None:
-        """Give back the memory that merging `tensor` mapped."""
-        for source in self.sources:
-            source.release(tensor.rpartition(".")[0])
-
     @cached_property
     def names(self) -> tuple[str, ...]:
         """Every parameter that some source holds, sorted."""
@@ -111,8 +106,7 @@ class Job(ABC):
             if name in source.info.shapes:
                 row.copy_(source.artifact.delta(name))
             elif source.shape(name) is not None:
-                delta = source.artifact.tensors[f"{name}.delta"]
-                row.copy_(delta.reshape(-1)[run] if run else delta)
+                row.copy_(source.values(f"{name}.delta", run))
             source.check_finite(name, row)
         return stack
 
@@ -126,7 +120,7 @@ class BundleJob(Job):
         return {
             f"{part_prefix(index)}{name}": tensor.to("meta")
             for index, source in enumerate(self.sources)
-            for name, tensor in source.artifact.tensors.items()
+            for name, tensor in source.artifact.layout.items()
         }
 
     def shapes(self) -> dict[str, list[int]]:
@@ -143,11 +137,6 @@ class BundleJob(Job):
         name, _, form = own.rpartition(".")
         return source.stored(name)[form].reshape(-1)
 
-    def release(self, tensor: str) -> None:
-        """Give back the memory that merging `tensor` mapped."""
-        source, own = self._of_part(tensor)
-        source.release(own.rpartition(".")[0])
-
     def _of_part(self, tensor: str) -> tuple[Source, str]:
         """The source that a tensor of the bundle comes from, and its name there."""
         prefix, _, own = tensor.partition(".")
@@ -160,7 +149,7 @@ class IdentityJob(Job):
     @cached_property
     def layout(self) -> dict[str, Tensor]:
         """The merged tensors by name, as meta tensors."""
-        tensors = {name: tensor.to("meta") for name, tensor in self.sources[0].artifact.tensors.items()}
+        tensors = {name: tensor.to("meta") for name, tensor in self.sources[0].artifact.layout.items()}
         if not self.recipe.dtype:
             return tensors
         return {name: tensor.to(self.stored_dtype(name)) for name, tensor in tensors.items()}

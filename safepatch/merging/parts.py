@@ -7,7 +7,7 @@ from torch import Tensor
 
 from safepatch.artifact.info import PatchInfo
 from safepatch.artifact.patch_artifact import PatchArtifact
-from safepatch.errors import MergeError, nearest
+from safepatch.errors import ArtifactError, MergeError, SafepatchError, nearest
 from safepatch.merging.groups import cut_out, is_grouped, places
 from safepatch.merging.recipe import DTYPES
 
@@ -38,7 +38,7 @@ def _find(artifact: PatchArtifact, category: str) -> PatchArtifact:
 
 def _index(info: PatchInfo, category: str) -> int:
     """Which source of the merge is for `category`."""
-    method, sources = (info.recipe or {}).get("method"), (info.recipe or {}).get("sources", [])
+    method, sources = (info.recipe or {}).get("method"), info.sources
     if not all("metadata" in source for source in sources) or not sources:
         how = f"merged by {method}, which mixes its parts" if method else "one patch"
         raise MergeError(f"'{info.title}' is {how}; only merges by cat or bundle can be split")
@@ -51,8 +51,13 @@ def _index(info: PatchInfo, category: str) -> int:
 
 
 def _restored(artifact: PatchArtifact, index: int) -> PatchArtifact:
-    source = (artifact.info.recipe or {})["sources"][index]
-    part = artifact.part(index) if artifact.info.is_bundle else _cut_out(artifact, index)
+    source = artifact.info.sources[index]
+    try:
+        part = artifact.part(index) if artifact.info.is_bundle else _cut_out(artifact, index)
+    except SafepatchError:
+        raise
+    except (LookupError, RuntimeError, ValueError, ZeroDivisionError) as error:  # the recipe tells of other tensors
+        raise ArtifactError("damaged: its recipe does not describe its tensors; merge it again") from error
     if part.content_hash != source["hash"]:
         raise MergeError(
             f"the part for {', '.join(source['categories'])} cannot be had back bit for bit: its weight "
@@ -63,10 +68,9 @@ def _restored(artifact: PatchArtifact, index: int) -> PatchArtifact:
 
 def _cut_out(artifact: PatchArtifact, index: int) -> PatchArtifact:
     """The columns and rows that source `index` has in factors side by side."""
-    recipe: dict[str, Any] = artifact.info.recipe or {}
-    if recipe["rank"]:
-        raise MergeError(f"its sum was re-compressed to rank {recipe['rank']}, which mixes the parts; use rank 0")
-    source = recipe["sources"][index]
+    rank, source = (artifact.info.recipe or {})["rank"], artifact.info.sources[index]
+    if rank:
+        raise MergeError(f"its sum was re-compressed to rank {rank}, which mixes the parts; use rank 0")
     if is_grouped(artifact.info):
         return _cut_out_groups(artifact, index)
     tensors = {}
@@ -81,7 +85,7 @@ def _cut_out(artifact: PatchArtifact, index: int) -> PatchArtifact:
 
 def _cut_out_groups(artifact: PatchArtifact, index: int) -> PatchArtifact:
     """The groups of source `index` of lite patches side by side."""
-    sources = (artifact.info.recipe or {})["sources"]
+    sources = artifact.info.sources
     infos = [PatchInfo.from_metadata(source["metadata"]) for source in sources]
     groups, weight = places(infos, index), sources[index]["weight"]
     tensors = {}
@@ -93,7 +97,7 @@ def _cut_out_groups(artifact: PatchArtifact, index: int) -> PatchArtifact:
 
 def _values(artifact: PatchArtifact, parameter: str, form: str, index: int) -> Tensor | None:
     """The tensor of source `index`, its weight taken out again; None when it was summed with another."""
-    sources = (artifact.info.recipe or {})["sources"]
+    sources = artifact.info.sources
     weight = sources[index]["weight"]
     if parameter not in artifact.info.shapes:
         alone = sum(_rank(source["tensors"], parameter) > 0 for source in sources) == 1

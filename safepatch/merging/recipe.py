@@ -24,7 +24,7 @@ class MergeRecipe:
 
     Attributes:
         sources: names of the patches, usually paths.
-        weights: one finite number per source; empty is all 1.
+        weights: one number above 0 per source; empty is all 1.
         method: a key of `METHODS`, or `bundle`.
         dtype: of the merged tensors; None is the narrowest that holds every source's.
         density: share of each delta's entries that a sparsifying method keeps, in [0, 1].
@@ -77,8 +77,9 @@ class MergeRecipe:
             raise MergeError("nothing to merge; give at least one patch")
         if len(self.weights) != len(self.sources):
             raise MergeError(f"{len(self.weights)} weights for {len(self.sources)} patches; give one weight per patch")
-        if not all(math.isfinite(weight) for weight in self.weights):
-            raise MergeError(f"merge weights {list(self.weights)} are not all finite; give plain numbers")
+        for source, weight in zip(self.sources, self.weights, strict=True):
+            if not 0 < weight < math.inf:
+                raise MergeError(f"{source} has weight {weight:g}; give a number above 0, or leave it out")
         for name in SHARES:
             if not 0 <= getattr(self, name) <= 1:
                 raise MergeError(f"{name} is {getattr(self, name)}; give a share from 0 to 1")

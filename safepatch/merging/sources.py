@@ -1,4 +1,8 @@
-"""The patches that are merged: opened without being read into memory, checked to belong together, in a fixed order."""
+"""The patches that are merged: checked to belong together, in a fixed order, and read piece by piece.
+
+A merge reads each source once, or twice, without verifying it first: its blocks are hashed as they are read, and held
+against the hash that the file states before the merged file gets its name.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safepatch.artifact.container import HASH_KEY, MappedTensors, check_hash, naming, read_header
+from safepatch.artifact.acting import is_finite, require_acting
+from safepatch.artifact.container import naming
 from safepatch.artifact.info import PatchInfo
-from safepatch.artifact.patch_artifact import Factors, PatchArtifact, is_finite
+from safepatch.artifact.patch_artifact import Factors, PatchArtifact
+from safepatch.artifact.tensor_file import TensorFile
 from safepatch.errors import ArtifactError, BaseMismatch, MergeError, SafepatchError
 
 
@@ -21,22 +27,27 @@ class Source:
 
     Attributes:
         name: what errors call it, usually its path.
-        artifact: its tensors, mapped or in memory, and its description.
+        artifact: its tensors, in a file or in memory, and its description.
         weight: its factor in the merge.
-        hash: `0x` and 64 hex digits of its content.
-        file: the file its tensors are mapped from, if any.
+        hash: `0x` and 64 hex digits of its content, which a file only states until `confirm`.
     """
 
     name: str
     artifact: PatchArtifact
     weight: float
     hash: str
-    file: MappedTensors | None = None
 
     @property
     def info(self) -> PatchInfo:
         """What the patch is."""
         return self.artifact.info
+
+    def values(self, tensor: str, run: slice | None = None) -> Tensor:
+        """A tensor, or a run of its values, flat."""
+        held = self.artifact.tensors
+        if isinstance(held, TensorFile):
+            return held.read(tensor, run)
+        return held[tensor].reshape(-1)[run] if run else held[tensor]
 
     def stored(self, name: str) -> dict[str, Tensor]:
         """Form -> tensor of parameter `name`; empty when the patch lacks it; raises `ArtifactError` on NaN."""
@@ -47,39 +58,34 @@ class Source:
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """Full shape of parameter `name`, None when the patch lacks it."""
-        if name in self.info.shapes:
-            return tuple(self.info.shapes[name])
-        delta = self.artifact.tensors.get(f"{name}.delta")
-        return None if delta is None else tuple(delta.shape)
+        return self.artifact.shape(name)
 
     def factors(self, name: str) -> Factors:
         """Low-rank factors of parameter `name`; a vector is its own column times 1."""
         if name in self.info.shapes:
             return self.artifact.factors(name)
-        column = self.artifact.tensors[f"{name}.delta"][:, None]
+        column = self.values(f"{name}.delta")[:, None]
         return Factors(up=column, down=torch.ones(1, 1, dtype=column.dtype))
 
     def check_finite(self, name: str, tensor: Tensor) -> None:
         """Raise `ArtifactError` when a value is NaN or infinite."""
         if not is_finite(tensor):
+            self.confirm()
             raise ArtifactError(f"{self.name}: tensor '{name}' holds NaN or infinity; train the patch again")
 
-    def release(self, name: str) -> None:
-        """Give back the memory that parameter `name` was mapped into."""
-        if self.file is not None:
-            for form in self.artifact.stored(name):
-                self.file.release(f"{name}.{form}")
+    def confirm(self) -> None:
+        """Raise `ArtifactError` unless all that was read of the source is what its hash is of."""
+        if isinstance(self.artifact.tensors, TensorFile):
+            self.artifact.tensors.confirm()
 
 
 def open_source(path: str, weight: float) -> Source:
-    """The patch at `path`, its hash checked and its tensors mapped; raises `ArtifactError` as opening a patch does."""
-    file = Path(path)
-    with naming(file):
-        header = read_header(file)
-        info = PatchInfo.from_metadata(header.metadata)
-        check_hash(file, header)
-        mapped = MappedTensors.open(file, header)
-        return Source(path, PatchArtifact(mapped.tensors, info), weight, header.metadata[HASH_KEY], mapped)
+    """The patch at `path`, its tensors still in the file; raises `ArtifactError` unless it is one that can act."""
+    file = TensorFile.open(Path(path))
+    with naming(file.path):
+        artifact = PatchArtifact(file, PatchInfo.from_metadata(file.header.metadata))
+        require_acting(artifact)
+    return Source(path, artifact, weight, file.header.stated_hash)
 
 
 def in_order(sources: Sequence[Source]) -> tuple[Source, ...]:

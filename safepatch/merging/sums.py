@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from safepatch.artifact.patch_artifact import Factors, cast, factorize, is_finite, is_gate
+from safepatch.artifact.acting import is_finite
+from safepatch.artifact.patch_artifact import Factors, cast, factorize, is_gate
 from safepatch.errors import MergeError
 from safepatch.merging.groups import gate_records, gates_layout, is_grouped, joined_shape, side_by_side
 from safepatch.merging.job import Job, Piece
@@ -87,7 +88,7 @@ class SumJob(Job):
         full = min(shape[0], torch.Size(shape[1:]).numel()) if shape else 0
         if not self.is_factored(name):
             return limit if limit and len(shape) in (2, 4) and full > limit else None
-        total = sum(source.factors(name).up.shape[1] for source in self.holders(name))
+        total = sum(source.artifact.rank(name) or 1 for source in self.holders(name))  # a vector is one column
         return min(total, limit, full) if limit else total
 
     def is_factored(self, name: str) -> bool:
@@ -128,7 +129,7 @@ class SumJob(Job):
         """Σ w_k δ_k of a run of values, as the method and `stack` make it, in blocks that stay in a core's cache."""
         weights = SUM_WEIGHTS[self.recipe.method](self.weights).tolist()
         held = [
-            (source.artifact.tensors[f"{name}.delta"].reshape(-1)[run].split(BLOCK), weight)
+            (source.values(f"{name}.delta", run).split(BLOCK), weight)
             for source, weight in zip(self.sources, weights, strict=True)
             if source.shape(name) is not None
         ]

@@ -6,41 +6,57 @@ Szegedy 1996, "The Space Complexity of Approximating the Frequency Moments", sec
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from safepatch.diffusion import host_kind
+from safepatch.errors import ArtifactError
 from safepatch.patch.clone import latent_part
 
 ENCODER = "encoder_sketch"  # the key in a patch's `base`
 SUMS = 64
+RUN = SUMS << 10  # weights that are summed at once: what fits a core's cache
 
 
 @torch.no_grad()
-def sketch(unet: Any) -> str:
-    """64 signed sums of the weights of the UNet's encoder and mid block, as text; a UNet of another size has others."""
+def sketch(unet: Any, read: Callable[[str], Tensor] | None = None) -> str:
+    """64 signed sums of the weights of the UNet's encoder and mid block, as text; a UNet of another size has others.
+
+    LoRAs do not count, nor what an inpainting host reads beside the latents.
+
+    Args:
+        unet: what denoises.
+        read: gives a weight by its name, where `unet` itself has none.
+    """
+    kind, own = host_kind(unet), _parameters(unet)
     generator = torch.Generator().manual_seed(0)
     sums = torch.zeros(SUMS, dtype=torch.float64)
-    for weights in _encoder_weights(unet):
-        flat = weights.detach().float().cpu().flatten()
-        signed = flat * (2.0 * torch.randint(0, 2, flat.shape, generator=generator) - 1)
-        padded = torch.nn.functional.pad(signed, (0, -len(flat) % SUMS))
-        sums += padded.view(-1, SUMS).double().sum(0)
+    for name in sorted(name for name in own if name.split(".")[0] in kind.encoder):
+        weights = read(name) if read else own[name]
+        weights = latent_part(weights, unet) if name == kind.entry_weight else weights
+        for run in weights.detach().float().cpu().flatten().split(RUN):
+            signs = torch.empty(run.shape, dtype=torch.bool).random_(generator=generator).float().mul_(2).sub_(1)
+            signed = torch.nn.functional.pad(signs.mul_(run), (0, -len(run) % SUMS))
+            sums += signed.double().view(-1, SUMS).sum(0)
     return " ".join(f"{value:.6g}" for value in sums.tolist())
 
 
 def drift(ours: str, theirs: str) -> float:
-    """|host - base| / |base| of the encoder weights behind two sketches; 0 for equal weights."""
+    """|host - base| / |base| of the encoder weights behind two sketches; 0 for equal weights.
+
+    Raises:
+        ArtifactError: when they are not of one length: the patch was made by a program that sums otherwise.
+    """
     host, base = ([float(value) for value in text.split()] for text in (ours, theirs))
+    if len(base) != len(host):
+        raise ArtifactError(f"the patch keeps {len(base)} sums of its base's encoder, not {len(host)}; train it again")
     return math.dist(host, base) / math.hypot(*base)
 
 
-def _encoder_weights(unet: Any) -> list[Tensor]:
-    """In the order of their names, without LoRAs and without what an inpainting host reads beside the latents."""
-    kind = host_kind(unet)
+def _parameters(unet: Any) -> dict[str, Tensor]:
+    """By name, without LoRAs."""
     named = {name.replace(".base_layer.", "."): weights for name, weights in unet.named_parameters()}
-    named = {name: named[name] for name in named if name.split(".")[0] in kind.encoder and ".lora_" not in name}
-    named[kind.entry_weight] = latent_part(named[kind.entry_weight], unet)
-    return [named[name] for name in sorted(named)]
+    return {name: weights for name, weights in named.items() if ".lora_" not in name}

@@ -1,5 +1,6 @@
 """From a trained patch to its file and back onto any host of the same architecture."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -9,9 +10,12 @@ import torch
 from safepatch.artifact.info import PatchInfo
 from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.diffusion import family, fingerprint
-from safepatch.errors import BaseMismatch, lookup
-from safepatch.patch import PATCH_KINDS, Patch
+from safepatch.errors import ArtifactError, BaseMismatch, lookup
+from safepatch.patch import PATCH_KINDS, LoraPatch, Patch
 from safepatch.patch.drift import ENCODER, sketch
+
+# A file need not have copies of the host's weights, a layer that is left alone, and what older lite patches lack.
+MAY_LACK = re.compile(r"control\.clone\.|lora\.(?!gate\.)|lite\..*\.told$")
 
 
 def to_artifact(
@@ -20,6 +24,7 @@ def to_artifact(
     instructions: dict[str, str],
     config: dict[str, Any] | None = None,
     training: dict[str, Any] | None = None,
+    license: str = "",
 ) -> PatchArtifact:
     """The patch as deltas against `unet`, float32.
 
@@ -29,6 +34,7 @@ def to_artifact(
         instructions: safety instruction by category.
         config: the resolved training configuration.
         training: record of the training (steps, seeds, versions); no clock, so that equal runs give equal files.
+        license: SPDX expression; whose patch it is decides.
     """
     tensors, shapes = patch.stored(unet)
     info = PatchInfo(
@@ -40,7 +46,7 @@ def to_artifact(
         training=training or {},
         shapes=shapes,
         title=f"safepatch {' + '.join(sorted(instructions))}",
-        license="apache-2.0",
+        license=license,
     )
     return PatchArtifact(tensors, info)
 
@@ -55,14 +61,40 @@ def from_artifact(artifact: PatchArtifact, unet: Any, dtype: torch.dtype = torch
 
     Raises:
         BaseMismatch: when the file is for another architecture.
+        ArtifactError: when parameters are missing that are no copies of the host's.
     """
     check_fits(artifact.info, unet.config)
     if artifact.info.is_bundle:
         raise BaseMismatch("a bundle is several patches, not one module; apply it, or take one of its parts()")
     kind, config = lookup(PATCH_KINDS, artifact.info.kind, what="patch kind"), artifact.info.config
     patch = kind.from_unet(unet, config["sees"], empty=True, **config.get("layout", {}))
+    _require_parameters(patch, artifact)
     patch.load(unet, artifact, dtype)
     return patch.eval().requires_grad_(False)
+
+
+def _require_parameters(patch: Patch, artifact: PatchArtifact) -> None:
+    """Raise unless the file has what is the patch's own, and everything in the shape it has on this host."""
+    for name, wanted in _shapes(patch).items():
+        shape = artifact.shape(name)
+        if shape is None and not MAY_LACK.match(name):
+            raise ArtifactError(f"'{artifact.info.title}' lacks '{name}'; train or fetch it again")
+        if shape not in (None, wanted):
+            raise BaseMismatch(
+                f"'{name}' is {list(shape or ())} in this patch and {list(wanted)} on this model; "
+                "use it on a model of its own family"
+            )
+
+
+def _shapes(patch: Patch) -> dict[str, tuple[int, ...]]:
+    """The full shape of every parameter, by its name in files."""
+    named = {name.replace(".base_layer.", "."): p for name, p in patch.named_parameters()}  # PEFT wraps layers
+    if not isinstance(patch, LoraPatch):
+        return {f"{patch.kind}.{name}": tuple(parameter.shape) for name, parameter in named.items()}
+    return {
+        f"lora.{layer}.weight": (*named[f"updates.{i}.up"].shape[:1], *named[f"updates.{i}.down"].shape[1:])
+        for i, layer in enumerate(patch.layers)
+    } | {f"lora.{name}": tuple(parameter.shape) for name, parameter in named.items() if name.startswith("gate.")}
 
 
 def check_fits(info: PatchInfo, config: Mapping[str, Any]) -> None:

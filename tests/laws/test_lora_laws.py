@@ -366,6 +366,12 @@ def test_every_variant_and_shard_of_a_folder_is_fused(small_pipe, tmp_path):
         assert all(torch.equal(ours, theirs) for ours, theirs in pairs), variant
 
 
+def with_thresholds(artifact: PatchArtifact) -> PatchArtifact:
+    """The artifact with the record that a fitted gate has."""
+    gates = {name: {"threshold": 0.5} for name in artifact.info.categories}
+    return replace(artifact, info=replace(artifact.info, config={**artifact.info.config, "gate": gates}))
+
+
 def test_a_bundles_digest_tells_weights_apart_and_not_gates(small_pipe, tmp_path):
     plain = [awake(small_pipe.unet, i) for i in range(3)]
     plain = [replace(a, info=replace(a.info, instructions={name: name})) for a, name in zip(plain, "abc", strict=True)]
@@ -378,12 +384,12 @@ def test_a_bundles_digest_tells_weights_apart_and_not_gates(small_pipe, tmp_path
         patch = from_artifact(artifact, small_pipe.unet)
         patch.add_gate(small_pipe.unet, 4)
         patch.gate.bias.data += seed
-        return to_artifact(patch, small_pipe.unet, artifact.info.instructions)
+        return with_thresholds(to_artifact(patch, small_pipe.unet, artifact.info.instructions))
 
     bare = digest(plain, (1, 1, 1))
     for seed in range(4):  # gates change the order of the parts in the file
         assert digest([gated(patch, seed + i) for i, patch in enumerate(plain)], (1, 1, 1)) == bare
-    assert digest(plain, (1, 1, -1)) != bare
+    assert digest(plain, (1, 1, 0.5)) != bare
     assert digest(plain[:2], (1, 1)) != bare  # control
 
 
@@ -396,7 +402,8 @@ def test_what_was_fused_is_remembered_and_not_fused_twice(small_pipe, tmp_path):
     artifact = PatchArtifact.open(first)
     patch = from_artifact(artifact, small_pipe.unet)
     patch.add_gate(small_pipe.unet, 4)
-    gated = to_artifact(patch, small_pipe.unet, artifact.info.instructions).save(tmp_path / "gated.safetensors")
+    gated = with_thresholds(to_artifact(patch, small_pipe.unet, artifact.info.instructions))
+    gated = gated.save(tmp_path / "gated.safetensors")
     assert PatchArtifact.open(gated).content_hash != artifact.content_hash  # control
     with pytest.raises(SafepatchError, match="was fused into this model already"):  # a gate changes nothing here
         fuse_model(once, gated, tmp_path / "again")

@@ -34,7 +34,7 @@ def save_patch(
 ) -> Path:
     generator = torch.Generator().manual_seed(seed)
     deltas = {n: torch.randn(s, generator=generator) for n, s in SIZES.items() if n != lacks}
-    tensors = {f"control.{n}.delta": delta.abs() if positive else delta for n, delta in deltas.items()}
+    tensors = {f"control.zero_{n}.delta": delta.abs() if positive else delta for n, delta in deltas.items()}
     category = CATEGORIES[seed]
     info = PatchInfo("control", {category: f"no {category}"}, {"layers": 2}, {"family": "tiny"}, {"sees": "prompt"})
     artifact = PatchArtifact(tensors, info).astype(dtype)
@@ -101,8 +101,8 @@ def test_small_tensors_keep_shape_and_merge_to_something(tmp_path: Path, method:
     paths = save_patches(tmp_path, method, rank, positive=True)  # of opposite deltas, model-stock leaves nothing
     whole, sparse = (merge(paths, method=method, density=density) for density in (1.0, 0.5))
     for part in (*whole.parts(), *sparse.parts()):
-        assert {name: part.artifact.delta(f"control.{name}").shape for name in SIZES} == SIZES
-    assert all(part.artifact.delta(f"control.{name}").abs().max() > 0 for part in whole.parts() for name in SIZES)
+        assert {name: part.artifact.delta(f"control.zero_{name}").shape for name in SIZES} == SIZES
+    assert all(part.artifact.delta(f"control.zero_{name}").abs().max() > 0 for part in whole.parts() for name in SIZES)
 
 
 @every_function
@@ -110,7 +110,7 @@ def test_small_tensors_keep_shape_and_merge_to_something(tmp_path: Path, method:
 @pytest.mark.parametrize("lacks", sorted(SIZES))
 def test_missing_key_is_a_zero_delta(tmp_path: Path, method: str, rank: int | None, lacks: str) -> None:
     paths = [save_patch(tmp_path, 0, rank), save_patch(tmp_path, 1, rank, lacks=lacks)]
-    name = f"control.{lacks}"
+    name = f"control.zero_{lacks}"
     stack = torch.stack([PatchArtifact.open(paths[0]).delta(name), torch.zeros(SIZES[lacks])])
     expected = METHODS[method](stack, torch.ones(2), Options(density=1.0))
     torch.testing.assert_close(merge(paths, method=method, density=1.0).delta(name), expected)
@@ -169,7 +169,7 @@ def test_any_number_of_threads_gives_the_same_bytes(
     info = PatchInfo("control", {"gore": "no gore"}, {"layers": 2}, {"family": "tiny"}, {"sees": "prompt"})
     paths = []
     for name in ("first", "second"):
-        deltas = {f"control.{i}.w.delta": torch.randn(200 + i, 700, generator=generator) for i in range(3)}
+        deltas = {f"control.zero_{i}.w.delta": torch.randn(200 + i, 700, generator=generator) for i in range(3)}
         artifact = PatchArtifact(deltas, info).astype(torch.float16)
         artifact = artifact.compress(rank) if rank else artifact
         paths.append(artifact.save(tmp_path / f"{name}.safetensors"))

@@ -19,7 +19,7 @@ INFO = PatchInfo("control", {"gore": "no gore"}, {"layers": 2}, {"family": "tiny
 
 
 def build(info: PatchInfo = INFO) -> PatchArtifact:
-    return PatchArtifact({"control.a.weight.delta": torch.arange(12.0).reshape(3, 4)}, info)
+    return PatchArtifact({"control.zero_mid.weight.delta": torch.arange(12.0).reshape(3, 4)}, info)
 
 
 def saved(folder: Path, info: PatchInfo = INFO) -> Path:
@@ -56,7 +56,7 @@ def test_info_that_is_not_json_is_refused(evaluation: dict) -> None:
 
 def test_any_safetensors_reader_can_read_it(tmp_path: Path) -> None:
     with safe_open(saved(tmp_path), framework="pt") as file:
-        assert torch.equal(file.get_tensor("control.a.weight.delta"), build().delta("control.a.weight"))
+        assert torch.equal(file.get_tensor("control.zero_mid.weight.delta"), build().delta("control.zero_mid.weight"))
         assert file.metadata()["modelspec.architecture"] == "tiny/control"
         assert file.metadata()["safepatch.hash_sha256"] == build().content_hash
 
@@ -101,8 +101,8 @@ def test_tensors_the_format_does_not_know_are_refused(tensors: dict, shapes: dic
 
 
 def test_unknown_parameter_gives_the_nearest_name() -> None:
-    with pytest.raises(UnknownName, match=r"did you mean 'control\.a\.weight\.delta'"):
-        build().delta("control.a.wieght")
+    with pytest.raises(UnknownName, match=r"did you mean 'control\.zero_mid\.weight\.delta'"):
+        build().delta("control.zero_mid.wieght")
 
 
 def test_astype_halves_the_bytes_and_refuses_overflow() -> None:
@@ -117,10 +117,10 @@ def test_compress_refuses_rank_zero() -> None:
 
 
 def test_empty_and_strided_tensors_survive(tmp_path: Path) -> None:
-    tensors = {"a.delta": torch.empty(0, 3), "b.delta": torch.arange(6.0).reshape(2, 3).T}
+    tensors = {"control.a.delta": torch.empty(0, 3), "control.zero_b.delta": torch.arange(6.0).reshape(2, 3).T}
     opened = PatchArtifact.open(PatchArtifact(tensors, INFO).save(tmp_path / "a.safetensors"))
-    assert opened.tensors["a.delta"].shape == (0, 3)
-    assert torch.equal(opened.tensors["b.delta"], tensors["b.delta"])
+    assert opened.tensors["control.a.delta"].shape == (0, 3)
+    assert torch.equal(opened.tensors["control.zero_b.delta"], tensors["control.zero_b.delta"])
 
 
 # ---- files -----------------------------------------------------------------------------------------------------
@@ -132,7 +132,7 @@ def test_missing_file(tmp_path: Path) -> None:
 
 
 def test_folder_instead_of_file(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="cannot read"):
+    with pytest.raises(ArtifactError, match="a folder, a device or a pipe"):
         read_info(tmp_path)
 
 
@@ -189,13 +189,6 @@ def test_huge_header_is_refused_unread(tmp_path: Path) -> None:
     path.write_bytes((10**12).to_bytes(8, "little") + b"{}")
     with pytest.raises(ArtifactError, match="refused"):
         read_info(path)
-
-
-def test_values_that_are_not_finite_fail_verify_only(tmp_path: Path) -> None:
-    path = PatchArtifact({"a.delta": torch.tensor([float("nan")])}, INFO).save(tmp_path / "nan.safetensors")
-    assert PatchArtifact.open(path).info == INFO
-    with pytest.raises(ArtifactError, match=r"'a\.delta' holds NaN or infinity"):
-        verify(path)
 
 
 def test_bad_metadata_json_names_the_problem() -> None:
