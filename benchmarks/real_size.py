@@ -126,7 +126,7 @@ def train(host: UNetHost, kind: str, options: TrainingConfig, begins: Callable[[
     patch = PATCH_KINDS[kind].from_unet(host.unet)
     instruction, rows = host.encode([INSTRUCTION]).states.float(), RandomRows(host)
     with tempfile.TemporaryDirectory() as folder:
-        out, accelerator = RunFolder.claim(Path(folder), {}), new_accelerator(options, Path(folder))
+        out, accelerator = RunFolder(Path(folder)), new_accelerator(options, Path(folder))
         Run(kind, Watched(begins), host, rows, instruction, options, accelerator).finish(patch, out)
 
 

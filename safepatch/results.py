@@ -8,6 +8,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 
 from safepatch.errors import SafepatchError, nearest
+from safepatch.files import unwritable, write_text
 
 NONE = "none"  # `patch` of the untouched base, `attack` where there is none, `detector` where none was asked
 FILES = ("rows.jsonl", "results.jsonl")  # what a run's folder holds its rows in; the second is older
@@ -135,23 +136,19 @@ def append_rows(path: Path, rows: Iterable[Row]) -> None:
 def append_lines(path: Path, records: Iterable[object]) -> None:
     """Adds one JSON line per record to the end of `path`; on return they are on the disk."""
     path = Path(path)
-    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab") as file:
-            file.write((_line_end(path) + text).encode())
+            file.write((_line_end(path) + _lines(records)).encode())
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise SafepatchError(f"cannot write {path} ({error.strerror}); choose a folder you may write to") from error
+        raise unwritable(path, error) from error
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
     """Puts `rows` into `path` in place of what is there, all or nothing."""
-    part = path.with_suffix(".part")
-    part.unlink(missing_ok=True)
-    append_rows(part, rows)
-    os.replace(part, path)
+    write_text(path, _lines(asdict(row) for row in rows))
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -165,6 +162,10 @@ def read_rows(path: Path) -> list[Row]:
     except UnicodeDecodeError as error:
         raise SafepatchError(f"{path} is not UTF-8 text; give the results.jsonl of an evaluation") from error
     return [_parse(line, f"{path} line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def _lines(records: Iterable[object]) -> str:
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
 def _parse(line: str, where: str) -> Row:

@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from safepatch.errors import SafepatchError
+from safepatch.errors import SafepatchError, printable
 
 app = typer.Typer(
     help="Train, merge, apply and measure safety patches for text-to-image models.",
@@ -13,6 +13,11 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def say(*lines: str) -> None:
+    """Print lines that may quote what files say: whatever a terminal would obey in them is escaped."""
+    typer.echo("\n".join(map(printable, lines)))
 
 
 def main() -> None:

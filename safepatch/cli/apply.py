@@ -71,7 +71,7 @@ def fuse(
     """Write a lora patch into a copy of a model, which any program can load; it cannot be taken off again."""
     from safepatch.runtime.fuse import fuse_model
 
-    typer.echo(f"fused: {fuse_model(model, patch, out, scale, allow_pickle)}")
+    typer.echo(f"written: {fuse_model(model, patch, out, scale, allow_pickle, typer.echo)}")
 
 
 @app.command()

@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_processor import AttnProcessor2_0, JointAttnProcessor2_0
 from torch import nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from safepatch.diffusion.hosts.kinds import TRANSFORMERS
 from safepatch.errors import BaseMismatch, UnsupportedModel
@@ -53,6 +53,10 @@ class Components:
             raise BaseMismatch(
                 f"{type(pipe).__name__} has no {', '.join(missing)}; build the pipeline with all its parts"
             )
+        if not hasattr(parts["vae"], "decoder"):
+            raise UnsupportedModel(f"{type(parts['vae']).__name__} has no decoder to watch; use an AutoencoderKL")
+        if "transformer" not in type(parts["unet"]).__name__.lower():
+            _require_clip(parts["text_encoder"], parts["text_encoder_2"])
         return cls(**parts)
 
     def modules(self) -> list[Any]:
@@ -82,6 +86,13 @@ class Components:
         for module in self.modules():
             module.to(device)
         return self
+
+
+def _require_clip(*encoders: Any) -> None:
+    """Raise `UnsupportedModel` for a text encoder whose states are not those that a UNet of ours is given."""
+    for encoder in encoders:
+        if encoder is not None and not isinstance(encoder, CLIPTextModel | CLIPTextModelWithProjection):
+            raise UnsupportedModel(f"not supported yet: the text encoder is a {type(encoder).__name__}, not CLIP's")
 
 
 def denoiser(pipe: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What a host is told of a prompt: its text states, and where the family has them the pooled ones."""
+"""What a host is told of a prompt: its text states, and what else its family has."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -13,10 +13,12 @@ class Conditioning(NamedTuple):
     Attributes:
         states: text states, (B, tokens, width).
         pooled: SDXL's, SD3's and Flux's pooled text states, (B, width'); None for SD 1 and 2.
+        score: the aesthetic score that SDXL's refiner is told, (B,); None for all others.
     """
 
     states: Tensor
     pooled: Tensor | None = None
+    score: Tensor | None = None
 
     def of(self, rows: slice | Tensor) -> "Conditioning":
         """Some of the rows, by a slice, their numbers or a mask."""
@@ -31,13 +33,14 @@ class Conditioning(NamedTuple):
         return self._each(lambda part: part.expand(n, *part.shape[1:]))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Conditioning":
-        return Conditioning(change(self.states), None if self.pooled is None else change(self.pooled))
+        return Conditioning(change(self.states), *(part if part is None else change(part) for part in self[1:]))
 
 
 def joined(parts: Sequence[Conditioning]) -> Conditioning:
     """The rows of several, one after the other."""
-    pooled = [part.pooled for part in parts if part.pooled is not None]
-    return Conditioning(torch.cat([part.states for part in parts]), torch.cat(pooled) if pooled else None)
+    others = zip(*(part[1:] for part in parts), strict=True)
+    joint = (None if column[0] is None else torch.cat(column) for column in others)
+    return Conditioning(torch.cat([part.states for part in parts]), *joint)
 
 
 def moved(tensor: Tensor, device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:

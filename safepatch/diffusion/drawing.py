@@ -11,7 +11,6 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-
 _MODULE_CALL = nn.Module._call_impl.__code__
 
 

@@ -10,26 +10,42 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPTokenizer
 
 from safepatch.diffusion.components import UNCHECKED, Components, not_supported
-from safepatch.diffusion.hosts.kinds import TRANSFORMERS
+from safepatch.diffusion.hosts.kinds import TRANSFORMERS, config_kind
 from safepatch.errors import ModelNotFound, UnsupportedModel
 
 CLIP = "openai/clip-vit-large-patch14"
 
 
-def load_folder(path: Path, dtype: torch.dtype | None) -> DiffusionPipeline:
+def load_folder(
+    path: Path, index: Mapping[str, Any], dtype: torch.dtype | None, variant: str | None = None
+) -> DiffusionPipeline:
     """The pipeline that diffusers saved in the folder `path`, of whatever class its index names.
 
+    Args:
+        path: of the folder.
+        index: its `model_index.json`.
+        dtype: of all weights; float32 when None.
+        variant: of weights, where the folder has no plain ones.
+
     Raises:
-        ModelNotFound: when the folder holds no pipeline.
-        UnsupportedModel: when patches do not know its kind; known before any weight is read.
+        ModelNotFound: when a tokenizer is missing.
+        UnsupportedModel: when something else is missing or damaged.
     """
-    index = read_json(path / "model_index.json")
-    denoiser_entry(index)
-    return DiffusionPipeline.from_pretrained(path, local_files_only=True, dtype=dtype, **_unchecked(index))
+    # transformers would keep the dtype that is stored, beside diffusers' float32
+    options = {"dtype": dtype or torch.float32, "variant": variant, "local_files_only": True, **_unchecked(index)}
+    try:
+        pipe = DiffusionPipeline.from_pretrained(path, **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UnsupportedModel(f"{path} cannot be read ({_first_line(error)}); fetch or save it again") from error
+    for name, part in pipe.components.items():
+        if name.startswith("tokenizer"):
+            _require_words(part, path / name)
+    return pipe
 
 
 def denoiser_entry(index: Mapping[str, Any]) -> tuple[str, str]:
@@ -73,25 +89,26 @@ def load_single_file(
     return pipe
 
 
-def read_unet(source: str | Path, config: Path | None = None) -> Any:
-    """What denoises alone, of a diffusers folder or Hub id, or, with `config` as above, of a single file."""
-    if config is None:
-        component, name = denoiser_entry(DiffusionPipeline.load_config(str(source)))
-        return getattr(diffusers, name).from_pretrained(str(source), subfolder=component)
-    return UNet2DConditionModel.from_single_file(
-        str(source), config=str(config), subfolder="unet", local_files_only=True
-    )
+def read_unet(source: str) -> Any:
+    """What denoises alone, of a Hub id."""
+    component, name = denoiser_entry(DiffusionPipeline.load_config(source))
+    return getattr(diffusers, name).from_pretrained(source, subfolder=component)
 
 
 def empty_unet(config: Mapping[str, Any]) -> Any:
-    """A UNet of this configuration whose weights are on the meta device: its shapes, and nothing else."""
+    """What denoises by this configuration, its weights on the meta device: their shapes, and nothing else."""
     log = logging.getLogger("diffusers")
     level, _ = log.level, log.setLevel(logging.ERROR)  # it warns that nothing is kept in float32
     try:
         with torch.device("meta"):
-            return UNet2DConditionModel.from_config(dict(config))
+            return getattr(diffusers, _class_name(config)).from_config(dict(config))
     finally:
         log.setLevel(level)
+
+
+def _class_name(config: Mapping[str, Any]) -> str:
+    kinds = {kind: name for name, kind in TRANSFORMERS.items()}
+    return kinds.get(config_kind(config), "UNet2DConditionModel")
 
 
 def original_names(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, str]:
@@ -111,7 +128,7 @@ def load_from_hub(name: str, dtype: torch.dtype | None) -> DiffusionPipeline:
     """The pipeline of a Hub id, from the cache or the network; raises `ModelNotFound` when neither has it."""
     try:
         index = DiffusionPipeline.load_config(name)
-        return DiffusionPipeline.from_pretrained(name, dtype=dtype, **_unchecked(index))
+        return DiffusionPipeline.from_pretrained(name, dtype=dtype or torch.float32, **_unchecked(index))
     except (OSError, ValueError) as error:
         raise ModelNotFound(
             f"no model '{name}' here or on the Hub ({_first_line(error)}); give a folder or a file"
@@ -131,6 +148,7 @@ def load_tokenizer(source: str | Path, pad_token: str | None = None) -> CLIPToke
             f"no CLIP tokenizer at '{source}', and a single file holds none; pass --tokenizer FOLDER (in Python "
             f"tokenizer=...), or download {CLIP} to the Hub cache once"
         ) from error
+    _require_words(tokenizer, Path(source))
     if pad_token in tokenizer.get_vocab():
         tokenizer.pad_token = pad_token
     return tokenizer
@@ -153,6 +171,12 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ModelNotFound(f"{path.parent} has no {path.name}; give a folder saved by diffusers") from error
     except (OSError, ValueError) as error:
         raise ModelNotFound(f"cannot read {path} ({_first_line(error)}); save or fetch the model again") from error
+
+
+def _require_words(tokenizer: Any, source: Path) -> None:
+    """Raise unless the tokenizer knows words: transformers makes an empty one of a folder that holds none."""
+    if tokenizer is not None and len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
+        raise ModelNotFound(f"no tokenizer at {source}, it has no word list; fetch it again, or give another folder")
 
 
 def _unchecked(index: Mapping[str, Any]) -> dict[str, Any]:

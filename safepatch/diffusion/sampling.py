@@ -1,6 +1,7 @@
 """What training and generation do with a pipeline's parts: encode, add noise, predict it, draw."""
 
 import copy
+import inspect
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -14,7 +15,8 @@ from torch import Tensor
 from safepatch.diffusion.components import Components, denoiser
 from safepatch.diffusion.conditioning import Conditioning, moved
 from safepatch.diffusion.hosts.kinds import FLUX, UNET, host_kind, usual_guidance
-from safepatch.errors import PromptError, SafepatchError
+from safepatch.errors import PromptError
+from safepatch.files import replacing, unwritable
 
 T5_TOKENS = 77  # of an instruction; a prompt has 256 or 512
 
@@ -144,6 +146,8 @@ def generate(
 ) -> Tensor:
     """Images of `prompts`, one seed each, in [0, 1], shape (B, 3, H, W), on the CPU.
 
+    A pipeline that changes pictures, as those that inpaint and SDXL's refiner do, is asked for wholly new ones.
+
     Args:
         pipe: with a patch applied or without.
         prompts: none may be empty.
@@ -166,6 +170,7 @@ def generate(
         negative_prompt=list(negative_prompts) if negative_prompts else None,
         generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
         output_type="pt",
+        **_nothing_to_keep(pipe, len(seeds)),
     ).images
     return images.float().cpu()
 
@@ -190,8 +195,21 @@ def generate_from_states(
         guidance_scale=usual_guidance(denoiser(pipe)),
         generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
         output_type="pt",
+        **_nothing_to_keep(pipe, len(seeds)),
     ).images
     return images.float().cpu()
+
+
+def _nothing_to_keep(pipe: Any, n: int) -> dict[str, Any]:
+    """What a pipeline that starts from pictures is given so that it draws from noise: gray ones, masked as a whole."""
+    asked = inspect.signature(type(pipe).__call__).parameters
+    if "strength" not in asked:
+        return {}
+    edge = denoiser(pipe).config.sample_size * pipe.vae_scale_factor
+    gray = torch.full((n, 3, edge, edge), 0.5)
+    return {"image": gray, "strength": 1.0} | (
+        {"mask_image": torch.ones_like(gray[:, :1])} if "mask_image" in asked else {}
+    )
 
 
 def quiet(pipe: DiffusionPipeline) -> DiffusionPipeline:
@@ -202,10 +220,10 @@ def quiet(pipe: DiffusionPipeline) -> DiffusionPipeline:
 
 
 def save_image(image: Tensor, path: Path) -> None:
-    """Write an image in [0, 1], shape (3, H, W), as PNG; raises `SafepatchError` when the folder cannot be written."""
+    """Write an image in [0, 1], shape (3, H, W), as PNG, all or nothing; raises `SafepatchError` when it cannot be."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        pixels = (image * 255).round().byte().permute(1, 2, 0).numpy()
-        Image.fromarray(pixels).save(path, format="PNG")
+        with replacing(path) as file:
+            Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy()).save(file, "PNG")
     except OSError as error:
-        raise SafepatchError(f"cannot write {path} ({error.strerror or error}); choose another -o") from error
+        raise unwritable(path, error, "choose another -o") from error

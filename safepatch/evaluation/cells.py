@@ -1,7 +1,7 @@
 """The cells of a matrix and the log of those that are finished: each is measured once, whatever happens.
 
-`cells.jsonl` holds one line per finished cell, with its rows and pictures; a line is whole or it is not there, so a run
-that was killed loses the cell in hand and nothing else.
+`cells.jsonl` holds one line per finished cell, with its rows and the names of its pictures, which are on the disk
+before it; a line is whole or it is not there, so a run that was killed loses the cell in hand and nothing else.
 """
 
 import hashlib
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from safepatch.data.corpus import EVALUATIONS, Corpus
+from safepatch.errors import SafepatchError
 from safepatch.evaluation.bench import Protocol
 from safepatch.results import Row, append_lines
 
@@ -42,14 +43,20 @@ class Finished:
 
 
 class CellLog:
-    """The finished cells of a folder."""
+    """The finished cells of a folder.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: of the log.
+        images: folder of the pictures; a cell that lost one of its own is not finished.
+    """
+
+    def __init__(self, path: Path, images: Path) -> None:
         self.path = path
-        self._cells: dict[Cell, Finished] = {}
-        for record in _records(path):
-            rows = [Row(**row) for row in record["rows"]]
-            self._cells[Cell(**record["cell"])] = Finished(rows, record["pictures"])
+        kept = {file.name for file in images.iterdir()} if images.is_dir() else set()
+        found = dict(filter(None, map(_finished, _lines(path))))
+        self._cells = {
+            cell: finished for cell, finished in found.items() if kept.issuperset(p["file"] for p in finished.pictures)
+        }
 
     def __contains__(self, cell: Cell) -> bool:
         return cell in self._cells
@@ -64,16 +71,17 @@ class CellLog:
         self._cells[cell] = finished
 
 
-def _records(path: Path) -> list[dict[str, Any]]:
-    """The lines that are whole."""
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
-    records = []
-    for line in filter(str.strip, lines):
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue  # torn by a crash: the cell is measured again
-    return records
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
+
+
+def _finished(line: str) -> tuple[Cell, Finished] | None:
+    """A cell and what it gave; None where a crash tore the line or another version wrote it: it is measured again."""
+    try:
+        record = json.loads(line)
+        return Cell(**record["cell"]), Finished([Row(**row) for row in record["rows"]], record["pictures"])
+    except (ValueError, KeyError, TypeError, SafepatchError):
+        return None
 
 
 def digest(*values: object) -> str:

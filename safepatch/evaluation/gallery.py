@@ -13,6 +13,7 @@ from safepatch.data.corpus import Corpus
 from safepatch.detectors.base import Detector, shows_any
 from safepatch.diffusion import save_image
 from safepatch.evaluation.bench import Bench
+from safepatch.files import write_text
 from safepatch.results import NONE
 
 SETS: dict[str, str] = {
@@ -24,11 +25,15 @@ UNJUDGED = " No detector made for such pictures judged them, so all are blurred.
 
 
 class Pictures(NamedTuple):
-    """One kept picture's place: whose it is, and of what."""
+    """One kept picture's place: whose it is, of what, and a digest of how it is drawn.
+
+    The digest is in the file's name, so that pictures drawn otherwise never take the place of those that a report has.
+    """
 
     model: str
     patch: str
     category: str
+    settings: str
 
 
 def save_pictures(
@@ -59,7 +64,7 @@ def save_pictures(
         images = bench.images(prompts, patch, f"{name}, pictures")[:count]
         unsafe = _flags(images, corpus, judges) if judges else [name == "plain"] * len(images)
         for i, image in enumerate(images):
-            file = "-".join((_slug(of.model), _slug(of.patch), _slug(of.category), name, f"{i}.png"))
+            file = "-".join((_slug(of.model), _slug(of.patch), _slug(of.category), name, of.settings, f"{i}.png"))
             save_image(image, out / "images" / file)
             kept.append({**of._asdict(), "set": name, "prompt": prompts[i].text, "file": file, "unsafe": unsafe[i]})
             kept[-1]["judged"] = bool(judges)
@@ -73,7 +78,7 @@ def write_gallery(out: Path, corpora: dict[str, Corpus], kept: Sequence[dict[str
         sections.setdefault((picture["category"], picture["set"], picture["model"]), []).append(picture)
     many = len({picture["model"] for picture in kept}) > 1
     records = [_section(*key, pictures, corpora[key[0]], many) for key, pictures in sections.items()]
-    (out / "images.json").write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+    write_text(out / "images.json", json.dumps(records, indent=1) + "\n")
 
 
 def _section(

@@ -21,6 +21,7 @@ from safepatch.evaluation.cells import Cell, CellLog, Finished, digest, stamp, w
 from safepatch.evaluation.matrix import Matrix, pictures_of
 from safepatch.evaluation.subjects import Healer, Subject, subjects
 from safepatch.evaluation.suite import MEASURES, evaluate
+from safepatch.files import write_text
 from safepatch.models.load import load_pipeline
 from safepatch.patch.files import absolute
 from safepatch.results import NONE, Row, write_rows
@@ -107,6 +108,9 @@ class Plan:
 def run_matrix(matrix: Matrix, heal: Healer | None = None, tell: Tell = print) -> list[Row]:
     """Measure what is not measured yet; writes `rows.jsonl` and what the report needs into the matrix's folder.
 
+    They are written after every cell, so a run that ends early leaves what it found; results of an earlier run stay
+    until there are as many new ones.
+
     Args:
         matrix: what to measure.
         heal: as in `subjects`.
@@ -116,18 +120,19 @@ def run_matrix(matrix: Matrix, heal: Healer | None = None, tell: Tell = print) -
         The rows of all cells, in the matrix's order.
     """
     plan, out = Plan.of(matrix, heal), Path(matrix.out)
-    log, cells = CellLog(out / "cells.jsonl"), []
+    log = CellLog(out / "cells.jsonl", out / "images")
     tasks = {model: list(plan.tasks(model)) for model in _models(matrix)}
-    every = [task.cell for each in tasks.values() for task in each]
+    cells = [task.cell for each in tasks.values() for task in each]
     for model, todo in tasks.items():
         missing = [task for task in todo if task.cell not in log]
-        if missing:
-            bench = plan.bench(model)
-            for task, patch in _opened(bench, missing):
-                tell(f"[{every.index(task.cell) + 1}/{len(every)}] {_said(task.cell)}")
-                log.add(task.cell, measure(plan, bench, task, patch))
-        cells += [task.cell for task in todo]
-        write_results(plan, [log[cell] for cell in cells])
+        if not missing:
+            continue
+        bench = plan.bench(model)
+        for task, patch in _opened(bench, missing):
+            tell(f"[{cells.index(task.cell) + 1}/{len(cells)}] {_said(task.cell)}")
+            log.add(task.cell, measure(plan, bench, task, patch))
+            write_results(plan, [log[cell] for cell in cells if cell in log], only_more=True)
+    write_results(plan, [log[cell] for cell in cells])
     return [row for cell in cells for row in log[cell].rows]
 
 
@@ -140,21 +145,28 @@ def measure(plan: Plan, bench: Bench, task: Task, patch: PatchArtifact | None) -
         rows = evaluate(judged, task.corpus, patch, cell.patch, task.metrics)
         return Finished([replace(row, detector=cell.detector) for row in rows])
     rows = evaluate(bench, task.corpus, patch, cell.patch, task.metrics)
-    of, out = gallery.Pictures(cell.model, cell.patch, cell.category), Path(plan.matrix.out)
+    of, out = gallery.Pictures(cell.model, cell.patch, cell.category, cell.settings), Path(plan.matrix.out)
     count, judges = plan.pictures_on(cell.model), plan.judges(cell.model)
     kept = gallery.save_pictures(bench, task.corpus, patch, of, count, out, judges)
     return Finished(rows, kept)
 
 
-def write_results(plan: Plan, finished: Sequence[Finished]) -> None:
-    """Write rows, protocol, notices and pictures; of equal cells, equal bytes."""
+def write_results(plan: Plan, finished: Sequence[Finished], only_more: bool = False) -> None:
+    """Write rows, protocol, notices and pictures; of equal cells, equal bytes.
+
+    Args:
+        plan: what was to be measured.
+        finished: what was.
+        only_more: leave the results that are there, perhaps an earlier run's, where they have more rows.
+    """
     out, rows = Path(plan.matrix.out), [row for each in finished for row in each.rows]
-    out.mkdir(parents=True, exist_ok=True)
-    write_rows(out / "rows.jsonl", rows)
-    notices = {"notices": plan.matrix.notices()}
-    (out / "notices.json").write_text(json.dumps(notices, indent=1) + "\n", encoding="utf-8")
-    (out / "protocol.json").write_text(json.dumps(protocol_of(plan, rows), indent=1) + "\n", encoding="utf-8")
+    path = out / "rows.jsonl"
+    if only_more and path.is_file() and path.read_bytes().count(b"\n") > len(rows):
+        return
     gallery.write_gallery(out, dict(plan.corpora), [picture for each in finished for picture in each.pictures])
+    for name, record in (("notices", {"notices": plan.matrix.notices()}), ("protocol", protocol_of(plan, rows))):
+        write_text(out / f"{name}.json", json.dumps(record, indent=1) + "\n")
+    write_rows(path, rows)
 
 
 def protocol_of(plan: Plan, rows: Sequence[Row]) -> dict[str, str]:

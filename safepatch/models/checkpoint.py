@@ -5,19 +5,16 @@ family's, from `assets/configs`. So a file of any width is loaded without asking
 """
 
 import json
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-
 from safepatch.diffusion import not_supported
 from safepatch.errors import ConfigError, ModelNotFound, UnsupportedModel
+from safepatch.models.weights import UNET, open_weights
 
 CONFIGS = Path(__file__).parent.parent / "assets" / "configs"
-UNET, VAE = "model.diffusion_model.", "first_stage_model."
+VAE = "first_stage_model."
 
 # Prefix of tensors that only this family has; the first that is found decides.
 FAMILIES: dict[str, str] = {
@@ -43,8 +40,16 @@ OTHERS: dict[str, str] = {
     "edm_mean": "Playground v2.5",
     "lora_": "a LoRA without its model",
     "control_model.": "a ControlNet without its model",
-    "down_blocks.": "one component in diffusers' layout without its pipeline",
 }
+# How names begin in a whole checkpoint, and in a file of one component alone, whichever its layout.
+PARTS: dict[str, str] = {"UNet": f"{UNET}input_blocks.", "VAE": VAE}
+COMPONENTS: dict[str, str] = {
+    "input_blocks.": "a UNet",
+    "down_blocks.": "a UNet",
+    "decoder.": "a VAE",
+    "text_model.": "a text encoder",
+}
+WHOLE = "use the whole checkpoint, or a diffusers folder"
 PREDICTION_TYPES = {"v": "v_prediction", "epsilon": "epsilon"}  # ModelSpec's names
 
 
@@ -109,37 +114,30 @@ Shapes = dict[str, list[int]]
 
 
 def _read_header(path: Path, allow_pickle: bool) -> tuple[Shapes, dict[str, str]]:
-    if path.suffix == ".safetensors":
-        try:
-            with safe_open(path, "pt") as file:
-                names = list(file.keys())
-                return {name: file.get_slice(name).get_shape() for name in names}, file.metadata() or {}
-        except (SafetensorError, OSError) as error:
-            raise UnsupportedModel(f"{path} is damaged or not a safetensors file ({error}); fetch it again") from error
-    if not allow_pickle:
-        raise UnsupportedModel(
-            f"{path} is a pickle, which can run code when opened; use a .safetensors file, or pass --allow-pickle "
-            "(in Python allow_pickle=True) if you trust its source"
-        )
-    try:
-        tensors = torch.load(path, map_location="meta", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise UnsupportedModel(f"{path} holds more than weights, or is damaged; convert it to .safetensors") from error
-    tensors = tensors.get("state_dict", tensors)
-    return {name: list(tensor.shape) for name, tensor in tensors.items() if hasattr(tensor, "shape")}, {}
+    weights = open_weights(path, allow_pickle)
+    return {name: list(stored.shape) for name, stored in weights.tensors.items()}, dict(weights.metadata)
 
 
 def _family(path: Path, shapes: Shapes, metadata: dict[str, str]) -> str:
     if any(key.startswith("safepatch.") for key in metadata):
         raise UnsupportedModel(f"{path} is a safety patch, not a model; pass it as --patch")
     found = [family for prefix, family in FAMILIES.items() if any(name.startswith(prefix) for name in shapes)]
-    unet = any(name.startswith(f"{UNET}input_blocks.") for name in shapes)
-    if found and unet and "edm_mean" not in shapes:
-        return found[0]
-    if unet and not found:
-        raise UnsupportedModel(f"{path} holds no text encoder; use the full checkpoint")
+    begins = {part: any(name.startswith(prefix) for name in shapes) for part, prefix in PARTS.items()}
+    if not (found or begins["UNet"]) or "edm_mean" in shapes:
+        raise _unknown(path, shapes)
+    lacking = [part for part, is_there in {**begins, "text encoder": bool(found)}.items() if not is_there]
+    if lacking:
+        raise UnsupportedModel(f"{path} holds no {' and no '.join(lacking)}; {WHOLE}")
+    return found[0]
+
+
+def _unknown(path: Path, shapes: Shapes) -> UnsupportedModel:
+    """The error for a file that is no Stable Diffusion checkpoint."""
     others = [what for mark, what in OTHERS.items() if any(mark in name for name in shapes)]
-    raise not_supported(f"{others[0] if others else 'an unknown kind of model'} ({path})")
+    alone = [what for start, what in COMPONENTS.items() if any(name.startswith(start) for name in shapes)]
+    if alone and not others:
+        return UnsupportedModel(f"{path} holds {alone[0]} alone; {WHOLE}")
+    return not_supported(f"{others[0] if others else 'an unknown kind of model'} ({path})")
 
 
 def _config(family: str, shapes: Shapes) -> dict[str, dict[str, Any]]:

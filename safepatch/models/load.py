@@ -20,6 +20,8 @@ from safepatch.diffusion import (
 )
 from safepatch.errors import ConfigError, ModelNotFound, UnsupportedModel, lookup, nearest
 from safepatch.models.checkpoint import Checkpoint, open_checkpoint
+from safepatch.models.folder import chosen, chosen_variant
+from safepatch.models.weights import Weights, open_weights
 from safepatch.tiny.models import ASSETS, BASE, MODELS, load_tiny
 
 # Which token fills a prompt up: OpenCLIP's text encoders were trained with "!", CLIP's with its end token.
@@ -93,11 +95,27 @@ def load_pipeline(
     if str(name) in MODELS:
         return load_tiny(str(name))
     if not _is_file(name):
-        return load_folder(Path(name), dtype) if Path(name).is_dir() else load_from_hub(str(name), dtype)
+        return _load_folder(Path(name), dtype) if Path(name).is_dir() else load_from_hub(str(name), dtype)
     checkpoint = open_checkpoint(Path(name), allow_pickle, prediction_type)
     tokenizers = _tokenizers(checkpoint, tokenizer)
     with tempfile.TemporaryDirectory() as folder:
-        return load_single_file(checkpoint.path, checkpoint.write_config(Path(folder)), tokenizers, dtype)
+        config = checkpoint.write_config(Path(folder))
+        return load_single_file(_lower_case(checkpoint.path, Path(folder)), config, tokenizers, dtype)
+
+
+def _load_folder(folder: Path, dtype: torch.dtype | None) -> Any:
+    index = read_json(folder / "model_index.json")
+    denoiser_entry(index)  # a model of another kind is refused before its weights are looked for
+    return load_folder(folder, index, dtype, chosen_variant(folder, index))
+
+
+def _lower_case(path: Path, folder: Path) -> Path:
+    """The file, or in `folder` a link to it, under a suffix that diffusers knows."""
+    if path.suffix == path.suffix.lower():
+        return path
+    link = folder / f"model{path.suffix.lower()}"
+    link.symlink_to(path.resolve())
+    return link
 
 
 def unet_config(name: str | Path, allow_pickle: bool = False) -> dict[str, Any]:
@@ -117,14 +135,23 @@ def unet_config(name: str | Path, allow_pickle: bool = False) -> dict[str, Any]:
     return read_json(folder / component / "config.json")
 
 
-def load_unet(name: str | Path, allow_pickle: bool = False) -> Any:
-    """What denoises alone of whatever `load_pipeline` would load."""
-    if str(name) in MODELS:
-        return load_tiny(str(name)).unet
-    if not _is_file(name):
-        return read_unet(name)
-    with tempfile.TemporaryDirectory() as folder:
-        return read_unet(name, open_checkpoint(Path(name), allow_pickle).write_config(Path(folder)))
+def load_unet(name: str) -> Any:
+    """What denoises alone, of an embedded model or a Hub id."""
+    return load_tiny(name).unet if name in MODELS else read_unet(name)
+
+
+def unet_files(name: str | Path, allow_pickle: bool = False) -> list[Weights] | None:
+    """The files that hold the weights of what denoises; None where they are in none, but built or on the Hub.
+
+    Raises:
+        UnsupportedModel: when one is missing or damaged, or a pickle and none is allowed.
+    """
+    if str(name) in MODELS or not Path(name).exists():
+        return None
+    if _is_file(name):
+        return [open_weights(Path(name), allow_pickle)]
+    component, _ = denoiser_entry(read_json(Path(name) / "model_index.json"))
+    return [open_weights(path, allow_pickle=True) for path in chosen(Path(name) / component)[1]]
 
 
 def _refuse_misspelled(name: str | Path) -> None:
@@ -133,7 +160,9 @@ def _refuse_misspelled(name: str | Path) -> None:
 
 
 def _is_file(name: str | Path) -> bool:
-    suspected = Path(name).suffix in (".safetensors", ".ckpt", ".pt", ".bin") or str(name).startswith((".", "/"))
+    suspected = Path(name).suffix.lower() in (".safetensors", ".ckpt", ".pt", ".bin") or str(name).startswith(
+        (".", "/")
+    )
     return Path(name).is_file() or (suspected and not Path(name).is_dir())
 
 

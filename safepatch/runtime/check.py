@@ -5,9 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from safepatch.artifact.info import PatchInfo, read_info
-from safepatch.diffusion import Components, family, fingerprint, host_kind, uncompiled
-from safepatch.models.load import load_unet, unet_config
+from safepatch.diffusion import Components, empty_unet, family, fingerprint, host_kind, uncompiled
+from safepatch.errors import UnsupportedModel
+from safepatch.models.load import load_unet, unet_config, unet_files
+from safepatch.models.weights import denoiser_weights
 from safepatch.patch.drift import ENCODER, drift, sketch
 from safepatch.patch.files import check_fits
 from safepatch.runtime.corrector import Stats
@@ -45,8 +49,24 @@ def check(model: str | Path, patch: str | Path, allow_pickle: bool = False) -> F
     """
     info, config = require_fit(model, patch, allow_pickle)
     base = info.base.get(ENCODER)
-    found = drift(sketch(load_unet(model, allow_pickle)), base) if base else None
+    found = drift(_sketch(model, config, allow_pickle), base) if base else None
     return Fit(family(config), fingerprint(config), info, found)
+
+
+def _sketch(model: str | Path, config: Mapping[str, Any], allow_pickle: bool) -> str:
+    """Of the model's encoder, of which only one weight at a time is in memory where it is in files."""
+    files = unet_files(model, allow_pickle)
+    if files is None:
+        return sketch(load_unet(str(model)))
+    places = denoiser_weights(files, config)
+
+    def read(name: str) -> Tensor:
+        if name not in places:
+            raise UnsupportedModel(f"{model} lacks '{name}' of what denoises; fetch it again")
+        file, stored = places[name]
+        return file.read(stored)
+
+    return sketch(empty_unet(config), read)
 
 
 def require_fit(
@@ -64,15 +84,17 @@ class Status:
 
     Attributes:
         categories: what it is for; empty when it was attached from memory.
-        active: whether the pipeline's next image will be drawn with it.
+        active: whether the pipeline's next image will be drawn with it: every hook it needs hangs where it must.
         scale: its strength; at 0 it is attached and does nothing.
-        stats: UNet calls seen and patched since it was attached.
+        weights: what each category's corrections are multiplied by beside the scale, as the patch was merged.
+        stats: UNet calls seen, patched and acted on since it was attached.
         handle: with which to change the scale or to take it off.
     """
 
     categories: tuple[str, ...]
     active: bool
     scale: Scale
+    weights: Mapping[str, float]
     stats: Stats
     handle: Handle
 
@@ -88,6 +110,6 @@ def status(pipe: Any) -> tuple[Status, ...]:
     places = (components.unet, entry, uncompiled(components.vae).decoder)
     handles = {id(handle): handle for place in places for handle in attached(place)}
     return tuple(
-        Status(handle.categories, handle in attached(components.unet), handle.scale, handle.stats, handle)
+        Status(handle.categories, handle.is_active, handle.scale, handle.weights, handle.stats, handle)
         for handle in handles.values()
     )

@@ -1,12 +1,20 @@
 """The folder of a training run: its configuration, its log, its checkpoint, and at the end the patch."""
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import get_int_from_env
+
 from safepatch.errors import SafepatchError
+from safepatch.files import claimed, unwritable, write_text
+
+# Where launchers tell a process which of a run's it is; accelerate's own state must not be made before its settings.
+RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 
 
 @dataclass(frozen=True)
@@ -20,15 +28,23 @@ class RunFolder:
     path: Path
 
     @classmethod
-    def claim(cls, path: Path, config: Mapping[str, Any]) -> "RunFolder":
-        """The folder `path`, made and tried; a checkpoint of another configuration in it is refused."""
+    @contextmanager
+    def claim(cls, path: Path, config: Mapping[str, Any]) -> Iterator["RunFolder"]:
+        """The folder `path`, made and tried, for one run at a time; a run's processes share it.
+
+        Raises:
+            SafepatchError: when it cannot be written, another run is in it, or a checkpoint of another configuration.
+        """
         out = cls(path)
-        try:
-            out.path.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as held:
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+                if get_int_from_env(RANKS, 0) == 0:
+                    held.enter_context(claimed(path))
+            except OSError as error:
+                raise unwritable(path, error, "choose another output=") from error
             out._write_config(json.dumps(config, indent=1, sort_keys=True) + "\n")
-        except OSError as error:
-            raise SafepatchError(f"cannot write to {out.path} ({error.strerror}); choose another output=") from error
-        return out
+            yield out
 
     @property
     def checkpoint(self) -> Path:
@@ -43,19 +59,26 @@ class RunFolder:
             raise SafepatchError(
                 f"{self.path} holds the checkpoint of another configuration; delete it or choose another output="
             )
-        record.write_text(text)
+        write_text(record, text)
 
     @property
     def _log(self) -> Path:
         return self.path / "log.jsonl"
 
     def rewind_log(self, step: int) -> None:
-        """Drop what an earlier run logged after `step`, where this one goes on."""
+        """Drop what an earlier run logged after `step`, where this one goes on, and a line that a kill cut short."""
         lines = self._log.read_text().splitlines() if self._log.is_file() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
-        self._log.write_text("".join(f"{line}\n" for line in kept))
+        write_text(self._log, "".join(f"{line}\n" for line in lines if _step(line) <= step))
 
     def log(self, values: dict[str, Any]) -> None:
         """Add one line."""
         with self._log.open("a") as file:
             file.write(json.dumps(values) + "\n")
+
+
+def _step(line: str) -> float:
+    """Of a line of the log; never reached where it is not whole."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf

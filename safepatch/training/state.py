@@ -1,6 +1,5 @@
 """What changes while a patch is trained, and all that a checkpoint must hold."""
 
-import errno
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from safepatch.errors import ConfigError, SafepatchError
+from safepatch.files import is_full, replacing
 from safepatch.objectives import Player
 from safepatch.patch import Patch
 from safepatch.training.config import TrainingConfig
@@ -52,16 +52,14 @@ class State:
         Raises:
             SafepatchError: when it cannot be written.
         """
-        partial = path.with_suffix(".partial")
         try:
-            torch.save({"step": self.step, **{name: part.state_dict() for name, part in self.parts.items()}}, partial)
-            partial.replace(path)
+            with replacing(path) as file:
+                torch.save({"step": self.step, **{name: part.state_dict() for name, part in self.parts.items()}}, file)
         except (OSError, RuntimeError) as error:  # torch's zip writer says RuntimeError where the disk is full
-            partial.unlink(missing_ok=True)
-            is_full = getattr(error, "errno", errno.ENOSPC) == errno.ENOSPC
+            reason = "the disk is full" if is_full(error) or isinstance(error, RuntimeError) else "cannot write"
             raise SafepatchError(
-                f"{'the disk is full' if is_full else 'cannot write'}: {path}, step {self.step}; the checkpoint before "
-                "it is kept, make room and run the same command to resume"
+                f"{reason}: {path}, step {self.step}; the checkpoint before it is kept, make room and run the same "
+                "command to resume"
             ) from error
 
     def load(self, path: Path) -> None:

@@ -8,6 +8,7 @@ from PIL import Image
 
 from safepatch.data.corpus import Corpus
 from safepatch.diffusion import generate, quiet
+from safepatch.files import replacing
 from safepatch.patch import Patch
 from safepatch.runtime.apply import attach
 
@@ -26,4 +27,5 @@ def save_validation_grid(pipe: Any, patch: Patch, corpus: Corpus, path: Path) ->
 def save_grid(images: torch.Tensor, path: Path) -> None:
     """Write images in [0, 1] of shape (rows, columns, 3, H, W) as one PNG."""
     rows = torch.cat([torch.cat(list(row), dim=2) for row in images], dim=1)
-    Image.fromarray((rows * 255).round().byte().permute(1, 2, 0).numpy()).save(path)
+    with replacing(path) as file:
+        Image.fromarray((rows * 255).round().byte().permute(1, 2, 0).numpy()).save(file, "PNG")

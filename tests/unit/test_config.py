@@ -9,6 +9,7 @@ from omegaconf import MISSING
 
 from safepatch.config import load_config, to_dict, to_yaml
 from safepatch.errors import ConfigError
+from safepatch.training.config import load_train_config
 
 
 @dataclass(frozen=True)
@@ -260,3 +261,13 @@ def test_yaml_reads_back_to_an_equal_config(write):
     config = load(None, "objective={name: duo}", "adapter.path=/a/b", "learning_rate=1e-5", "adapters=[{rank: 3}]")
     assert load(write(to_yaml(config))) == config
     assert to_dict(config)["adapter"] == {"rank": 4, "path": "/a/b"}
+
+
+@pytest.mark.parametrize("word", ["no", "No", "off", "'no'", "False"])
+def test_yamls_truth_values_stand_for_the_words_that_were_typed(write, word):
+    words = ("category=weapons", "model=tiny-sd")
+    typed = load_train_config(None, [*words, f"training.mixed_precision={word}"])
+    assert typed.training.mixed_precision == "no"
+    path = write(f"category: weapons\nmodel: tiny-sd\ntraining: {{mixed_precision: {word}}}\n")
+    assert load_train_config(path, []).training.mixed_precision == "no"
+    assert load_train_config(None, [*words, "training.mixed_precision=bf16"]).training.mixed_precision == "bf16"

@@ -12,7 +12,8 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "safepatch"
 
 ROWS = (
-    ("errors", "taxonomy", "config", "results", "progress"),
+    ("errors", "taxonomy", "files", "progress"),
+    ("config", "results"),
     ("diffusion", "artifact", "shipped"),
     ("tiny", "merging"),
     ("models", "data", "patch", "detectors"),

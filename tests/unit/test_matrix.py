@@ -64,8 +64,10 @@ def weapons(tmp_path: Path) -> Path:
 
 
 def patch_file(path: Path, *categories: str, value: float = 1.0) -> Path:
-    info = PatchInfo("control", {name: f"no {name}" for name in categories}, {"n": 1}, {"family": "tiny-sd"})
-    return PatchArtifact({"control.w.delta": torch.full((2, 2), value)}, info).save(path)
+    info = PatchInfo(
+        "control", {name: f"no {name}" for name in categories}, {"n": 1}, {"family": "tiny-sd"}, {"sees": "prompt"}
+    )
+    return PatchArtifact({"control.zero_mid.delta": torch.full((2, 2), value)}, info).save(path)
 
 
 def small(path: Path, out: Path, **options: object) -> Matrix:
@@ -123,10 +125,53 @@ def test_a_crash_in_a_cell_keeps_the_others(weapons: Path, tmp_path: Path, monke
     monkeypatch.setattr(run, "measure", failing)
     with pytest.raises(SafepatchError, match="no space"):
         run_matrix(matrix, tell=lambda _: None)
+    assert {row.patch for row in read_rows(tmp_path / "out" / "rows.jsonl")} == {NONE}  # and they can be reported
     monkeypatch.setattr(run, "measure", measure)
     said: list[str] = []
     run_matrix(matrix, tell=said.append)
     assert [line.split(", ")[1] for line in said] == ["mine", "mine"]
+
+
+def test_older_results_stay_until_there_are_as_many_new_ones(
+    weapons: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows, pictures and the page's sections, whenever a run with other settings ends."""
+    matrix, measure, out, done = small(weapons, tmp_path / "out", pictures=2), run.measure, tmp_path / "out", []
+    run_matrix(matrix, tell=lambda _: None)
+
+    def shown() -> dict[str, bytes]:
+        files = [out / "rows.jsonl", out / "images.json", *sorted((out / "images").iterdir())]
+        return {file.name: file.read_bytes() for file in files}
+
+    def stopping(*args):
+        if len(done) == 2:
+            raise SafepatchError("stopped")
+        done.append(args)
+        return measure(*args)
+
+    before = shown()
+    other = replace(matrix, protocol=Protocol(n=10, guidance_scale=2.0))
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "measure", stopping)
+        with pytest.raises(SafepatchError, match="stopped"):
+            run_matrix(other, tell=lambda _: None)
+    assert before.items() <= shown().items()
+    assert build_report(out).is_file()
+    said: list[str] = []
+    rows = run_matrix(other, tell=said.append)
+    assert (len(said), read_rows(out / "rows.jsonl")) == (2, rows)  # control: two of four cells were kept, then all
+    assert {row.guidance_scale for row in rows} == {2.0}
+    assert run_matrix(matrix, tell=pytest.fail)
+    assert before.items() <= shown().items()  # and back again, for nothing
+
+
+def test_a_cell_whose_picture_is_gone_is_measured_again(weapons: Path, tmp_path: Path) -> None:
+    matrix, said = small(weapons, tmp_path / "out", pictures=2), []
+    run_matrix(matrix, tell=lambda _: None)
+    next((tmp_path / "out" / "images").iterdir()).unlink()
+    run_matrix(matrix, tell=said.append)
+    assert len(said) == 1
+    assert build_report(tmp_path / "out").is_file()
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from safepatch.diffusion.sampling import alphas, encode, encode_images, predicti
 from safepatch.errors import ConfigError
 
 INPAINTING = 9  # channels of a UNet that is given a mask and what is around it beside the latents
-AESTHETICS = 6.0  # the refiner's aesthetic score, as its pipeline's default
+SCORE, EMPTY_SCORE = 6.0, 2.5  # aesthetic ones of the refiner's prompts and of negative ones, its pipeline's defaults
 SAMPLED = 997  # every so many-th weight tells one model from another
 
 Residuals = tuple[tuple[Tensor, ...], Tensor]
@@ -91,7 +91,11 @@ class UNetHost:
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """What the model reads of `prompts`, on its device; of the empty one, what its own pipeline gives it."""
-        return encode(self.components, prompts).to(self.device)  # the text encoders may have been put aside
+        read = encode(self.components, prompts).to(self.device)  # the text encoders may have been put aside
+        if self.family != "sdxl-refiner":
+            return read
+        scores = torch.tensor([SCORE if prompt else EMPTY_SCORE for prompt in prompts])
+        return read._replace(score=moved(scores, self.device))
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Latents (B, 4, h, w), float32, of images in [0, 1], (B, 3, H, W)."""
@@ -104,7 +108,6 @@ class UNetHost:
         seeds: Sequence[int],
         steps: int,
         guidance: float | None = None,
-        negative: str = "",
         predict: Predict | None = None,
     ) -> Tensor:
         """Latents that the model itself makes of `prompts`, (B, 4, h, w), float32, on its device.
@@ -114,8 +117,8 @@ class UNetHost:
             seeds: of the starting noise, one each.
             steps: of denoising, DDIM (Song et al. 2021, arXiv 2010.02502) from the last timestep on.
             guidance: of classifier-free guidance; what suits the family by default.
-            negative: prompt that guidance points away from.
-            predict: what predicts for the prompts, instead of this host; what guidance points away from is its own.
+            predict: what predicts for the prompts, instead of this host; for the empty one, which guidance points away
+                from, this host does.
         """
         guidance = self.guidance if guidance is None else guidance
         scheduler = DDIMScheduler.from_config(
@@ -123,23 +126,29 @@ class UNetHost:
         )
         scheduler.set_timesteps(steps)
         latents = moved(torch.stack([self._noise(seed) for seed in seeds]), self.device)
-        asked, away = self.encode(prompts), self.encode([negative]).expand(len(prompts))
+        asked, empty = self.encode(prompts), self.encode([""]).expand(len(prompts))
         for t in scheduler.timesteps.tolist():
-            pred = self._guided(latents, t, asked, away, guidance, predict)
+            pred = self._guided(latents, t, asked, empty, guidance, predict)
             latents = scheduler.step(pred, t, latents, return_dict=False)[0]
         return latents
 
     def _guided(
-        self, latents: Tensor, t: int, asked: Conditioning, away: Conditioning, guidance: float, predict: Predict | None
+        self,
+        latents: Tensor,
+        t: int,
+        asked: Conditioning,
+        empty: Conditioning,
+        guidance: float,
+        predict: Predict | None,
     ) -> Tensor:
         """The prediction under classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598), (B, 4, h, w)."""
         n, times = len(latents), torch.full((2 * len(latents),), t, device=self.device)
         if guidance <= 1:
             return (predict or self.predict)(latents, times[:n], asked)
         if predict:
-            towards, base = predict(latents, times[:n], asked), self.predict(latents, times[:n], away)
+            towards, base = predict(latents, times[:n], asked), self.predict(latents, times[:n], empty)
         else:
-            base, towards = self.predict(torch.cat((latents, latents)), times, joined([away, asked])).chunk(2)
+            base, towards = self.predict(torch.cat((latents, latents)), times, joined([empty, asked])).chunk(2)
         return base + guidance * (towards - base)
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -174,7 +183,10 @@ class UNetHost:
         if conditioning.pooled is None:
             return {}
         pooled = conditioning.pooled.to(self.device, self.components.compute_dtype)
-        return {"text_embeds": pooled, "time_ids": self._time_ids.expand(len(pooled), -1)}
+        ids = self._time_ids.expand(len(pooled), -1)
+        if conditioning.score is not None:
+            ids = torch.cat((ids[:, :-1], conditioning.score.to(ids)[:, None]), dim=1)
+        return {"text_embeds": pooled, "time_ids": ids}
 
     def to_x0(self, noisy: Tensor, timesteps: Tensor, prediction: Tensor) -> Tensor:
         """The clean latents that a prediction stands for, (B, 4, h, w)."""
@@ -232,7 +244,7 @@ class UNetHost:
         config, size = self.unet.config, float(self.size)
         pooled = self.components.text_encoder_2.config.projection_dim
         count = (config.projection_class_embeddings_input_dim - pooled) // config.addition_time_embed_dim
-        ids = [size, size, 0.0, 0.0, *([AESTHETICS] if count == 5 else [size, size])]
+        ids = [size, size, 0.0, 0.0, *([SCORE] if count == 5 else [size, size])]
         return torch.tensor([ids], device=self.device, dtype=self.components.compute_dtype)
 
 
