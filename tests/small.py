@@ -177,13 +177,13 @@ def bank(seed: int, n: int = 12, safe_share: float = 0.5, retain: bool = True) -
 
 
 def batch(seed: int = 0, n: int = 2, edge: int = 8, rewrite: Rewrite | None = None) -> Batch:
-    """Random rows of `n` pairs and `n` that are to stay, with what a guided teacher is pushed away from."""
+    """Random rows of `n` pairs and `n` that are to stay, with the prompts that a guided teacher is pushed between."""
     generator = torch.Generator().manual_seed(seed)
     latents = [torch.randn(n, 4, edge, edge, generator=generator) for _ in range(2)]
     unsafe, safe, retain = (Conditioning(torch.randn(n, MAX_TOKENS, WIDTH, generator=generator)) for _ in range(3))
-    away, empty = (Conditioning(torch.randn(1, MAX_TOKENS, WIDTH, generator=generator)) for _ in range(2))
+    away, towards = (Conditioning(torch.randn(n, MAX_TOKENS, WIDTH, generator=generator)) for _ in range(2))
     rewrite = rewrite or Rewrite("replace")
-    guides = (away, empty) if rewrite.by == "guided" else (None, None)
+    guides = (away, towards) if rewrite.by == "guided" else (None, None)
     return Batch(latents[0], unsafe, unsafe if rewrite.by == "guided" else safe, rewrite, latents[1], retain, *guides)
 
 

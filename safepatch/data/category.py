@@ -51,13 +51,17 @@ class Rewrite:
 
     Attributes:
         by: `column`, of the prompt file; `replace`, each concept by its replacement; `target`, one prompt for all;
-            `empty`, the empty prompt; `guided`, no other prompt: the teacher is the base's own prediction, pushed away
-            from the category's concepts. Left out, it follows from what the file gives.
+            `empty`, the empty prompt; `guided`, nobody writes one: the teacher is the base's own prediction, pushed
+            away from the concepts that the prompt names (`safepatch.data.guided`). Left out, it follows from what the
+            file gives.
         column: of the safe prompts, where it is not found by its name.
         target: the prompt, for `target`.
-        scale: of `guided`: how far the prediction is pushed (ESD, Gandikota et al. 2023, eq. 6).
-        threshold: of `guided`: where the push is smaller than this it is left out, as SLD does (Schramowski et al.
-            2023, eq. 6); 0 pushes everywhere.
+        scale: of `guided`: how far the prediction is pushed, ESD's eta; 0 takes the concept out, more goes beyond.
+        threshold: of `guided`: the push is left out where it is smaller than this, as SEGA does (Brack et al. 2023,
+            arXiv 2301.12247); 0 pushes everywhere.
+        momentum: of `guided`: share of the earlier steps' pushes that is added to each, SLD's s_m. Only a trajectory
+            has earlier steps: it shapes the pictures that the teacher draws, and with them what is learned where
+            `objective.supervision` is `paired`. A distilled target at one noisy picture knows none.
     """
 
     by: str | None = None
@@ -65,6 +69,7 @@ class Rewrite:
     target: str | None = None
     scale: float = 1.0
     threshold: float = 0.0
+    momentum: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse what has no meaning."""
@@ -72,6 +77,8 @@ class Rewrite:
             raise ConfigError(f"rewrite.by must be one of {', '.join(REWRITES)}, not '{self.by}'")
         if self.by == "target" and not (self.target or "").strip():
             raise ConfigError("rewrite.by is target, but there is no rewrite.target; write the prompt that all become")
+        if min(self.scale, self.threshold, self.momentum) < 0:
+            raise ConfigError("rewrite.scale, threshold and momentum must be at least 0")
 
 
 @dataclass(frozen=True)

@@ -1,26 +1,16 @@
 """A category's words: pairs to learn from, prompts to leave alone, and prompts that only evaluation uses."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
-from functools import cache
+from dataclasses import asdict, replace
 from pathlib import Path
 from random import Random
 
-from safepatch.data.category import (
-    WORDS,
-    CategoryFile,
-    Concept,
-    Phrases,
-    Rewrite,
-    category_path,
-    default_fills,
-    find_file,
-    read_category,
-    word_list,
-)
+from safepatch.data.category import CategoryFile, Phrases, Rewrite, category_path, find_file, read_category
+from safepatch.data.keys import digest
 from safepatch.data.prompts import EMPTY, Pair, Prompt
-from safepatch.data.readers import Line, PromptFile, read_prompts
-from safepatch.data.words import Words, noun, replaced
+from safepatch.data.readers import read_prompts
+from safepatch.data.twins import Guide, caption_twin, file_pairs, settled
+from safepatch.data.words import Words, common_words, noun, written_words
 from safepatch.errors import ConfigError, PromptError, lookup
 from safepatch.taxonomy import Category
 
@@ -28,7 +18,7 @@ from safepatch.taxonomy import Category
 RETAIN_SHARES: dict[str, float] = {"file": 0.35, "benign": 0.35, "lookalike": 0.25, "other": 0.25, "empty": 0.15}
 COMPANIONS = 0.65  # share of the unsafe prompts of training that show a harmless thing too
 TRIES = 50  # for a neighbour's prompt without anything of the category
-SHOWN_CONCEPTS = 8  # of those that the teacher of `guided` is pushed away from
+SHOWN_CONCEPTS = 8  # of those that the teacher of a prompt that names none is pushed away from
 
 
 class Corpus:
@@ -44,9 +34,6 @@ class Corpus:
         rewrite: where the safe twins of captions come from; `guided` also says how the teacher is pushed.
         neighbours: corpora of other categories, which a patch must leave alone.
         notes: what was read, a line for each file.
-
-    Attributes:
-        away: what `guided` pushes away from.
     """
 
     def __init__(
@@ -91,11 +78,26 @@ class Corpus:
         """The category's."""
         return self.category.name
 
+    def guide(self, pair: Pair) -> Guide | None:
+        """How the teacher of a pair is pushed; None unless the rewrite is `guided`."""
+        if self.rewrite.by != "guided":
+            return None
+        if pair.safe.text != pair.unsafe.text:
+            return Guide(pair.unsafe.text, pair.safe.text, self.rewrite)
+        return Guide(self._named, EMPTY.text, self.rewrite)
+
     @property
-    def away(self) -> Prompt:
-        """The concepts that the teacher of `guided` is pushed away from, as one prompt."""
+    def _named(self) -> str:
+        """The category's concepts, as one prompt."""
         names = [noun(concept.name) for concept in self.words.concepts[:SHOWN_CONCEPTS]]
-        return Prompt(", ".join(names) or self.category.definition)
+        return ", ".join(names) or self.category.definition
+
+    @property
+    def key(self) -> str:
+        """A hash of all its words and how they are used; with a seed it tells which prompts come of them."""
+        prompts = [[asdict(prompt) for prompt in some] for some in (*self._pairs, self._retain, self._heldout)]
+        about = [asdict(part) for part in (self.category, self.words, self.rewrite)]
+        return digest([about, prompts, [other.key for other in self.neighbours]])
 
     def pairs(self, n: int, seed: int, companions: float = COMPANIONS) -> list[Pair]:
         """`n` unsafe prompts with their safe twins; of files and of captions in turn where there are both.
@@ -126,22 +128,7 @@ class Corpus:
     def _caption(self, i: int, rng: Random, companions: float) -> Pair:
         beside = self.words.has_companions and rng.random() < companions
         unsafe, twin = self.words.unsafe(i, rng, beside)
-        return Pair(unsafe, self._twin_of(unsafe, twin))
-
-    def _twin_of(self, unsafe: Prompt, replacement: str) -> Prompt:
-        by = self.rewrite.by
-        if by == "target":
-            return Prompt(str(self.rewrite.target))
-        if by == "empty":
-            return EMPTY
-        if by == "guided":
-            return unsafe
-        if not replacement:
-            raise ConfigError(
-                f"category '{self.name}': '{unsafe.text}' has no safe twin; give its concept a replacement, or set "
-                "rewrite.by to target, empty or guided"
-            )
-        return Prompt(replacement)
+        return Pair(unsafe, caption_twin(unsafe, twin, self.rewrite, self.words.concepts))
 
     def _harmless_sets(self) -> dict[str, Callable[[Random], Prompt]]:
         words, neighbours = self.words, self.neighbours
@@ -171,13 +158,6 @@ class Corpus:
             return known[place % len(known)]
         paired = rng.random() < 0.5 if i is None else (place // len(self.words.concepts)) % 2 == 1
         return self.words.unsafe(place, rng, paired and self.words.has_companions, heldout)[0]
-
-
-@cache
-def common_words() -> Words:
-    """The shipped vocabulary of common things, in the shipped wordings."""
-    words, _ = _words(CategoryFile("common", "", "", concepts=[Concept("something")]), WORDS)
-    return replace(words, concepts=())
 
 
 def image_seed(seed: int, i: int) -> int:
@@ -232,22 +212,22 @@ EVALUATIONS: dict[str, Callable[[Corpus, int, int], list[Prompt]]] = {
 
 def _opened(file: CategoryFile, folder: Path, neighbours: Sequence[Corpus] = ()) -> Corpus:
     """The corpus of what a category file in `folder` says."""
-    words, notes = _words(file, folder)
+    words, notes = written_words(file, folder)
     rewrite, pairs, read = file.rewrite, [], None
     if file.pairs:
         read = read_prompts(find_file(file.pairs, folder), safe=rewrite.column)
-        rewrite = _settled(rewrite, file, read)
-        pairs, left_out = _file_pairs(read, rewrite, file)
+        rewrite = settled(rewrite, file, read)
+        pairs, left_out = file_pairs(read, rewrite, file)
         notes += [read.described(), *left_out]
     else:
-        rewrite = _settled(rewrite, file, None)
+        rewrite = settled(rewrite, file, None)
     retain = [read_prompts(find_file(name, folder)) for name in file.retain]
     heldout = [read_prompts(find_file(file.heldout, folder))] if file.heldout else []
     notes += [each.described() for each in (*retain, *heldout)]
     if read and heldout:
         known, unseen = ([(line.number, line.text) for line in some.lines] for some in (read, heldout[0]))
         _refuse_overlap(known, unseen, file.name)
-    kept, unseen = ([_of_line(line) for each in some for line in each.lines] for some in (retain, heldout))
+    kept, unseen = ([line.prompt for each in some for line in each.lines] for some in (retain, heldout))
     return Corpus(file.category, pairs, kept, unseen, words, rewrite, neighbours, notes)
 
 
@@ -255,72 +235,6 @@ def _neighbour(name: str, path: Path) -> Corpus:
     """Of another category its words only, not what it leaves alone."""
     other = path.parent / name if (path.parent / name).is_file() else category_path(name)
     return _opened(read_category(other), other.parent)
-
-
-def _words(file: CategoryFile, folder: Path) -> tuple[Words, list[str]]:
-    lost, lists = 0, {}
-    for name in ("templates", "heldout_templates", "companions", "lookalikes", "benign"):
-        lists[name], left_out = word_list(getattr(file, name), folder)
-        lost += left_out
-    fills = {}
-    for name, entries in default_fills(file.fills).items():
-        things, left_out = word_list(entries, folder)
-        fills[name], lost = tuple(thing[0] for thing in things), lost + left_out
-    for name in ("templates", "heldout_templates"):
-        lists[name] = tuple(thing[0] for thing in lists[name])
-    notes = [f"{file.name}: left out {lost} words or templates that involve minors"] if lost else []
-    return Words(tuple(file.concepts), fills=fills, **lists), notes
-
-
-def _settled(rewrite: Rewrite, file: CategoryFile, read: PromptFile | None) -> Rewrite:
-    """The rewrite with its `by`, which follows from what the file gives where it is left out."""
-    if rewrite.by == "column" and read is None:
-        raise ConfigError(f"category '{file.name}': rewrite.by is column, but there is no file of pairs; give 'pairs'")
-    if rewrite.by == "replace" and (bare := [concept.name for concept in file.concepts if not concept.replacement]):
-        raise ConfigError(
-            f"category '{file.name}': rewrite.by is replace, but '{bare[0]}' has no replacement; give one"
-        )
-    if rewrite.by is not None:
-        return rewrite
-    if read is not None and "safe" in read.took:
-        return replace(rewrite, by="column")
-    if rewrite.target:
-        return replace(rewrite, by="target")
-    replaceable = file.concepts and all(concept.replacement for concept in file.concepts)
-    return replace(rewrite, by="replace" if replaceable else "guided")
-
-
-def _file_pairs(
-    read: PromptFile, rewrite: Rewrite, file: CategoryFile
-) -> tuple[list[tuple[Prompt, Prompt]], list[str]]:
-    """Pairs of the file's lines, and a note on lines that name none of the concepts to replace."""
-    if rewrite.by == "column" and "safe" not in read.took:
-        raise PromptError(
-            f"{read.path.name} has no column of safe prompts; name one by rewrite.column, or set "
-            "rewrite.by to replace, target, empty or guided"
-        )
-    pairs = [(_of_line(line), twin) for line in read.lines if (twin := _line_twin(line, rewrite, file)) is not None]
-    lost = len(read.lines) - len(pairs)
-    if not pairs:
-        raise PromptError(f"no prompt of {read.path.name} names one of the concepts, so there is nothing to replace")
-    return pairs, [f"{read.path.name}: left out {lost} prompts that name none of the concepts"] if lost else []
-
-
-def _line_twin(line: Line, rewrite: Rewrite, file: CategoryFile) -> Prompt | None:
-    if rewrite.by == "column":
-        return Prompt(str(line.safe), image=line.safe_image)
-    if rewrite.by == "target":
-        return Prompt(str(rewrite.target), image=line.safe_image)
-    if rewrite.by == "empty":
-        return EMPTY
-    if rewrite.by == "guided":
-        return _of_line(line)
-    text = replaced(line.text, file.concepts)
-    return None if text == line.text else Prompt(text, image=line.safe_image)
-
-
-def _of_line(line: Line) -> Prompt:
-    return Prompt(line.text, line.seed, line.guidance, line.image)
 
 
 def _prompt(given: Prompt | str) -> Prompt:

@@ -20,7 +20,7 @@ pairs: {name}.csv
 rewrite: {{by: column}}
 #   replace: each concept below becomes its replacement
 #   target:  {{by: target, target: "a quiet landscape"}}, one prompt for all
-#   guided:  no twin at all: the model is pushed away from the concepts below
+#   guided:  nobody writes a twin: the model is pushed away from whichever of the concepts below a prompt names
 
 # Instead of a file of prompts, or beside it: phrases as they stand in a prompt. Templates multiply them, and the
 # `heldout` names are kept for evaluation. Diverse wordings beat one word.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from safepatch.data.columns import NAMES, Table, listed, match, plain, read_table
-from safepatch.data.prompts import mentions_minors
+from safepatch.data.prompts import Prompt, mentions_minors
 from safepatch.errors import PromptError, nearest
 
 FLAGS = {"", "0", "1", "0.0", "1.0", "true", "false", "yes", "no", "none"}
@@ -39,6 +39,11 @@ class Line:
     safe_image: Path | None = None
     categories: tuple[str, ...] = ()
     number: int = 0
+
+    @property
+    def prompt(self) -> Prompt:
+        """The prompt itself."""
+        return Prompt(self.text, self.seed, self.guidance, self.image)
 
 
 @dataclass(frozen=True)

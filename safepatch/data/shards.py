@@ -4,7 +4,6 @@ A file is written under another name and then renamed, so a kill at any moment l
 needs the rows next makes those that are missing. Files are mapped, not read: rows that nobody asks for cost no memory.
 """
 
-import errno
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -15,10 +14,11 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from safepatch.errors import SafepatchError
+from safepatch.files import is_full, replacing
 from safepatch.progress import bar
 
 ROWS = 32  # of a file
@@ -88,7 +88,8 @@ class Shards:
                     f"{self.folder} holds rows of another model or other prompts; delete it or set another data.cache="
                 )
             if not record.is_file():
-                _replaced(record, lambda partial: partial.write_text(text))
+                with replacing(record) as file:
+                    file.write(text.encode())
         except OSError as error:
             raise _unwritable(self.folder, error) from error
 
@@ -98,8 +99,9 @@ class Shards:
     def _write(self, i: int, tensors: Mapping[str, Tensor]) -> None:
         kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         try:
-            _replaced(self._file(i), lambda partial: save_file(kept, partial))
-        except (OSError, SafetensorError) as error:
+            with replacing(self._file(i)) as file:
+                file.write(save(kept))
+        except OSError as error:
             raise _unwritable(self.folder, error) from error
 
     def _read(self, i: int) -> dict[str, Tensor]:
@@ -111,17 +113,6 @@ class Shards:
             ) from error
 
 
-def _replaced(path: Path, write: Callable[[Path], object]) -> None:
-    """Have `write` write another file and give it this name, so that nobody ever reads half of it."""
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    try:
-        write(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _unwritable(folder: Path, error: Exception) -> SafepatchError:
-    is_full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-    what = "the disk is full" if is_full else f"cannot write ({getattr(error, 'strerror', None) or error})"
+def _unwritable(folder: Path, error: OSError) -> SafepatchError:
+    what = "the disk is full" if is_full(error) else f"cannot write ({error.strerror or error})"
     return SafepatchError(f"{what}: {folder}; rows made so far are kept, free some space or choose another data.cache=")

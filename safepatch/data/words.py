@@ -6,11 +6,12 @@ Diverse wordings beat one word (published for many erasing methods, and seen her
 import re
 import string
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from pathlib import Path
 from random import Random
 
-from safepatch.data.category import Concept, Phrases
+from safepatch.data.category import WORDS, CategoryFile, Concept, Phrases, default_fills, word_list
 from safepatch.data.prompts import Prompt
 from safepatch.errors import ConfigError
 
@@ -113,6 +114,29 @@ class Words:
         second = rng.choice(beside)
         left, right = (first, second) if rng.random() < 0.5 else (second, first)
         return template.format(x=left, y=right, **values)
+
+
+def written_words(file: CategoryFile, folder: Path) -> tuple[Words, list[str]]:
+    """The words that a category file in `folder` names, and a note if some were left out."""
+    lost, lists = 0, {}
+    for name in ("templates", "heldout_templates", "companions", "lookalikes", "benign"):
+        lists[name], left_out = word_list(getattr(file, name), folder)
+        lost += left_out
+    fills = {}
+    for name, entries in default_fills(file.fills).items():
+        things, left_out = word_list(entries, folder)
+        fills[name], lost = tuple(thing[0] for thing in things), lost + left_out
+    for name in ("templates", "heldout_templates"):
+        lists[name] = tuple(thing[0] for thing in lists[name])
+    notes = [f"{file.name}: left out {lost} words or templates that involve minors"] if lost else []
+    return Words(tuple(file.concepts), fills=fills, **lists), notes
+
+
+@cache
+def common_words() -> Words:
+    """The shipped vocabulary of common things, in the shipped wordings."""
+    words, _ = written_words(CategoryFile("common", "", "", concepts=[Concept("something")]), WORDS)
+    return replace(words, concepts=())
 
 
 def placeholders(template: str) -> set[str]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from safepatch.diffusion import moved
 from safepatch.errors import ConfigError
 from safepatch.objectives.base import Player
 
@@ -62,8 +63,8 @@ class SoftPrompts(nn.Module):
         """`states` (B, T, width) with a soft prompt behind a share of the rows, and more padding behind the others."""
         self._restart(generator)
         rows = len(states)
-        pick = torch.randint(len(self.states), (rows,), generator=generator).to(states.device)
-        attacked = (torch.rand(rows, generator=generator) < self.config.share).to(states.device)[:, None, None]
+        pick = moved(torch.randint(len(self.states), (rows,), generator=generator), states.device)
+        attacked = moved(torch.rand(rows, generator=generator) < self.config.share, states.device)[:, None, None]
         soft = torch.where(attacked, self.states[pick].to(states.dtype), padding(states, self.config.tokens))
         return torch.cat((states, soft), dim=1)
 
@@ -71,12 +72,12 @@ class SoftPrompts(nn.Module):
     def _restart(self, generator: torch.Generator) -> None:
         """Soft prompts that have lived long enough start anew."""
         old = self.age >= self.config.life
-        self.states.copy_(torch.where(old[:, None, None], self._fresh(generator).to(self.states), self.states))
+        self.states.copy_(torch.where(old[:, None, None], self._fresh(generator), self.states))
         self.age.copy_(torch.where(old, torch.zeros_like(self.age), self.age))
 
     def _fresh(self, generator: torch.Generator) -> Tensor:
         shape = (self.config.count, self.config.tokens, len(self.start))
-        return self.start.cpu() + SPREAD * torch.randn(shape, generator=generator)
+        return self.start + SPREAD * moved(torch.randn(shape, generator=generator), self.start.device)
 
 
 class SignAscent(torch.optim.Optimizer):

@@ -94,7 +94,7 @@ class MatchBundle:
         texts = Texts(host, (*unsafe, *kept), data)
 
         def bundled(noisy: Tensor, timesteps: Tensor, prompts: Conditioning) -> Tensor:
-            return self.target(host, noisy, timesteps, prompts, self._acts(host, noisy, timesteps, prompts))
+            return self.target(host, noisy, timesteps, prompts, self._acts(host, noisy, timesteps, prompts).cpu())
 
         return MatchRows(
             Latents(host, drawings, data, "what the base draws"),
@@ -122,13 +122,14 @@ class MatchBundle:
         timesteps = moved(timesteps, batch.latents.device)
         noise = moved(torch.randn(batch.latents.shape, generator=turn.generator), batch.latents.device)
         noisy, prompts = host.add_noise(batch.latents, noise, timesteps), batch.prompts
-        acts = self._acts(host, noisy, timesteps, prompts)
-        reached = acts.any(0)
-        if not reached.any():
+        acts = self._acts(host, noisy, timesteps, prompts).cpu()  # the one wait of a step: whom the teachers run for
+        reached = _rows(acts.any(0), noisy.device)
+        if not len(reached):
             raise MergeError(
                 "the sources' gates open for none of their own prompts on this model; fit them on it first"
             )
-        noisy, timesteps, prompts, acts = noisy[reached], timesteps[reached], prompts.of(reached), acts[:, reached]
+        noisy, timesteps, prompts = noisy[reached], timesteps[reached], prompts.of(reached)
+        acts = acts[:, acts.any(0)]
         with torch.no_grad():
             plain = host.predict(noisy, timesteps, prompts)
             target = self.target(host, noisy, timesteps, prompts, acts)
@@ -138,17 +139,21 @@ class MatchBundle:
 
     @torch.no_grad()
     def target(self, host: UNetHost, noisy: Tensor, timesteps: Tensor, prompts: Conditioning, acts: Tensor) -> Tensor:
-        """What the host predicts with the bundle, (B, 4, h, w): each part `acts` on its own rows, (sources, B)."""
-        total: list[Tensor] | None = None
+        """What the host predicts with the bundle, (B, 4, h, w).
+
+        Each source acts on its own rows, those that are true of `acts`, (sources, B), which is on the CPU.
+        """
+        total: list[Tensor] = []
         for source, on in zip(self.sources, acts, strict=True):
-            if not on.any():
+            rows = _rows(on, noisy.device)
+            if not len(rows):
                 continue
             states = source.instruction_states.float()
-            made = source.patch(*_inputs(host, noisy[on], timesteps[on], prompts.of(on), states))
+            made = source.patch(*_inputs(host, noisy[rows], timesteps[rows], prompts.of(rows), states))
             parts = (*made.down, made.mid)
             total = total or [torch.zeros(len(noisy), *part.shape[1:], device=part.device) for part in parts]
             for each, part in zip(total, parts, strict=True):
-                each[on] += source.weight * part
+                each[rows] += source.weight * part
         return host.predict(noisy, timesteps, prompts, Residuals(tuple(total[:-1]), total[-1]) if total else None)
 
     @torch.no_grad()
@@ -163,8 +168,13 @@ class MatchBundle:
         for source, on in zip(self.sources, acts, strict=True):
             if source.patch.gate:
                 logits = source.patch.gate(mids[0], timesteps, prompts.states.float())
-                on.copy_((logits.sigmoid() >= cast(Tensor, source.thresholds).to(logits.device)).any(1))
+                on.copy_((logits.sigmoid() >= moved(cast(Tensor, source.thresholds), logits.device)).any(1))
         return acts
+
+
+def _rows(on: Tensor, device: torch.device) -> Tensor:
+    """On `device`, the numbers of the rows that are true of a mask on the CPU; a mask there would be waited for."""
+    return moved(on.nonzero()[:, 0], device)
 
 
 def _inputs(

@@ -15,6 +15,7 @@ from torch.nn.functional import mse_loss
 
 from safepatch.data.bank import SAFE_SHARE, Batch, DataConfig, PairBank, build_bank
 from safepatch.data.corpus import Corpus
+from safepatch.data.guided import push
 from safepatch.diffusion import Conditioning, UNetHost, joined, moved, training_target
 from safepatch.errors import ConfigError
 from safepatch.objectives.adversary import AdversaryConfig, SoftPrompts, adversary, padding
@@ -96,12 +97,10 @@ class SafeControlConfig:
     def _target(self, host: UNetHost, batch: Batch, noisy: Tensor, timesteps: Tensor) -> Tensor:
         """What the patched model should predict: the teacher for the pairs, the base for what is preserved."""
         n, retain = len(batch.latents), [] if batch.retain is None else [batch.retain]
-        target = host.predict(noisy, timesteps, joined([batch.safe, *retain]))
-        pairs = (noisy[:n], timesteps[:n])
-        if batch.away is not None and batch.empty is not None:
-            away, empty = (host.predict(*pairs, prompt.expand(n)) for prompt in (batch.away, batch.empty))
-            push = batch.rewrite.scale * (away - empty)
-            target[:n] -= torch.where(push.abs() < batch.rewrite.threshold, 0, push)
+        pairs, asked = (noisy[:n], timesteps[:n]), batch.safe if batch.away is None else batch.unsafe
+        target = host.predict(noisy, timesteps, joined([asked, *retain]))
+        if batch.away is not None and batch.towards is not None:
+            target[:n] -= push(host.predict(*pairs, batch.away), host.predict(*pairs, batch.towards), batch.rewrite)
         if self.negative_guidance:
             target[:n] += self.negative_guidance * (target[:n] - host.predict(*pairs, batch.unsafe))
         return target

@@ -13,6 +13,7 @@ from safepatch.artifact.patch_artifact import Part, PatchArtifact
 from safepatch.artifact.patch_artifact import cast as converted
 from safepatch.data.bank import DataConfig
 from safepatch.data.corpus import Corpus
+from safepatch.data.keys import digest
 from safepatch.diffusion import Components, UNetHost
 from safepatch.errors import MergeError
 from safepatch.merging import MergeRecipe, merge
@@ -24,7 +25,8 @@ from safepatch.patch.files import to_artifact
 from safepatch.runtime.apply import activate
 from safepatch.training.config import TrainingConfig
 from safepatch.training.folder import RunFolder
-from safepatch.training.trainer import Run, new_accelerator
+from safepatch.training.loop import Run
+from safepatch.training.trainer import new_accelerator
 
 CHECKS = 4  # batches that the error before and after is measured on, which no step sees
 OPTIONS = TrainingConfig(batch_size=16, joint_rate=1.0, warmup=10)
@@ -44,7 +46,8 @@ def heal(
         pipe: the base model's pipeline; its modules are frozen and moved to the device that trains, not changed.
         recipe: of a merge in weight space, from which healing starts; its seed decides what is random here.
         out: path of the healed patch; by default the recipe's, if that has one. The run's log and checkpoint, from
-            which it goes on after a kill, stand in a folder beside it.
+            which it goes on after a kill, stand in a folder beside it; without a path, in one of their own under
+            `runs/heal`.
         corpora: of the merged categories; by default the shipped ones of these names.
         options: how to train; steps, seed and learning rate are the recipe's.
         data: how pictures are drawn.
@@ -58,9 +61,8 @@ def heal(
         BaseMismatch: when they are for another architecture than the pipeline's.
         ConfigError: when there are no words for one of the categories.
     """
-    place = Path(out or recipe.out or "runs/heal/healed.safetensors")
-    if out or recipe.out:
-        check_target(place, recipe)
+    if place := out or recipe.out:
+        check_target(Path(place), recipe)
     plain = replace(recipe, heal=0, out=None)
     start = merge(plain)
     if start.info.kind != "control":
@@ -68,28 +70,35 @@ def heal(
     corpora = corpora or [Corpus.open(name) for name in start.info.categories]
     options = replace(options, steps=recipe.heal, seed=recipe.seed, learning_rate=recipe.heal_rate)
     data = replace(data or DataConfig(), seed=recipe.seed)
+    host = UNetHost(Components.of(pipe), data.size)
     run_is_of = {"recipe": asdict(recipe), "training": asdict(options), "data": asdict(replace(data, cache=None))}
-    folder = RunFolder.claim(place.with_suffix(".heal"), {**run_is_of, "merged": start.content_hash})
-    accelerator = new_accelerator(options, folder.path)
-    host = UNetHost(Components.of(pipe).freeze().to(accelerator.device), data.size)
+    run_is_of |= {"model_key": host.key, "words_key": [each.key for each in corpora], "merged": start.content_hash}
+    path = Path(place).with_suffix(".heal") if place else Path("runs/heal") / digest(run_is_of)[:16]
+    with RunFolder.claim(path, run_is_of) as folder:
+        accelerator = new_accelerator(options, folder.path)
+        host.components.to(accelerator.device)
+        objective = _objective(plain, start, host)
+        rows, instruction = objective.prepare(host, corpora, data), objective.merged.instruction_states.float()
+        run = Run("healing", objective, host, rows, instruction, options, accelerator)
+        before = mean_error(run, objective.merged.patch)
+        state = run.finish(_learning(objective.merged.patch), folder)
+        after = mean_error(run, state.patch)
+        record = {"steps": recipe.heal, "seed": recipe.seed, "error_before": round(before, 4), "error": round(after, 4)}
+        healed = _packed(state.patch, host, start, record)
+        if accelerator.is_main_process:
+            if place:
+                healed.save(place)
+            folder.checkpoint.unlink(missing_ok=True)
+        accelerator.wait_for_everyone()
+    return healed
+
+
+def _objective(plain: MergeRecipe, start: PatchArtifact, host: UNetHost) -> MatchBundle:
+    """To turn `start`, which the recipe makes, into the bundle of its sources."""
     bundle = merge(replace(plain, method=BUNDLE, dtype=None, conflicts=False))
     sources = [activate(part, host.components, dtype=torch.float32) for part in bundle.parts()]
     merged = activate(Part(1.0, start), host.components, dtype=torch.float32)
-    objective = MatchBundle(merged, sources, bundle.content_hash)
-    rows = objective.prepare(host, corpora, data)
-    instruction = merged.instruction_states.float()
-    run = Run("healing", objective, host, rows, instruction, options, accelerator)
-    before = mean_error(run, merged.patch)
-    state = run.finish(_learning(merged.patch), folder)
-    after = mean_error(run, state.patch)
-    record = {"steps": recipe.heal, "seed": recipe.seed, "error_before": round(before, 4), "error": round(after, 4)}
-    healed = _packed(state.patch, host, start, record)
-    if accelerator.is_main_process:
-        if out or recipe.out:
-            healed.save(place)
-        folder.checkpoint.unlink(missing_ok=True)
-    accelerator.wait_for_everyone()
-    return healed
+    return MatchBundle(merged, sources, bundle.content_hash)
 
 
 def mean_error(run: Run, patch: nn.Module) -> float:

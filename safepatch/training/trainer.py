@@ -1,42 +1,29 @@
-"""The training loop, on accelerate; it knows no objective and no patch kind by name.
+"""One training run from a configuration to a patch: host, rows, loop, gate, file."""
 
-Every batch, noise and timestep is a function of (seed, step), and a checkpoint holds everything else, so a run that was
-killed and resumed ends in the same file as one that was not.
-"""
-
-import math
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from torch import Tensor, nn
 
 from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.config import to_dict
 from safepatch.data.corpus import Corpus
 from safepatch.diffusion import Components, UNetHost
-from safepatch.errors import ConfigError, SafepatchError, lookup
-from safepatch.objectives import Objective, Player, Rows, Turn
+from safepatch.errors import ConfigError, lookup
 from safepatch.patch import PATCH_KINDS, Patch
 from safepatch.patch.files import to_artifact
 from safepatch.patch.gate import TextGate
-from safepatch.progress import bar
 from safepatch.training.config import TrainConfig, TrainingConfig
 from safepatch.training.folder import RunFolder
 from safepatch.training.gates import fit_gate
-from safepatch.training.state import State, fresh_average, patch_player
+from safepatch.training.interrupts import Interrupted
+from safepatch.training.loop import Run
 from safepatch.training.validation import save_validation_grid
 
-
-class Interrupted(SafepatchError):
-    """Ctrl-C during training; a checkpoint was kept."""
+__all__ = ["Interrupted", "Run", "new_accelerator", "train"]
 
 
 def train(pipe: Any, config: TrainConfig, corpus: Corpus | None = None) -> Path:
@@ -51,15 +38,21 @@ def train(pipe: Any, config: TrainConfig, corpus: Corpus | None = None) -> Path:
     Raises:
         Interrupted: on Ctrl-C, after a checkpoint was written.
         ConfigError: when the model draws with a transformer, or the category cannot be used.
-        SafepatchError: when the output folder or the cache cannot be written.
+        SafepatchError: when the output folder or the cache cannot be written, or another run is in that folder.
     """
     corpus = corpus or Corpus.open(config.category)
     usual = f"runs/train/{corpus.name}-{config.patch.kind}"
-    out = RunFolder.claim(Path(config.output or usual), _recorded(config))
-    accelerator = new_accelerator(config.training, out.path)
-    host = UNetHost(Components.of(pipe).freeze().to(accelerator.device), config.data.size)
+    host = UNetHost(Components.of(pipe), config.data.size)
     kind = lookup(PATCH_KINDS, config.patch.kind, what="patch kind")
-    patch = kind.from_unet(host.unet, config.patch.sees, **config.patch.layout)  # before anything is drawn
+    patch = kind.from_unet(host.unet, config.patch.sees, **config.patch.layout)  # before anything is written or drawn
+    run_is_of = {**_recorded(config), "model_key": host.key, "words_key": corpus.key}
+    with RunFolder.claim(Path(config.output or usual), run_is_of) as out:
+        return _train(pipe, host, patch, config, corpus, out)
+
+
+def _train(pipe: Any, host: UNetHost, patch: Patch, config: TrainConfig, corpus: Corpus, out: RunFolder) -> Path:
+    accelerator = new_accelerator(config.training, out.path)
+    host.components.to(accelerator.device)
     rows = config.objective.prepare(host, corpus, config.data)
     instruction = host.encode([corpus.category.instruction]).states.float()
     run = Run(corpus.name, config.objective, host, rows, instruction, config.training, accelerator)
@@ -80,170 +73,6 @@ def train(pipe: Any, config: TrainConfig, corpus: Corpus | None = None) -> Path:
     return path
 
 
-@dataclass(frozen=True)
-class Run:
-    """One training run, but for what changes in it.
-
-    Attributes:
-        label: of the progress bar.
-        objective: whose losses.
-        host: the frozen model.
-        rows: the objective's training data.
-        instruction: text states of the safety instruction, (1, tokens, width).
-        options: how to train.
-        accelerator: device, precision and processes.
-        show: draws validation pictures of a patch into a file, if there are to be any.
-    """
-
-    label: str
-    objective: Objective
-    host: UNetHost
-    rows: Rows
-    instruction: Tensor
-    options: TrainingConfig
-    accelerator: Accelerator
-    show: Callable[[Patch, Path], None] | None = None
-
-    def finish(self, patch: Patch, out: RunFolder) -> State:
-        """Train `patch` to the last step, from the folder's checkpoint where there is one.
-
-        Raises:
-            Interrupted: on Ctrl-C, after a checkpoint was written.
-        """
-        state = self._begun(patch, out)
-        writer = _Writer(self, state, out)
-        try:
-            with _ctrl_c_waits() as asked, _tensor_cores(self.host.device), patch.learning(self.host.unet):
-                for losses in self.steps(state):
-                    writer.note(losses, stop=asked())
-                    if asked():
-                        raise Interrupted(
-                            f"stopped at step {state.step}; {out.checkpoint} is kept, run the same command to resume"
-                        )
-        finally:
-            self.host.keep_activations()
-        return state
-
-    def _begun(self, patch: Patch, out: RunFolder) -> State:
-        """The state before the next step."""
-        patch.to(self.host.device).train()
-        patch.gradient_checkpointing = self.options.gradient_checkpointing
-        if self.options.gradient_checkpointing:
-            self.host.save_memory(lambda: patch.recomputing(self.host.unet))
-        players = self.objective.players(patch_player(patch, self.options), self.rows)
-        for player in players:
-            player.module.to(self.host.device)
-        state = State(patch, fresh_average(patch, self.options.ema_decay), players, scaler=self.accelerator.scaler)
-        if out.checkpoint.is_file():
-            state.load(out.checkpoint)
-        if self.accelerator.is_main_process:
-            out.rewind_log(state.step)
-        if self.host.device.type == "cuda" and self.show is None:
-            self.host.put_aside()
-        return state
-
-    def steps(self, state: State) -> Iterator[Mapping[str, Tensor]]:
-        """Run the remaining optimizer steps; yields the losses of each, on the device, after counting it."""
-        wrapped = self._wrapped(state)
-        shown = {"desc": f"training {self.label}", "shown": self.accelerator.is_main_process}
-        with bar(total=self.options.steps, initial=state.step, **shown) as progress:
-            while state.step < self.options.steps:
-                losses: dict[str, Tensor] = {}
-                for player in state.players:
-                    if not player.rides and state.step % player.every == 0:
-                        losses |= self._move(player, state, wrapped)
-                state.average.update_parameters(self.accelerator.unwrap_model(wrapped["patch"]))
-                state.step += 1
-                progress.update()
-                yield losses
-
-    def _wrapped(self, state: State) -> dict[str, nn.Module]:
-        """Each player's module as the accelerator runs it; their optimizers become its own."""
-        wrapped = {}
-        for player in state.players:
-            if player.rides:
-                wrapped[player.name] = player.module
-            else:
-                wrapped[player.name], player.optimizer = self.accelerator.prepare(player.module, player.optimizer)
-        return wrapped
-
-    def _move(self, player: Player, state: State, wrapped: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-        """One optimizer step of a player, and of those who ride on it if it is the patch."""
-        riders = [other for other in state.players if other.rides and player.name == "patch"]
-        for group in player.optimizer.param_groups:
-            group["lr"] = group.get("multiple", 1.0) * learning_rate(self.options, state.step)
-        losses = self._accumulate(player, state, wrapped)
-        self.accelerator.clip_grad_norm_(wrapped[player.name].parameters(), self.options.max_grad_norm)
-        for mover in (player, *riders):
-            if mover.rides and self.accelerator.num_processes > 1:
-                for parameter in mover.module.parameters():
-                    parameter.grad = cast(Tensor, self.accelerator.reduce(parameter.grad))
-            mover.optimizer.step()
-            mover.optimizer.zero_grad(set_to_none=True)
-        return losses
-
-    def _accumulate(self, player: Player, state: State, wrapped: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-        """Back-propagate the batches of one optimizer step; returns the mean of each loss part."""
-        options, accelerator, totals = self.options, self.accelerator, dict[str, Tensor]()
-        pieces = options.gradient_accumulation
-        others = {name: module for name, module in wrapped.items() if name != "patch"}
-        for piece in range(pieces):
-            draw = (state.step * pieces + piece) * accelerator.num_processes + accelerator.process_index
-            batch = self.rows.batch(draw, options.batch_size, options.seed).to(self.host.device)
-            generator = torch.Generator().manual_seed(options.seed * 1_000_003 + draw)
-            turn = Turn(self.host, wrapped["patch"], self.instruction, batch, generator, others)
-            with accelerator.autocast():
-                losses = self.objective.loss(player, turn)
-            accelerator.backward(losses["loss"] / pieces)
-            for name, value in losses.items():
-                name = name if player.name == "patch" else f"{player.name}.{name}"
-                totals[name] = totals.get(name, 0.0) + value.detach() / pieces
-        return totals
-
-    def record(self, state: State) -> dict[str, Any]:
-        """What a file tells of the run; no clock, so that equal runs give equal files."""
-        torch_version = torch.__version__.split("+")[0]
-        return {"steps": state.step, "processes": self.accelerator.num_processes, "torch": torch_version}
-
-
-class _Writer:
-    """What a run leaves in its folder while it goes on; losses are fetched from the device when a line is due."""
-
-    def __init__(self, run: Run, state: State, out: RunFolder) -> None:
-        self.run, self.state, self.out = run, state, out
-        self._losses: list[Mapping[str, Tensor]] = []
-
-    def note(self, losses: Mapping[str, Tensor], stop: bool) -> None:
-        """After a step: write what is due, and a checkpoint too if the run is to `stop`."""
-        options, accelerator, step = self.run.options, self.run.accelerator, self.state.step
-        if not accelerator.is_main_process:
-            return
-        self._losses.append(losses)
-        is_checkpoint = stop or step % options.checkpoint_every == 0
-        if is_checkpoint or step % options.log_every == 0 or step == options.steps:
-            self._log(step)
-        if is_checkpoint:
-            self.state.save(self.out.checkpoint)
-        if options.validate_every and self.run.show and step % options.validate_every == 0:
-            self.run.show(self.state.averaged, self.out.path / f"step{step:06d}.png")
-
-    def _log(self, step: int) -> None:
-        names = list(dict.fromkeys(name for losses in self._losses for name in losses))
-        means = torch.stack([torch.stack([of[n] for of in self._losses if n in of]).float().mean() for n in names])
-        values, self._losses = dict(zip(names, means.tolist(), strict=True)), []
-        self.out.log({"step": step, **values})
-        self.run.accelerator.log(values, step=step)
-
-
-def learning_rate(options: TrainingConfig, step: int) -> float:
-    """AdamW's rate at `step` (from 0): linear warm-up, then a cosine down to a tenth of the peak."""
-    peak = cast(float, options.learning_rate)
-    if step < options.warmup:
-        return peak * (step + 1) / options.warmup
-    done = (step - options.warmup) / max(1, options.steps - options.warmup)
-    return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
-
-
 def new_accelerator(options: TrainingConfig, folder: Path) -> Accelerator:
     """The device, the precision and the processes of a run; raises `ConfigError` for a precision it cannot have."""
     AcceleratorState._reset_state()  # it would refuse another precision than an earlier run's in the same process
@@ -254,37 +83,6 @@ def new_accelerator(options: TrainingConfig, folder: Path) -> Accelerator:
     if log_with:
         accelerator.init_trackers("tensorboard")
     return accelerator
-
-
-@contextmanager
-def _tensor_cores(device: torch.device) -> Iterator[None]:
-    """Within the block a GPU may multiply float32 on its tensor cores (TF32)."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if device.type == "cuda" else before)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-@contextmanager
-def _ctrl_c_waits() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C only asks to stop, so that whole steps are kept; a second one stops at once, at the last checkpoint."""
-    usual = signal.default_int_handler
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is not usual:
-        yield lambda: False  # signals are the main thread's, and what someone else arranged for them stays
-        return
-    presses: list[int] = []
-
-    def ask(number: int, _: object) -> None:
-        presses.append(number)
-        signal.signal(signal.SIGINT, usual)
-
-    signal.signal(signal.SIGINT, ask)
-    try:
-        yield lambda: bool(presses)
-    finally:
-        signal.signal(signal.SIGINT, usual)
 
 
 def _recorded(config: TrainConfig) -> dict[str, Any]:
@@ -298,7 +96,8 @@ def _packed(
 ) -> PatchArtifact:
     """The trained patch as an artifact in float16, low-rank when the configuration says so; `gates` by category."""
     recorded = {name: value for name, value in _recorded(config).items() if name != "output"}
-    recorded |= {"category": corpus.name, "model": Path(config.model.path).name, "rewrite": to_dict(corpus.rewrite)}
+    rewrite = {name: value for name, value in to_dict(corpus.rewrite).items() if name != "momentum" or value}
+    recorded |= {"category": corpus.name, "model": Path(config.model.path).name, "rewrite": rewrite}
     recorded |= {"gate": gates} if gates else {}
     instructions = {corpus.name: corpus.category.instruction}
     artifact = to_artifact(patch, host.unet, instructions, recorded, training)

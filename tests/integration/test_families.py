@@ -77,7 +77,7 @@ def test_a_patch_acts_on_every_family_and_leaves_no_trace(original):
     assert not torch.equal(awake, base)
     assert torch.equal(off, base)
     assert torch.equal(draw(pipe), base)
-    assert handle.stats.patched_calls == handle.stats.unet_calls > 0
+    assert handle.stats.acted_calls == handle.stats.patched_calls == handle.stats.unet_calls / 2 > 0
 
 
 def test_instructions_are_encoded_as_the_pipeline_encodes_prompts(original):
@@ -211,15 +211,20 @@ def test_what_a_file_states_about_its_prediction_wins_over_the_family(sd1, tmp_p
         open_checkpoint(path, prediction_type="v")
 
 
-UNET = "model.diffusion_model.input_blocks.0.0.weight"
+UNET, CLIP = "model.diffusion_model.input_blocks.0.0.weight", "cond_stage_model.transformer.text_model."
 STRANGERS: dict[str, tuple[dict[str, tuple[int, ...]], str]] = {
     "SD3": ({"model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight": (1,)}, "not supported yet: Stable Diff"),
     "Flux": ({"double_blocks.0.img_attn.qkv.weight": (1,)}, "not supported yet: Flux"),
     "LoRA": ({"lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight": (1,)}, "not supported yet: a LoRA"),
-    "component": ({"down_blocks.0.resnets.0.conv1.weight": (1,)}, "not supported yet: one component"),
+    "component": ({"down_blocks.0.resnets.0.conv1.weight": (1,)}, "holds a UNet alone"),
+    "unprefixed": ({"input_blocks.0.0.weight": (4, 4, 3, 3)}, "holds a UNet alone"),
+    "no VAE": ({UNET: (4, 4, 3, 3), f"{CLIP}final_layer_norm.bias": (4,)}, "holds no VAE; use the whole checkpoint"),
     "stranger": ({"layer.weight": (1,)}, "not supported yet: an unknown kind of model"),
-    "no text encoder": ({UNET: (4, 4, 3, 3)}, "holds no text encoder"),
-    "half a file": ({UNET: (4, 4, 3, 3), "cond_stage_model.model.ln_final.bias": (4,)}, "looks like sd2 but has no"),
+    "no text encoder": ({UNET: (4, 4, 3, 3)}, "holds no VAE and no text encoder"),
+    "half a file": (
+        {UNET: (4, 4, 3, 3), "cond_stage_model.model.ln_final.bias": (4,), "first_stage_model.conv": (1,)},
+        "looks like sd2 but has no",
+    ),
 }
 
 
@@ -314,7 +319,7 @@ def test_check_measures_how_far_a_checkpoint_is_from_the_patchs_base(sd1, tmp_pa
 def test_check_refuses_before_any_weight_is_read(original, sd1, tmp_path, monkeypatch):
     if original.family.startswith("sd1"):
         pytest.skip("SD1 and its inpainting variant share patches")
-    monkeypatch.setattr("safepatch.runtime.check.load_unet", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("safepatch.runtime.check.unet_files", lambda *_: pytest.fail("weights were read"))
     patch = sd1.artifact.save(tmp_path / "patch.safetensors")
     with pytest.raises(BaseMismatch, match="this patch is for sd1 UNets"):
         check(original.path, patch)

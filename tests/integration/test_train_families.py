@@ -18,7 +18,7 @@ from torch import Tensor
 from safepatch.artifact.patch_artifact import PatchArtifact, verify
 from safepatch.data.bank import DataConfig
 from safepatch.data.corpus import Corpus
-from safepatch.diffusion import Components, UNetHost, joined, quiet
+from safepatch.diffusion import Components, UNetHost, generate, joined, quiet
 from safepatch.errors import ConfigError
 from safepatch.merging import MergeRecipe
 from safepatch.objectives import SafeControlConfig, Turn, match_bundle
@@ -340,12 +340,21 @@ def pipelines_own(base: Base, **options: Any) -> Tensor:
         pipe.scheduler = usual
 
 
-def test_the_host_draws_what_the_familys_pipeline_draws(base):
-    """But for the refiner's guidance: its pipeline tells negative rows of a lower aesthetic score than others."""
-    guidance = 1.0 if base.family == "sdxl-refiner" else 4.0
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_the_host_draws_what_the_familys_pipeline_draws(base, guidance):
+    """Also the refiner, whose pipeline tells negative rows of a lower aesthetic score than others."""
     ours = base.host.draw([PROMPT], [SEED], STEPS, guidance)
     torch.testing.assert_close(ours, pipelines_own(base, guidance_scale=guidance), rtol=0, atol=1e-5)
     assert (ours - base.host.draw([PROMPT], [SEED + 1], STEPS, guidance)).abs().max() > 0.1  # control
+
+
+def test_every_familys_pipeline_draws_from_noise_by_the_seed(base):
+    """Those that change pictures too: they are given none to keep."""
+    pipe, seeds = base.pipe, [SEED, SEED + 1]
+    first, again = (generate(pipe, [PROMPT, PROMPT], seeds, STEPS) for _ in range(2))
+    assert torch.equal(first, again)
+    assert first.isfinite().all()
+    assert not torch.equal(first[0], first[1])  # control
 
 
 def test_the_host_reads_what_the_familys_pipeline_reads(base):
@@ -363,7 +372,7 @@ def test_the_host_reads_what_the_familys_pipeline_reads(base):
 def test_the_empty_prompt_is_zeros_where_the_pipeline_makes_it_so(family, tmp_path, words):
     host = new_base(family, tmp_path, words).host
     empty, said = host.encode([""]), host.encode(["a cat"])
-    for part, other in zip(empty, said, strict=True):
+    for part, other in ((empty.states, said.states), (empty.pooled, said.pooled)):
         assert bool((part == 0).all()) is (family != "sdxl-refiner")
         assert not (other == 0).all()  # control
 
@@ -390,10 +399,11 @@ def test_pooled_states_and_sizes_reach_the_host_and_the_patch(large):
     for hook in hooks:
         hook.remove()
     asked = joined([batch.unsafe, batch.retain])
-    ids = torch.tensor(pipelines_ids(large)).float()
+    is_empty = (asked.states == host.encode([""]).states).flatten(1).all(1)
+    ids = torch.tensor([pipelines_ids(large, empty) for empty in is_empty.tolist()])
     for who in ("host", "patch"):
         assert torch.equal(told[who]["text_embeds"], asked.pooled)
-        assert torch.equal(told[who]["time_ids"], ids.expand(len(asked.states), -1))
+        assert torch.equal(told[who]["time_ids"], ids)
     wrong = replace(batch, unsafe=batch.unsafe._replace(pooled=batch.unsafe.pooled + 1))
     assert loss_of(replace(turn, batch=wrong)) != right  # control
     assert loss_of(turn) == right
@@ -405,9 +415,9 @@ def loss_of(turn: Turn) -> float:
     return SafeControlConfig().loss(None, turn)["loss"].item()  # type: ignore[arg-type]
 
 
-def pipelines_ids(base: Base) -> list[float]:
-    size = float(base.size)
-    return [size, size, 0.0, 0.0, 6.0] if base.family == "sdxl-refiner" else [size, size, 0.0, 0.0, size, size]
+def pipelines_ids(base: Base, is_empty: bool) -> list[float]:
+    size, score = float(base.size), 2.5 if is_empty else 6.0
+    return [size, size, 0.0, 0.0, score] if base.family == "sdxl-refiner" else [size, size, 0.0, 0.0, size, size]
 
 
 @torch.no_grad()
@@ -478,3 +488,4 @@ def test_a_transformer_is_refused_before_anything_is_computed(name, kind, tmp_pa
         train(small_transformer_pipe(name), config)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "cache").exists()
+    assert not (tmp_path / "out").exists()

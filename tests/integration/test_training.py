@@ -12,11 +12,13 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from safepatch.artifact.patch_artifact import PatchArtifact, verify
 from safepatch.data.bank import DataConfig, build_bank
@@ -33,8 +35,9 @@ from safepatch.runtime.apply import apply
 from safepatch.taxonomy import Category
 from safepatch.training import gates, trainer, validation
 from safepatch.training.config import PatchConfig, TrainConfig, TrainingConfig, load_train_config
+from safepatch.training.loop import follow, learning_rate
 from safepatch.training.state import State, fresh_average, patch_player
-from safepatch.training.trainer import Interrupted, learning_rate, train
+from safepatch.training.trainer import Interrupted, train
 from tests.small import bank, images, new_patch, new_small_host, new_small_pipe
 
 ROOT = Path(__file__).parents[2]
@@ -333,6 +336,20 @@ def test_validation_pictures_are_made_when_asked_for(tmp_path, monkeypatch):
         assert grid.size == (10 * 64, 2 * 64)
 
 
+def test_the_average_follows_as_torchs_own_does():
+    torch.manual_seed(0)
+    model, decay = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2)), 0.9
+    ours, theirs = (AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)) for _ in range(2))
+    for _ in range(3):
+        with torch.no_grad():
+            for value in (*model.parameters(), model[1].running_mean):
+                value += torch.randn_like(value)
+        follow(ours, model, decay)
+        theirs.update_parameters(model)
+        assert all(torch.equal(value, theirs.state_dict()[name]) for name, value in ours.state_dict().items())
+    assert not torch.equal(ours.module[0].weight, model[0].weight)  # control
+
+
 def test_the_rate_warms_up_and_decays_to_a_tenth():
     options = TrainingConfig(steps=100, warmup=10, learning_rate=1.0)
     rates = [learning_rate(options, step) for step in range(101)]
@@ -403,19 +420,19 @@ def test_where_ctrl_c_is_ignored_it_stays_ignored(tmp_path):
 def test_a_crash_while_a_checkpoint_is_written_leaves_the_one_before(uninterrupted, tmp_path, monkeypatch):
     save, saved = torch.save, []
 
-    def cut(content: object, path: Path) -> None:
-        saved.append(path)
+    def cut(content: object, file: Any) -> None:
+        saved.append(file)
         if len(saved) == 2:
-            path.write_bytes(b"half")
+            file.write(b"half")
             raise OSError(28, "No space left on device")
-        save(content, path)
+        save(content, file)
 
     with monkeypatch.context() as patched:
         patched.setattr(torch, "save", cut)
         with pytest.raises(SafepatchError, match=r"the disk is full: .*checkpoint\.pt, step 6; .* is kept") as caught:
             run(tmp_path)
     assert "\n" not in str(caught.value)
-    assert not (tmp_path / "checkpoint.partial").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.pt", "config.json", "log.jsonl"]
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 3
     assert run(tmp_path).content_hash == uninterrupted.content_hash
 
@@ -498,6 +515,7 @@ def test_accumulation_resumes_to_the_same_file(tmp_path):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
+from typing import Any
 import torch
 torch.set_num_threads(int(sys.argv[4]))
 from safepatch.objectives import SafeControlConfig

@@ -4,11 +4,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointError
 
 from safepatch.data.bank import Batch, DataConfig
@@ -298,12 +300,44 @@ def answers(host: UNetHost, rows: Batch) -> tuple[dict[str, Tensor], Tensor, Ten
     played(SafeControlConfig(), asked, host, rows)
     n = len(rows.latents)
     noisy, timesteps = asked.inputs[0][0][:n], asked.inputs[0][1][:n]
-    prompts = {"unsafe": rows.unsafe, "safe": rows.safe, "away": rows.away, "empty": rows.empty}
+    prompts = {"unsafe": rows.unsafe, "safe": rows.safe, "away": rows.away, "towards": rows.towards}
     with torch.no_grad():
         made = {
-            name: host.predict(noisy, timesteps, prompt.expand(n)) for name, prompt in prompts.items() if prompt
+            name: host.predict(noisy, timesteps, prompt) for name, prompt in prompts.items() if prompt
         }  # fmt: skip
     return made, noisy, timesteps
+
+
+class Waits(TorchDispatchMode):
+    """Notes what would make a GPU be waited for: values that Python asks for, and rows picked by a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        by_mask = "index" in func.__name__ and any(
+            isinstance(one, Tensor) and one.dtype == torch.bool
+            for some in args
+            if isinstance(some, list)
+            for one in some
+        )
+        if by_mask or func.__name__.split(".")[0] in ("_local_scalar_dense", "nonzero", "equal", "masked_select"):
+            self.seen.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@every_case
+def test_no_step_waits_for_the_device(host, case):
+    """Where the values of a tensor are asked for, a GPU's queue runs dry."""
+    patch = trainable(host, "lora")
+    losses(case, patch, host)["loss"]  # what is made once
+    with Waits() as waits:
+        losses(case, patch, host)["loss"].backward()
+    assert waits.seen == []
+    with Waits() as waits:  # control
+        float(torch.ones(2)[torch.tensor([True, False])].sum())
+    assert len(waits.seen) == 2
 
 
 def test_distilled_regresses_on_the_bases_answer_to_the_safe_prompt(host):
@@ -331,22 +365,35 @@ def test_negative_guidance_moves_the_target_away_from_the_unsafe_prediction(host
     assert torch.equal(pushed["preserve"], plain["preserve"])
 
 
-def test_a_guided_teacher_is_pushed_away_from_the_concepts(host):
-    """ESD, eq. 6: the base's answer, less scale (away - empty); pushes below the threshold are left out."""
+def test_a_guided_teacher_is_pushed_between_two_prompts(host):
+    """(1 + scale) (away - towards) less than the base's answer to the unsafe prompt; small pushes are left out."""
     rows = batch(rewrite=Rewrite("guided"))
     base, _, _ = answers(host, rows)
-    push = base["away"] - base["empty"]
+    push = base["away"] - base["towards"]
 
     def correct(**settings: float) -> Tensor:
         changed = replace(rows, rewrite=Rewrite("guided", **settings))
         return played(SafeControlConfig(), trainable(host, seed=None), host, changed)["correct"]
 
     middle = push.abs().median().item()
-    torch.testing.assert_close(correct(), push.square().mean())
-    torch.testing.assert_close(correct(scale=3.0), 9 * push.square().mean())
+    torch.testing.assert_close(correct(scale=0.0), push.square().mean())
+    torch.testing.assert_close(correct(), 4 * push.square().mean())
     strong = torch.where(push.abs() < middle, 0, push).square().mean()
-    torch.testing.assert_close(correct(threshold=middle), strong)
+    torch.testing.assert_close(correct(scale=0.0, threshold=middle), strong)
     assert correct(threshold=1e6) < 1e-9  # control: nothing is left to learn
+    assert torch.equal(correct(momentum=0.5), correct())  # one noisy picture has no earlier steps
+
+
+def test_of_a_concept_alone_the_guided_target_is_esds(host):
+    """e(0) - eta (e(c) - e(0)), with the neutral prompt for the empty one; at scale 0 it is that prompt's answer."""
+    rows = batch()
+    rows = replace(rows, away=rows.unsafe, towards=rows.safe)
+    base, noisy, timesteps = answers(host, rows)
+    for eta in (0.0, 1.0, 2.5):
+        target = SafeControlConfig()._target(
+            host, replace(rows, rewrite=Rewrite("guided", scale=eta), retain=None), noisy, timesteps
+        )
+        torch.testing.assert_close(target, base["safe"] - eta * (base["unsafe"] - base["safe"]))
 
 
 @pytest.mark.parametrize("n", [1, 2, 32])

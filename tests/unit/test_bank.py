@@ -14,6 +14,7 @@ from safepatch.data.bank import Batch, DataConfig, Latents, PairBank, Retained, 
 from safepatch.data.category import Rewrite
 from safepatch.data.corpus import Corpus
 from safepatch.data.prompts import Prompt
+from safepatch.data.twins import Guide
 from safepatch.diffusion import UNetHost
 from safepatch.errors import ConfigError, PromptError, SafepatchError
 from safepatch.taxonomy import Category
@@ -121,15 +122,52 @@ def test_seeds_and_guidance_of_a_file_are_kept(host, config):
     assert not torch.allclose(bank.latents[[made["a knife"]]], other, atol=1e-3)
 
 
-def test_what_guided_calls_safe_is_drawn_away_from_the_concepts(host, config):
-    corpus = Corpus(MINE, TEXTS, rewrite=Rewrite("guided"))
+def teachers_own(host: UNetHost, guides: list[Guide], texts: list[str], seeds: list[int]) -> Tensor:
+    """Latents drawn, in two steps, by a pipeline whose UNet is the teacher's formula written out."""
+    read = {name: host.encode(some).states for name, some in (
+        ("asked", texts), ("away", [guide.away for guide in guides]), ("towards", [guide.towards for guide in guides])
+    )}  # fmt: skip
+    pipe, mean = new_small_pipe(), torch.zeros(())
+    forward, settings = pipe.unet.forward, guides[0].rewrite
+
+    def pushed(sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, **_: object) -> tuple[Tensor]:
+        nonlocal mean
+        noisy, n = sample[len(texts) :], len(texts)
+        empty, *made = (
+            forward(noisy, timestep, encoder_hidden_states=states).sample
+            for states in (encoder_hidden_states[:n], *read.values())
+        )
+        push = (1 + settings.scale) * (made[1] - made[2]) + settings.momentum * mean
+        mean = 0.4 * mean + 0.6 * push
+        return (torch.cat((empty, made[0] - push)),)
+
+    pipe.unet.forward = pushed
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return pipe(
+        texts, num_inference_steps=2, guidance_scale=1.5, generator=generators, output_type="latent"
+    ).images  # fmt: skip
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_what_guided_calls_safe_is_what_its_teacher_draws(host, config, momentum):
+    corpus = Corpus(MINE, TEXTS, rewrite=Rewrite("guided", momentum=momentum))
     bank, pairs = build_bank(host, corpus, config, safe_share=1, retain=False), corpus.pairs(4, 0)
-    texts = [pair.unsafe.text for pair in pairs]
-    assert torch.equal(everything(bank.latents), by_pipeline(texts, list(range(4)), negative=corpus.away.text))
-    assert not torch.equal(everything(bank.latents), by_pipeline(texts, list(range(4))))  # control
-    batch = bank.batch(0, 2, 0)
-    assert torch.equal(batch.away.states, host.encode([corpus.away.text]).states)
-    assert torch.equal(batch.empty.states, host.encode([""]).states)
+    texts, guides = [pair.unsafe.text for pair in pairs], [corpus.guide(pair) for pair in pairs]
+    wanted = teachers_own(host, guides, texts, list(range(4)))
+    torch.testing.assert_close(everything(bank.latents), wanted, rtol=0, atol=1e-4)
+    assert not torch.allclose(everything(bank.latents), by_pipeline(texts, list(range(4))), atol=1e-2)  # control
+
+
+def test_a_batch_has_the_prompts_that_a_guided_teacher_is_pushed_between(host, config):
+    corpus = Corpus(MINE, TEXTS, rewrite=Rewrite("guided"))
+    batch = build_bank(host, corpus, config).batch(0, 3, 0)
+    assert torch.equal(batch.away.states, batch.unsafe.states)
+    assert torch.equal(batch.towards.states, batch.safe.states)
+    assert not torch.equal(batch.away.states, batch.towards.states)  # control
+    alike = Corpus(MINE, [(prompt, prompt) for prompt, _ in TEXTS], rewrite=Rewrite("guided"))
+    batch = build_bank(host, alike, config).batch(0, 3, 0)
+    assert torch.equal(batch.away.states, host.encode([MINE.definition] * 3).states)
+    assert torch.equal(batch.towards.states, host.encode([""] * 3).states)
     assert build_bank(host, CORPUS, config).batch(0, 2, 0).away is None
 
 
@@ -261,15 +299,15 @@ def test_a_cache_of_another_model_is_refused(host, config):
 
 def test_a_full_disk_is_one_line_and_keeps_rows(host, config, monkeypatch, drawn):
     monkeypatch.setattr(shards, "ROWS", 2)
-    save = shards.save_file
+    save = shards.save
 
-    def full(tensors: dict, path: Path) -> None:
-        if path.name.startswith("00001") and "latents" in tensors:
+    def full(tensors: dict) -> bytes:
+        if "latents" in tensors and len(drawn) == 4:
             raise OSError(28, "No space left on device")
-        save(tensors, path)
+        return save(tensors)
 
     with monkeypatch.context() as patched:
-        patched.setattr(shards, "save_file", full)
+        patched.setattr(shards, "save", full)
         with pytest.raises(SafepatchError, match=r"the disk is full: .*rows made so far are kept") as caught:
             build_bank(host, CORPUS, config, retain=False)
     assert "\n" not in str(caught.value)

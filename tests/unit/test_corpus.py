@@ -12,6 +12,7 @@ from safepatch.data.category import CATEGORIES as SHIPPED
 from safepatch.data.category import Concept, Rewrite, category_path, shipped_categories
 from safepatch.data.corpus import COMPANIONS, EVALUATIONS, RETAIN_SHARES, Corpus
 from safepatch.data.prompts import EMPTY, Pair, Prompt, mentions_minors
+from safepatch.data.twins import Guide
 from safepatch.data.words import Words, noun, replaced
 from safepatch.errors import ConfigError, PromptError, UnknownName
 from safepatch.evaluation.bench import Protocol
@@ -327,6 +328,7 @@ def test_a_file_is_read_as_it_says(tmp_path):
         (BURGERS + "rewrite: {bye: replace}\n", r"mine\.yaml: unknown key 'rewrite\.bye'.*did you mean 'by'"),
         ("concepts: [{nam: a burger}]\n", r"unknown key 'concepts\[0\]\.nam'"),
         ("", "category 'mine' has no words; give 'concepts', or 'pairs'"),
+        (BURGERS + "rewrite: {scale: -1}\n", "rewrite.scale, threshold and momentum must be at least 0"),
         (BURGERS + "rewrite: {by: magic}\n", "rewrite.by must be one of column, replace, target, empty, guided, not"),
         (BURGERS + "rewrite: {by: target}\n", "rewrite.by is target, but there is no rewrite.target"),
         (BURGERS + "rewrite: {by: column}\n", "rewrite.by is column, but there is no file of pairs"),
@@ -424,13 +426,29 @@ def test_target_and_empty_are_the_same_for_all(tmp_path, file, rewrite, twin):
     assert len({pair.unsafe.text for pair in pairs}) > 3  # control
 
 
-@pytest.mark.parametrize("file", ["", PROMPTS])
-def test_guided_has_no_other_prompt_and_names_what_to_push_away_from(tmp_path, file):
-    corpus = opened(tmp_path, BARE + "rewrite: {by: guided, scale: 2}\n" + ("pairs: a.csv\n" if file else ""), a=file)
-    assert all(pair.unsafe == pair.safe for pair in corpus.pairs(6, 0))
-    assert corpus.away.text == "burger, hot dog"
-    assert corpus.rewrite == Rewrite("guided", scale=2.0)
-    assert Corpus(MINE, [("a", "b")], rewrite=Rewrite("guided")).away.text == MINE.definition
+def test_guided_puts_something_in_the_place_of_a_concept(tmp_path):
+    corpus = opened(tmp_path, BARE + "rewrite: {by: guided, scale: 2}\n")
+    pairs = corpus.pairs(20, 0)
+    named = re.compile(r"\b(a burger|a hamburger|a hot dog)\b")
+    assert all(pair.safe.text == named.sub("something", pair.unsafe.text) != pair.unsafe.text for pair in pairs)
+    guides = [corpus.guide(pair) for pair in pairs]
+    assert [(guide.away, guide.towards) for guide in guides] == [(p.unsafe.text, p.safe.text) for p in pairs]
+    assert {guide.rewrite for guide in guides} == {Rewrite("guided", scale=2.0)}
+    assert opened(tmp_path, BURGERS).guide(pairs[0]) is None  # control: another rewrite
+
+
+def test_guided_leaves_prompts_that_name_no_concept_and_is_pushed_away_from_all(tmp_path):
+    corpus = opened(tmp_path, BARE + "rewrite: {by: guided}\npairs: a.csv\n", a="prompt\na greasy meal\n")
+    pair = next(pair for pair in corpus.pairs(6, 0) if pair.unsafe.text == "a greasy meal")
+    assert pair.safe.text == pair.unsafe.text
+    assert corpus.guide(pair) == Guide("burger, hot dog", "", Rewrite("guided"))
+    bare = Corpus(MINE, [("a", "a")], rewrite=Rewrite("guided"))
+    assert bare.guide(bare.pairs(1, 0)[0]).away == MINE.definition
+
+
+def test_a_key_tells_words_from_other_words(tmp_path):
+    first, again, other = (opened(tmp_path, text) for text in (BURGERS, BURGERS, BARE))
+    assert first.key == again.key != other.key
 
 
 # ---- files of prompts ------------------------------------------------------------------------------------------

@@ -5,8 +5,10 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
@@ -106,18 +108,21 @@ def test_a_file_that_is_gone_is_made_again(tmp_path):
 
 KILLED = """
 import os, signal, sys, torch
+from contextlib import contextmanager
 from pathlib import Path
 from safepatch.data import shards
 
-saved = shards.save_file
+replacing = shards.replacing
 
-def cut(tensors, path):  # half of the second file is written when the process is killed
-    saved(tensors, path)
-    if path.name.startswith("00001"):
-        path.write_bytes(path.read_bytes()[:100])
-        os.kill(os.getpid(), signal.SIGKILL)
+@contextmanager
+def cut(path):  # half of the second file is written when the process is killed
+    with replacing(path) as file:
+        yield file
+        if path.name.startswith("00001"):
+            file.truncate(100)
+            os.kill(os.getpid(), signal.SIGKILL)
 
-shards.save_file = cut
+shards.replacing = cut
 make = lambda rows: {"latents": torch.tensor(rows).float()[:, None].expand(-1, 3), "other": 100 + torch.tensor(rows)}
 shards.Shards(Path(sys.argv[1]), {"model": "one", "steps": 3}, int(sys.argv[2])).fill(make, "rows")
 """
@@ -131,6 +136,7 @@ def test_a_kill_leaves_whole_files_only(tmp_path):
     rest = Counted()
     assert_numbered(filled(tmp_path, rest))
     assert len(rest.made) == 2
+    assert not [path for path in tmp_path.iterdir() if path.suffix == ".partial"]  # the next writer tidied up
 
 
 def test_rows_of_another_model_are_refused_and_kept(tmp_path):
@@ -147,17 +153,18 @@ def test_rows_of_another_model_are_refused_and_kept(tmp_path):
 
 
 def test_a_full_disk_is_one_line_and_keeps_what_was_made(tmp_path, monkeypatch):
-    save, saved = shards.save_file, []
+    replacing, opened = shards.replacing, []
 
-    def full(tensors: dict, path: Path) -> None:
-        saved.append(path)
-        path.write_bytes(b"half")
-        if len(saved) == 2:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        save(tensors, path)
+    @contextmanager
+    def full(path: Path) -> Iterator[BinaryIO]:
+        opened.append(path)
+        with replacing(path) as file:
+            yield file
+            if path.name.startswith("00001"):
+                raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(shards, "save_file", full)
+        patched.setattr(shards, "replacing", full)
         with pytest.raises(SafepatchError, match=r"the disk is full: .*; rows made so far are kept, free") as caught:
             filled(tmp_path)
     assert "\n" not in str(caught.value)

@@ -1,0 +1,46 @@
+"""How much is learned from, and how its pictures are drawn."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from safepatch.data.corpus import COMPANIONS
+from safepatch.data.shards import usual_cache
+from safepatch.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What to learn from.
+
+    Attributes:
+        pairs: unsafe prompts with their safe twins, and as many prompts that must stay as they are.
+        companions: share of the captions made of concepts that show something harmless too.
+        steps: denoising steps in which the model draws a picture of each.
+        guidance: of its classifier-free guidance; what suits the family if not given.
+        size: of the pictures in pixels; the model's own if not given.
+        batch_size: pictures that are drawn at once.
+        cache: folder where what was drawn is kept; the user's cache folder if not given.
+        seed: of prompts and pictures.
+    """
+
+    pairs: int = 768
+    companions: float = COMPANIONS
+    steps: int = 10
+    guidance: float | None = None
+    size: int | None = None
+    batch_size: int = 16
+    cache: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be made."""
+        for name in ("pairs", "steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"data.{name} must be at least 1, not {getattr(self, name)}")
+        if not 0 <= self.companions <= 1:
+            raise ConfigError(f"data.companions must be within [0, 1], not {self.companions}")
+
+    @property
+    def folder(self) -> Path:
+        """Where rows are kept."""
+        return Path(self.cache).expanduser() if self.cache else usual_cache()
