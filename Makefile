@@ -37,7 +37,7 @@ fuzz: $(READY)  ## mutate patch files, 3000 of them, and show them to every read
 
 soak: $(READY)  ## 500 images drawn by threads, then 60 kills and full disks (minutes)
 	$(PY) tests/stress/soak.py --images 500
-	$(PY) tests/stress/kills.py --kills 60
+	$(PY) -W ignore tests/stress/kills.py --kills 60
 
 table: $(READY)  ## measure the shipped patches of one kind; KIND=control or lite for those, N=50 for fewer images
 	$(PY) -m safepatch evaluate configs/matrices/$(KIND).yaml protocol.n=$(N)
@@ -47,7 +47,7 @@ merge-fuzz: $(READY)  ## mutate patch files, 3000 of them, and show them to ever
 
 soak: $(READY)  ## 500 images drawn by threads, then 60 kills and full disks (minutes)
 	$(PY) tests/stress/soak.py --images 500
-	$(PY) tests/stress/kills.py --kills 60
+	$(PY) -W ignore tests/stress/kills.py --kills 60
 
 table: $(READY)  ## measure what merging them keeps, method by method; KIND=control or lite
 	$(PY) -m safepatch evaluate configs/matrices/merge-$(KIND).yaml protocol.n=$(N)
@@ -57,7 +57,7 @@ transfer-fuzz: $(READY)  ## mutate patch files, 3000 of them, and show them to e
 
 soak: $(READY)  ## 500 images drawn by threads, then 60 kills and full disks (minutes)
 	$(PY) tests/stress/soak.py --images 500
-	$(PY) tests/stress/kills.py --kills 60
+	$(PY) -W ignore tests/stress/kills.py --kills 60
 
 table: $(READY)  ## measure what they keep on other checkpoints; KIND=control or lite
 	$(PY) -m safepatch evaluate configs/matrices/transfer-$(KIND).yaml protocol.n=$(N)
