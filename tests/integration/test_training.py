@@ -246,8 +246,8 @@ def test_joints_learn_at_their_own_rate(tmp_path):
 
 def test_an_accumulated_step_is_the_mean_of_its_batches(tmp_path):
     """The batches of its first step are the first two of a run without; a rate of almost 0 changes nothing."""
-    run(tmp_path / "one", steps=2, learning_rate=1e-12)
-    accumulated = run(tmp_path / "two", steps=1, learning_rate=1e-12, gradient_accumulation=2)
+    run(tmp_path / "one", steps=2, learning_rate=1e-6)
+    accumulated = run(tmp_path / "two", steps=1, learning_rate=1e-6, gradient_accumulation=2)
     first, second = logged(tmp_path / "one")
     (both,) = logged(tmp_path / "two")
     assert both["loss"] == pytest.approx((first["loss"] + second["loss"]) / 2, rel=1e-4)
