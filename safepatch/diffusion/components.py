@@ -10,7 +10,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0, JointAttnProc
 from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from safepatch.diffusion.hosts.kinds import TRANSFORMERS
+from safepatch.diffusion.hosts.kinds import TRANSFORMERS, UNET, host_kind
 from safepatch.errors import BaseMismatch, UnsupportedModel
 
 UNCHECKED: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False}  # of a new pipeline
@@ -55,8 +55,6 @@ class Components:
             )
         if not hasattr(parts["vae"], "decoder"):
             raise UnsupportedModel(f"{type(parts['vae']).__name__} has no decoder to watch; use an AutoencoderKL")
-        if "transformer" not in type(parts["unet"]).__name__.lower():
-            _require_clip(parts["text_encoder"], parts["text_encoder_2"])
         return cls(**parts)
 
     def modules(self) -> list[Any]:
@@ -65,7 +63,13 @@ class Components:
         return [module for module in named if module is not None]
 
     def text_encoders(self) -> list[tuple[Any, Any]]:
-        """Tokenizer and text encoder pairs, in the order in which the UNet's text states hold them."""
+        """Tokenizer and text encoder pairs, in the order in which the UNet's text states hold them.
+
+        Raises:
+            UnsupportedModel: for an encoder of a UNet that is not CLIP's: its states are not read as CLIP's are.
+        """
+        if host_kind(self.unet) is UNET:
+            _require_clip(self.text_encoder, self.text_encoder_2)
         pairs = ((self.tokenizer, self.text_encoder), (self.tokenizer_2, self.text_encoder_2))
         return [pair for pair in pairs if pair[1] is not None]
 
@@ -89,7 +93,7 @@ class Components:
 
 
 def _require_clip(*encoders: Any) -> None:
-    """Raise `UnsupportedModel` for a text encoder whose states are not those that a UNet of ours is given."""
+    """Raise `UnsupportedModel` for a text encoder that is not CLIP's."""
     for encoder in encoders:
         if encoder is not None and not isinstance(encoder, CLIPTextModel | CLIPTextModelWithProjection):
             raise UnsupportedModel(f"not supported yet: the text encoder is a {type(encoder).__name__}, not CLIP's")
