@@ -5,7 +5,6 @@ states. So it does not matter what happens to the file meanwhile: it is noticed,
 handed out is a view of the file.
 """
 
-import mmap
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -97,7 +96,7 @@ class TensorFile(Mapping[str, Tensor]):
 
     def load(self) -> dict[str, Tensor]:
         """Every tensor, in memory of its own; raises `ArtifactError` when the file's hash is not the one it states."""
-        held = _memory(self.header.nbytes)
+        held = torch.empty(self.header.nbytes, dtype=torch.uint8)
         view = held.numpy().data
         blocks = list(all_blocks(self.header))
         spread(lambda block: self._fill(block, view[block.begin : block.end]), blocks, len(view))
@@ -147,15 +146,6 @@ class _Descriptor:
 
     def __del__(self) -> None:
         os.close(self.number)
-
-
-def _memory(size: int) -> Tensor:
-    """`size` bytes that no file stands behind, in large pages where there are such: they are made in half the time."""
-    if size < SMALL or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(size, dtype=torch.uint8)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def spread(work: Callable[[T], object], items: Sequence[T], nbytes: int) -> None:
