@@ -38,8 +38,8 @@ GATES = "![What lite patches' gates say of an unsafe prompt, a look-alike and a 
 BENCHMARKS = {  # figures of other programs, by their name in figures.json: title, and what to say of them
     "rewrite": (
         "Where the safe twin comes from",
-        "`python benchmarks/rewrite.py --steps 250 --pairs 192 --n 60`: weapons, short runs, trained alike; minutes are "
-        "of a busy machine.",
+        "`python benchmarks/rewrite.py --steps 250 --pairs 192 --n 60`: weapons, short runs, trained alike; minutes "
+        "are of a busy machine.",
     ),
     "gate": ("What gates leave alone", f"`python benchmarks/gate.py`, in the embedded world's own words.\n\n{GATES}"),
     "english": (
