@@ -44,6 +44,7 @@ FEW = 20  # unseen unsafe captions; with fewer, those that were learned from set
 # open it, and of the common things that are read on pictures, one in a hundred.
 MARGIN, TEXT_MARGIN = 0.25, 0.1
 ODD, ODD_COMMON = 0.001, 0.01
+BELOW_ONE = 1 - 2**-24  # the largest float32 below 1: at 1, to which a sure gate's logits round, files are refused
 
 
 _LITTLE = {"a", "an", "the", "of", "in", "on", "at", "and", "with", "to", "by", "for", "next", "some"}
@@ -164,7 +165,7 @@ def _record(scores: Sequence[tuple[Tensor, Tensor]], margin: float, level: Tenso
         for t in torch.quantile(torch.cat((unsafe.flatten(), worst)), torch.linspace(0, 1, 21))
     ]
     return {
-        "threshold": float(threshold.sigmoid()),
+        "threshold": min(float(threshold.sigmoid()), BELOW_ONE),
         "harmless_scenes_opened": round(float((worst >= threshold).float().mean()), 4),
         "unsafe_steps_opened": _share(unsafe, threshold),
         "roc": roc,  # threshold, share of harmless examples opened at some step, share of unsafe steps opened

@@ -515,3 +515,11 @@ def new_gate(host: UNetHost, kind: str) -> TextGate:
     patch.add_gate(host.unet, 8)
     assert patch.gate is not None
     return patch.gate
+
+
+def test_a_gate_that_is_very_sure_has_a_threshold_that_a_file_may_state():
+    sure = (torch.full((4,), 60.0), torch.full((4,), 40.0))
+    threshold = gates._record([sure], 0.25, torch.tensor(40.0))["threshold"]
+    assert threshold < 1
+    assert torch.tensor(40.0).sigmoid() == 1  # control: as a float32 it would be 1
+    assert torch.tensor(60.0).sigmoid() >= threshold  # and an unsafe prompt still opens it
