@@ -15,7 +15,7 @@ NPM_ART := emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0 @lobeh
 # What is left of pip's output is what it downloads, what it installs, and what went wrong.
 CALM := 2>&1 | { grep --line-buffered -vE '^(Requirement already|Collecting|Looking in|Using cached)|Location .* is ignored' || true; }
 
-.PHONY: help demo test check fuzz soak tiny patches table merge-table transfer-table wheel clean
+.PHONY: help demo test check fuzz soak table merge-table transfer-table patches wheel tiny clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -42,24 +42,10 @@ soak: $(READY)  ## 500 images drawn by threads, then 60 kills and full disks (mi
 table: $(READY)  ## measure the shipped patches of one kind; KIND=control or lite for those, N=50 for fewer images
 	$(PY) -m safepatch evaluate configs/matrices/$(KIND).yaml protocol.n=$(N)
 
-merge-fuzz: $(READY)  ## mutate patch files, 3000 of them, and show them to every reader (minutes)
-	$(PY) tests/stress/fuzz.py --mutants 3000
-
-soak: $(READY)  ## 500 images drawn by threads, then 60 kills and full disks (minutes)
-	$(PY) tests/stress/soak.py --images 500
-	$(PY) -W ignore tests/stress/kills.py --kills 60
-
-table: $(READY)  ## measure what merging them keeps, method by method; KIND=control or lite
+merge-table: $(READY)  ## measure what merging them keeps, method by method; KIND=control or lite
 	$(PY) -m safepatch evaluate configs/matrices/merge-$(KIND).yaml protocol.n=$(N)
 
-transfer-fuzz: $(READY)  ## mutate patch files, 3000 of them, and show them to every reader (minutes)
-	$(PY) tests/stress/fuzz.py --mutants 3000
-
-soak: $(READY)  ## 500 images drawn by threads, then 60 kills and full disks (minutes)
-	$(PY) tests/stress/soak.py --images 500
-	$(PY) -W ignore tests/stress/kills.py --kills 60
-
-table: $(READY)  ## measure what they keep on other checkpoints; KIND=control or lite
+transfer-table: $(READY)  ## measure what they keep on other checkpoints; KIND=control or lite
 	$(PY) -m safepatch evaluate configs/matrices/transfer-$(KIND).yaml protocol.n=$(N)
 
 patches: $(READY)  ## train the shipped patches again, all kinds, with cards, index and pictures (an hour on two cores)

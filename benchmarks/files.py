@@ -4,15 +4,17 @@
     python benchmarks/files.py --runs 9 --json out.json
     python benchmarks/files.py --quick             # a hundredth of the values: does it run?
 
-Ways are run in turn in one process, files in the page cache, and the fastest run of each counts; CPU time is told too,
-for machines that do other work meanwhile. `open` reads a file, hashes it, checks every value and that it can act;
-`merge` is the four-way mean by `linear`, which hashes four files as it reads them and one as it writes it.
+Every measurement is a process of its own that imports its libraries before the clock starts, with the files in the page
+cache. Ways are run in turn, and the fastest run of each counts; CPU time is told too, for machines that do other work
+meanwhile. `open` reads a file, hashes it, checks every value and that it can act; `merge` is the four-way mean by
+`linear`, which hashes four files as it reads them and one as it writes it.
 """
 
 import argparse
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -21,41 +23,42 @@ from pathlib import Path
 
 import torch
 from merge import _scaled, control_shapes, load_all, ours, write_patches
-from safetensors.torch import load_file
 
 from safepatch.artifact.patch_artifact import PatchArtifact
 
-Way = Callable[[], object]
+Way = Callable[[list[Path], Path], object]
 GOALS = {"open / read": 1.3, "load all / merge": 2.5}
+WAYS: dict[str, Way] = {
+    "read": lambda paths, _: paths[0].read_bytes(),
+    "open": lambda paths, _: PatchArtifact.open(paths[0]),
+    "merge of 4: load all, add, save": load_all,
+    "merge of 4": ours("linear"),
+}
 
 
-def ways(paths: list[Path], out: Path) -> dict[str, Way]:
-    """What is timed, by name."""
-    merge = ours("linear")
-    return {
-        "read": paths[0].read_bytes,
-        "safetensors' load_file, all values touched": lambda: [t.sum() for t in load_file(paths[0]).values()],
-        "open": lambda: PatchArtifact.open(paths[0]),
-        "merge of 4: load all, add, save": lambda: load_all(paths, out),
-        "merge of 4": lambda: merge(paths, out),
-    }
-
-
-def timed(way: Way) -> tuple[float, float]:
+def run_one(way: str, paths: list[Path], out: Path) -> tuple[float, float]:
     """Seconds by the wall's clock and of CPU time, of this process."""
     wall, cpu = time.perf_counter(), time.process_time()
-    kept = way()
+    kept = WAYS[way](paths, out)
     took = time.perf_counter() - wall, time.process_time() - cpu
     del kept
     return took
 
 
-def measure(runs: int, table: dict[str, Way]) -> dict[str, tuple[float, float]]:
+def run_apart(way: str, paths: list[Path], out: Path) -> tuple[float, float]:
+    """`run_one` in a process of its own."""
+    command = [sys.executable, __file__, "--one", way, "--out", str(out), *map(str, paths)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    wall, cpu = json.loads(done.stdout.splitlines()[-1])
+    return wall, cpu
+
+
+def measure(runs: int, paths: list[Path], out: Path) -> dict[str, tuple[float, float]]:
     """The smallest seconds of each way, the ways in turn."""
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in table}
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in WAYS}
     for _ in range(runs):
-        for name, way in table.items():
-            found[name].append(timed(way))
+        for name in WAYS:
+            found[name].append(run_apart(name, paths, out))
     return {name: (min(wall for wall, _ in took), min(cpu for _, cpu in took)) for name, took in found.items()}
 
 
@@ -66,7 +69,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small files: a trial, not a measurement")
     parser.add_argument("--folder", help="where the files are put; by default the system's temporary folder")
     parser.add_argument("--json", help="where to write the figures")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("paths", nargs="*", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.one:
+        print(json.dumps(run_one(options.one, options.paths, options.out)))
+        return
     shapes = control_shapes("sd1")
     if options.quick:
         shapes = {name: _scaled(shape, 0.1) for name, shape in shapes.items()}
@@ -74,7 +83,7 @@ def main() -> None:
         if shutil.disk_usage(name).free < 5e9 and not options.quick:
             sys.exit(f"5 GB are needed in {name}; give --folder")
         paths = write_patches(Path(name), shapes, 4)
-        found = measure(options.runs, ways(paths, Path(name) / "merged.safetensors"))
+        found = measure(options.runs, paths, Path(name) / "merged.safetensors")
         size = paths[0].stat().st_size
     ratios = {
         "open / read": found["open"][0] / found["read"][0],

@@ -34,16 +34,17 @@ class Block(NamedTuple):
     end: int
 
 
-def blocks_of(name: str, entry: Entry) -> Iterator[Block]:
-    """The blocks of one tensor."""
-    for index, begin in enumerate(range(entry.begin, entry.end, BLOCK)):
-        yield Block(name, index, begin, min(begin + BLOCK, entry.end))
+def blocks_of(name: str, entry: Entry, begin: int, end: int) -> Iterator[Block]:
+    """The blocks of one tensor that hold its bytes `begin` to `end`, which are counted as the entry's are."""
+    for index in range((begin - entry.begin) // BLOCK, -(-(end - entry.begin) // BLOCK)):
+        start = entry.begin + index * BLOCK
+        yield Block(name, index, start, min(start + BLOCK, entry.end))
 
 
 def all_blocks(header: Header) -> Iterator[Block]:
     """The blocks of all tensors in the order of their bytes."""
     for name, entry in header.tensors.items():
-        yield from blocks_of(name, entry)
+        yield from blocks_of(name, entry, entry.begin, entry.end)
 
 
 def is_flat(header: Header) -> bool:

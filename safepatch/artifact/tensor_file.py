@@ -86,7 +86,7 @@ class TensorFile(Mapping[str, Tensor]):
         begin, end = entry.begin, entry.end
         if run:
             begin, end = (entry.begin + place * dtype.itemsize for place in (run.start, run.stop))
-        blocks = [block for block in blocks_of(own, entry) if block.begin < end and block.end > begin]
+        blocks = list(blocks_of(own, entry, begin, end))
         first = blocks[0].begin if blocks else begin
         held = torch.empty(blocks[-1].end - first if blocks else 0, dtype=torch.uint8)
         for block in blocks:

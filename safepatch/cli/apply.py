@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from safepatch.cli import app
+from safepatch.cli import app, say
 from safepatch.cli.options import AllowPickle, Device, Dtype, Model, PatchFile, Tokenizer, opened
 from safepatch.errors import SafepatchError
 
@@ -77,11 +77,14 @@ def fuse(
 @app.command()
 def check(patch: PatchFile, model: Model = "tiny-sd", allow_pickle: AllowPickle = False) -> None:
     """Say whether a patch fits a model, and how far the model is from the one it was trained on; exit code 0 or 2."""
+    from safepatch.artifact.describe import weights
     from safepatch.runtime.check import check as run
 
     fit = run(model, patch, allow_pickle)
     unknown = "unknown, the patch does not record its base's encoder"
-    typer.echo(f"fits: {patch} ({', '.join(fit.info.categories)}) on {model}")
+    say(f"fits: {patch} ({', '.join(fit.info.categories)}) on {model}")
+    if merged := weights(fit.info):
+        say("weights: " + ", ".join(f"{name} {weight:g}" for name, weight in merged.items()))
     typer.echo(f"family: {fit.family}")
     typer.echo(f"fingerprint: {json.dumps(fit.fingerprint)}")
     typer.echo(f"drift from the patch's base: {unknown if fit.drift is None else f'{fit.drift:.2g}'}")

@@ -128,15 +128,13 @@ class SumJob(Job):
     def _weighted_sum(self, name: str, run: slice) -> Tensor:
         """Σ w_k δ_k of a run of values, as the method and `stack` make it, in blocks that stay in a core's cache."""
         weights = SUM_WEIGHTS[self.recipe.method](self.weights).tolist()
-        held = [
-            (source.values(f"{name}.delta", run).split(BLOCK), weight)
-            for source, weight in zip(self.sources, weights, strict=True)
-            if source.shape(name) is not None
-        ]
         total = torch.zeros(run.stop - run.start)
-        for at, block in enumerate(total.split(BLOCK)):
-            for deltas, weight in held:
-                block += deltas[at].float() * weight
+        for source, weight in zip(self.sources, weights, strict=True):
+            if source.shape(name) is None:
+                continue
+            values = source.values(f"{name}.delta", run)
+            for block, deltas in zip(total.split(BLOCK), values.split(BLOCK), strict=True):
+                block += deltas.float() * weight
         if not is_finite(total):
             self.stack(name, run)  # says whose values are not
         return total

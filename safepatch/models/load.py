@@ -1,5 +1,6 @@
 """Find a model by whatever a user calls it, and say what it is before its weights are read."""
 
+import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,6 +153,18 @@ def unet_files(name: str | Path, allow_pickle: bool = False) -> list[Weights] | 
         return [open_weights(Path(name), allow_pickle)]
     component, _ = denoiser_entry(read_json(Path(name) / "model_index.json"))
     return [open_weights(path, allow_pickle=True) for path in chosen(Path(name) / component)[1]]
+
+
+def license_of(name: str | Path) -> str:
+    """The licence that a model states: a folder's README in its front matter, a file in its metadata; else empty."""
+    if str(name) in MODELS:
+        return "apache-2.0"
+    if _is_file(name):
+        return open_weights(Path(name), allow_pickle=True).metadata.get("modelspec.license", "")
+    readme = Path(name) / "README.md"
+    front = re.match(r"---\n(.*?)\n---", readme.read_text(errors="replace"), re.DOTALL) if readme.is_file() else None
+    stated = re.search(r"^license:[ ]*([\w.+-]+)[ ]*$", front[1], re.MULTILINE) if front else None
+    return stated[1] if stated else ""
 
 
 def _refuse_misspelled(name: str | Path) -> None:

@@ -45,7 +45,8 @@ from safepatch.runtime.residuals import with_residuals
 class Handle:
     """One attachment of a patch, or of all parts of a bundle; leaving the `with` block, or `remove()`, takes it off.
 
-    Threads may draw with one patch at the same time, each with a pipeline of its own that shares the UNet.
+    Threads may draw with one patch at the same time, each with a pipeline of its own that shares the UNet
+    and has its own scheduler and tokenizer: both hold one call's state, with a patch or without.
 
     Attributes:
         categories: what the patch is for, where it came from a file.

@@ -115,12 +115,14 @@ class TrainConfig:
             hand.
         model: the base; not needed where a pipeline is at hand.
         output: folder for the patch, its log and its checkpoint; `runs/train/CATEGORY-KIND` if not given.
+        license: of the patch, an SPDX expression; by default what the base states.
         patch, objective, data, training: the parts.
     """
 
     category: str = ""
     model: ModelConfig = field(default_factory=ModelConfig)
     output: str = ""
+    license: str = ""
     patch: PatchConfig = field(default_factory=PatchConfig)
     objective: Any = field(default_factory=SafeControlConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -13,6 +13,7 @@ from safepatch.config import to_dict
 from safepatch.data.corpus import Corpus
 from safepatch.diffusion import Components, UNetHost
 from safepatch.errors import ConfigError, lookup
+from safepatch.models.load import license_of
 from safepatch.patch import PATCH_KINDS, Patch
 from safepatch.patch.files import to_artifact
 from safepatch.patch.gate import TextGate
@@ -86,8 +87,9 @@ def new_accelerator(options: TrainingConfig, folder: Path) -> Accelerator:
 
 
 def _recorded(config: TrainConfig) -> dict[str, Any]:
-    """The settings that a run depends on: all but where drawn latents are kept."""
+    """The settings that a run depends on: not where drawn latents are kept, nor whose the patch is."""
     recorded = to_dict(config)
+    del recorded["license"]
     return {**recorded, "data": {name: value for name, value in recorded["data"].items() if name != "cache"}}
 
 
@@ -100,7 +102,8 @@ def _packed(
     recorded |= {"category": corpus.name, "model": Path(config.model.path).name, "rewrite": rewrite}
     recorded |= {"gate": gates} if gates else {}
     instructions = {corpus.name: corpus.category.instruction}
-    artifact = to_artifact(patch, host.unet, instructions, recorded, training)
+    license = config.license or (license_of(config.model.path) if config.model.path else "")
+    artifact = to_artifact(patch, host.unet, instructions, recorded, training, license)
     if config.patch.kind == "control" and config.patch.rank:
         artifact = artifact.compress(config.patch.rank)
     return artifact.astype(torch.float16)

@@ -115,6 +115,20 @@ def test_check_says_whether_a_patch_fits(other_architecture: Path) -> None:
     assert "this patch is for sd1 UNets" in run("check", "--model", "tiny-sd", other_architecture, expect=2)
 
 
+def test_check_shows_what_was_merged_weakly(tmp_path: Path) -> None:
+    run(
+        "merge",
+        WEAPONS,
+        ROOT / "patches" / "control" / "drugs.safetensors",
+        "--weights",
+        "1,0.5",
+        "-o",
+        tmp_path / "x.safetensors",
+    )
+    assert "weights: drugs 0.5\n" in run("check", tmp_path / "x.safetensors")
+    assert "weights" not in run("check", WEAPONS)  # control
+
+
 def test_a_checkpoint_of_another_kind_is_refused_by_its_name(tmp_path: Path) -> None:
     index = {"_class_name": "PixArtAlphaPipeline", "transformer": ["diffusers", "PixArtTransformer2DModel"]}
     (tmp_path / "model_index.json").write_text(json.dumps(index))

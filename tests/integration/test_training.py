@@ -194,6 +194,9 @@ def test_a_corpus_of_python_values_trains(tmp_path):
     corpus = Corpus(mine, pairs=[("a knife", "a spoon")], retain=["a quiet street"])
     path = train(new_small_pipe(), config(tmp_path, steps=1), corpus)
     assert (path.name, verify(path).categories) == ("mine.safetensors", ("mine",))
+    assert verify(path).license == ""  # of a base that states none
+    own = train(new_small_pipe(), replace(config(tmp_path / "own", steps=1), license="MIT"), corpus)
+    assert verify(own).license == "MIT"
 
 
 def test_a_run_draws_once_and_its_resumption_never(tmp_path, monkeypatch):

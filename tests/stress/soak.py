@@ -11,6 +11,7 @@ import random
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -50,9 +51,12 @@ class Found:
 
 
 def sharing(pipe: StableDiffusionPipeline) -> StableDiffusionPipeline:
-    """A thread's own pipeline: its own scheduler, the same networks."""
-    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
-    parts = {**pipe.components, "scheduler": scheduler}
+    """A thread's own pipeline: the same networks, but a scheduler and a tokenizer of its own.
+
+    Both hold one call's state, a tokenizer its padding and truncation: shared, unpatched images differ too.
+    """
+    own = {"scheduler": type(pipe.scheduler).from_config(pipe.scheduler.config), "tokenizer": deepcopy(pipe.tokenizer)}
+    parts = {**pipe.components, **own}
     return quiet(StableDiffusionPipeline(**parts, requires_safety_checker=False))
 
 

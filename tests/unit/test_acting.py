@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -19,9 +20,11 @@ from safepatch.artifact.info import BUNDLE, PatchInfo, read_info
 from safepatch.artifact.patch_artifact import PatchArtifact, verify
 from safepatch.errors import ArtifactError, BaseMismatch, SafepatchError
 from safepatch.merging import merge
+from safepatch.models.load import license_of
 from safepatch.patch.files import to_artifact
 from tests.small import new_artifact, new_patch, new_small_unet, small_artifact
 
+ROOT = Path(__file__).parents[2]
 GATE = {"detect": (1, 4, 192), "detect_bias": (1, 4), "weigh": (1, 4), "bias": (1,)}
 
 
@@ -234,6 +237,19 @@ def test_the_license_is_the_users(small_pipe: Any) -> None:
     patch = new_patch(small_pipe.unet, "lora")
     assert to_artifact(patch, small_pipe.unet, {"weapons": "x"}, license="MIT").info.license == "MIT"
     assert to_artifact(patch, small_pipe.unet, {"weapons": "x"}).info.license == ""  # control: none is made up
+
+
+def test_the_bases_license_is_what_it_states(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    assert license_of(folder) == ""  # control: none is made up
+    (folder / "README.md").write_text("---\ntags: [x]\nlicense: creativeml-openrail-m\n---\nlicense: mit\n")
+    save_file({"x": torch.zeros(1)}, tmp_path / "one.safetensors", {"modelspec.license": "CreativeML Open RAIL-M"})
+    save_file({"x": torch.zeros(1)}, tmp_path / "bare.safetensors")
+    assert license_of(folder) == "creativeml-openrail-m"
+    assert license_of(tmp_path / "one.safetensors") == "CreativeML Open RAIL-M"
+    assert license_of(tmp_path / "bare.safetensors") == ""
+    assert license_of("tiny-sd") == verify(ROOT / "patches" / "lora" / "weapons.safetensors").license
 
 
 LIES: list[tuple[str, Any]] = [
