@@ -48,7 +48,6 @@ def main() -> None:
             "lookalike_identical": value(alone[1]),
             "unsafe_rate": dict(zip(("hard", "off"), map(value, rates), strict=True)),
         }
-        bench.forget(patch)
     bundle = merge(MergeRecipe(tuple(map(str, files.values())), conflicts=False))
     together = suite.identical(bench, Corpus.open(next(iter(files))), bundle)
     figures["all"] = {"benign_identical": value(together)}

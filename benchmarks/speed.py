@@ -16,6 +16,7 @@ from safepatch.data.corpus import Corpus
 from safepatch.detectors.embedded import embedded_detector
 from safepatch.evaluation import suite
 from safepatch.evaluation.bench import Bench, Protocol
+from safepatch.evaluation.kept import Kept
 from safepatch.models.load import load_pipeline
 from safepatch.shipped import shipped_patch, shipped_patches
 
@@ -59,7 +60,7 @@ def main() -> None:
         seconds = timed(mine, corpus, patch)
         found = {field: measure(mine, corpus, patch) for field, measure in MEASURES.items()}
         figures[name] = {field: estimate.value for field, estimate in found.items() if estimate} | seconds
-    last = timed(replace(bench, _images={}), corpus, None)
+    last = timed(replace(bench, kept=Kept()), corpus, None)
     print("| setting | unsafe | benign accuracy | drift | time, unsafe | time, benign |\n|---|---|---|---|---|---|")
     for name, values in figures.items():
         values |= {kind: 2 * values[kind] / (first[kind] + last[kind]) for kind in SETS}

@@ -76,14 +76,22 @@ def sweep(folder: Path) -> None:
 
 
 @contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """Within the block `folder`, which exists, is this process's own, and free of what killed ones left.
+def claimed(folder: Path, instead: str = "choose a folder you may write to") -> Iterator[None]:
+    """Within the block `folder`, made if need be, is this process's own, and free of what killed ones left.
+
+    Args:
+        folder: to be claimed.
+        instead: what to do where it cannot be written.
 
     Raises:
-        SafepatchError: when another process has it.
+        SafepatchError: when another process has it, or it cannot be written.
     """
     path = folder / LOCK
-    descriptor = _held(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = _held(path)
+    except OSError as error:
+        raise unwritable(folder, error, instead) from error
     try:
         sweep(folder)
         now = time.strftime("%Y-%m-%d %H:%M:%S")

@@ -45,7 +45,7 @@ def train(
         typer.echo(note)
     if dry_run:
         typer.echo(to_yaml(resolved), nl=False)
-    for line in _foreseen(resolved, always=dry_run):
+    for line in _foreseen(resolved, corpus.rewrite.by == "guided", always=dry_run):
         typer.echo(line)
     if dry_run:
         return
@@ -55,7 +55,7 @@ def train(
     typer.echo(f"patch: {path} ({path.stat().st_size / 1e6:.1f} MB)")
 
 
-def _foreseen(config: "TrainConfig", always: bool) -> list[str]:
+def _foreseen(config: "TrainConfig", pushed: bool, always: bool) -> list[str]:
     """What a run will take, if that is asked for, and a warning where the GPU is too small for it."""
     from safepatch.models.load import unet_config
     from safepatch.training.memory import device_bytes, predict_run
@@ -63,7 +63,7 @@ def _foreseen(config: "TrainConfig", always: bool) -> list[str]:
     total = device_bytes()
     if not always and total is None:
         return []
-    foreseen = predict_run(config, unet_config(config.model.named, config.model.allow_pickle))
+    foreseen = predict_run(config, unet_config(config.model.named, config.model.allow_pickle), pushed)
     warning = None if total is None else foreseen.warning(total)
     return [*(foreseen.lines() if always else ()), *([f"warning: {warning}"] if warning else ())]
 

@@ -7,7 +7,7 @@ torch rounds: what a patch leaves alone is equal bit for bit.
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,6 +18,7 @@ from safepatch.data.prompts import Prompt
 from safepatch.detectors.base import Detector
 from safepatch.diffusion import denoiser, generate, quiet, usual_guidance
 from safepatch.errors import ConfigError
+from safepatch.evaluation.kept import Batch, Kept, digest
 from safepatch.progress import bar
 from safepatch.runtime.apply import apply
 
@@ -51,7 +52,7 @@ class Protocol:
 
 @dataclass
 class Bench:
-    """One pipeline under evaluation; remembers the images it has made, by prompts and patch.
+    """One pipeline under evaluation; keeps the images it has made, by prompts and patch.
 
     Attributes:
         name: of the base model, for the rows.
@@ -60,6 +61,8 @@ class Bench:
         protocol: how images are made.
         unsafe_labels: the detector's labels that are known to be unsafe, beside those of the corpus at hand.
         options: what `apply` is told beside the patch, such as `gate` or `speed`.
+        kept: the images made so far.
+        about: what else they depend on, where benches share `kept`.
     """
 
     name: str
@@ -68,23 +71,33 @@ class Bench:
     protocol: Protocol
     unsafe_labels: frozenset[str] = frozenset()
     options: Mapping[str, Any] = field(default_factory=dict)
-    _images: dict[tuple[tuple[Prompt, ...], str | None], Tensor] = field(default_factory=dict)
+    kept: Kept = field(default_factory=Kept)
+    about: str = ""
 
     def images(self, prompts: Sequence[Prompt], patch: PatchArtifact | None = None, label: str = "") -> Tensor:
-        """Images of `prompts`, each with a seed, in [0, 1], (N, 3, H, W), with `patch` or without."""
-        hash, size = self._key(patch), self.protocol.batch_size
+        """Images of `prompts`, each with a seed, in [0, 1] by steps of 1/255, (N, 3, H, W), with `patch` or without."""
+        return torch.cat([batch.pixels for batch in self.batches(prompts, patch, label)]).float() / 255
+
+    def bits(self, prompts: Sequence[Prompt], patch: PatchArtifact | None = None, label: str = "") -> Tensor:
+        """Of each image what tells whether another is equal to it to the last bit, (N, 32)."""
+        return torch.cat([batch.bits for batch in self.batches(prompts, patch, label)])
+
+    def batches(self, prompts: Sequence[Prompt], patch: PatchArtifact | None, label: str) -> list[Batch]:
+        """Batches of images of `prompts`; drawn are those that are not kept, and each is kept at once."""
+        size = self.protocol.batch_size
         chunks = [tuple(prompts[start : start + size]) for start in range(0, len(prompts), size)]
-        missing = [chunk for chunk in dict.fromkeys(chunks) if (chunk, hash) not in self._images]
+        keys = [self._key(chunk, patch) for chunk in chunks]
+        found = {key: self.kept.get(key) for key in keys}
+        missing = {key: chunk for key, chunk in zip(keys, chunks, strict=True) if found[key] is None}
         if missing:
             quiet(self.pipe)
-            with (
-                self._patched(patch),
-                bar(total=sum(map(len, missing)), desc=label, unit="image", leave=False) as shown,
-            ):
-                for chunk in missing:
-                    self._images[chunk, hash] = self._draw(chunk)
+            total = sum(map(len, missing.values()))
+            with self._patched(patch), bar(total=total, desc=label, unit="image", leave=False) as shown:
+                for key, chunk in missing.items():
+                    found[key] = batch = Batch.of(self._draw(chunk))
+                    self.kept.put(key, batch)
                     shown.update(len(chunk))
-        return torch.cat([self._images[chunk, hash] for chunk in chunks])
+        return [cast(Batch, found[key]) for key in keys]
 
     def guidance_scale(self, prompt: Prompt | None = None) -> float:
         """The guidance scale that a prompt is drawn with."""
@@ -92,14 +105,11 @@ class Bench:
             return self.protocol.guidance_scale
         return prompt.guidance if prompt and prompt.guidance is not None else usual_guidance(denoiser(self.pipe))
 
-    def forget(self, patch: PatchArtifact) -> None:
-        """Give back the memory of the images made with `patch`."""
-        hash = self._key(patch)
-        self._images = {key: images for key, images in self._images.items() if key[1] != hash}
-
-    def _key(self, patch: PatchArtifact | None) -> str | None:
-        """What tells pictures of one prompt from each other."""
-        return f"{patch_hash(patch)} {sorted(self.options.items())}" if patch else None
+    def _key(self, prompts: Sequence[Prompt], patch: PatchArtifact | None) -> str:
+        """What tells these images from others."""
+        asked = [(prompt.text, prompt.seed, self.guidance_scale(prompt)) for prompt in prompts]
+        how = [patch_hash(patch), sorted(self.options.items())] if patch else []
+        return digest(self.name, self.about, self.protocol.steps, asked, how)
 
     def _patched(self, patch: PatchArtifact | None) -> AbstractContextManager:
         return apply(self.pipe, patch, **self.options) if patch else nullcontext()

@@ -4,7 +4,6 @@
 before it; a line is whole or it is not there, so a run that was killed loses the cell in hand and nothing else.
 """
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ from typing import Any
 from safepatch.data.corpus import EVALUATIONS, Corpus
 from safepatch.errors import SafepatchError
 from safepatch.evaluation.bench import Protocol
+from safepatch.evaluation.kept import digest
 from safepatch.results import Row, append_lines
 
 
@@ -82,11 +82,6 @@ def _finished(line: str) -> tuple[Cell, Finished] | None:
         return Cell(**record["cell"]), Finished([Row(**row) for row in record["rows"]], record["pictures"])
     except (ValueError, KeyError, TypeError, SafepatchError):
         return None
-
-
-def digest(*values: object) -> str:
-    """A short name of plain values, the same for equal ones."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def words_of(corpus: Corpus, protocol: Protocol) -> str:

@@ -17,16 +17,18 @@ from safepatch.diffusion import denoiser
 from safepatch.errors import ConfigError
 from safepatch.evaluation import gallery
 from safepatch.evaluation.bench import Bench
-from safepatch.evaluation.cells import Cell, CellLog, Finished, digest, stamp, words_of
+from safepatch.evaluation.cells import Cell, CellLog, Finished, stamp, words_of
+from safepatch.evaluation.kept import Kept, digest
 from safepatch.evaluation.matrix import Matrix, pictures_of
 from safepatch.evaluation.subjects import Healer, Subject, subjects
 from safepatch.evaluation.suite import MEASURES, evaluate
-from safepatch.files import write_text
+from safepatch.files import claimed, write_text
 from safepatch.models.load import load_pipeline
 from safepatch.patch.files import absolute
 from safepatch.results import NONE, Row, write_rows
 from safepatch.runtime.check import require_fit
 
+DRAWN = "drawn"  # folder of the images of a run, to be deleted when no more cells are wanted
 Tell = Callable[[str], object]
 
 
@@ -78,7 +80,7 @@ class Plan:
         matrix, specs, metrics = self.matrix, self.matrix.detectors_on(model), self.matrix.metrics_on(model)
         judged = tuple(name for name in metrics if MEASURES[name].judged)
         unjudged = tuple(name for name in metrics if not MEASURES[name].judged)
-        pictures, common = self.pictures_on(model), [asdict(matrix.protocol), asdict(matrix.model(model)), stamp(model)]
+        pictures, common = self.pictures_on(model), [asdict(matrix.protocol), *self._about(model)]
         for subject in self.subjects:
             for category in subject.files if subject.absolute != model else ():
                 corpus, about = self.corpora[category], [*common, self._words[category], subject.identity(category)]
@@ -97,7 +99,12 @@ class Plan:
     def bench(self, model: str) -> Bench:
         """The model, ready to draw."""
         pipe = self.matrix.model(model).load().to(self.matrix.device)
-        return Bench(model, pipe, None, self.matrix.protocol)
+        about, kept = digest(self._about(model)), Kept(Path(self.matrix.out) / DRAWN)
+        return Bench(model, pipe, None, self.matrix.protocol, kept=kept, about=about)
+
+    def _about(self, model: str) -> list[object]:
+        """Which model it is, and how it is loaded."""
+        return [asdict(self.matrix.model(model)), stamp(model), self.matrix.device, DRAWN]
 
     def judges(self, model: str) -> list[Detector]:
         """The model's detectors that were made for its pictures."""
@@ -118,8 +125,17 @@ def run_matrix(matrix: Matrix, heal: Healer | None = None, tell: Tell = print) -
 
     Returns:
         The rows of all cells, in the matrix's order.
+
+    Raises:
+        SafepatchError: when another process has the folder, and as `Plan.of`.
     """
     plan, out = Plan.of(matrix, heal), Path(matrix.out)
+    with claimed(out):
+        return _run(plan, out, tell)
+
+
+def _run(plan: Plan, out: Path, tell: Tell) -> list[Row]:
+    matrix = plan.matrix
     log = CellLog(out / "cells.jsonl", out / "images")
     tasks = {model: list(plan.tasks(model)) for model in _models(matrix)}
     cells = [task.cell for each in tasks.values() for task in each]
@@ -192,13 +208,11 @@ def protocol_of(plan: Plan, rows: Sequence[Row]) -> dict[str, str]:
 
 
 def _opened(bench: Bench, tasks: Sequence[Task]) -> Iterator[tuple[Task, PatchArtifact | None]]:
-    """Tasks with their patches, each opened once while tasks in a row share it; its images are then forgotten."""
+    """Tasks with their patches, each opened once while tasks in a row share it."""
     last: tuple[object, PatchArtifact | None] = (None, None)
     for task in tasks:
         key = (task.subject.name, task.subject.files[task.cell.category])
         if key != last[0]:
-            if last[1]:
-                bench.forget(last[1])
             last = (key, _patch(bench, task.subject, task.cell.category))
         yield task, last[1]
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.data.corpus import Corpus
@@ -88,14 +87,18 @@ def other_unsafe_rate(bench: Bench, corpus: Corpus, patch: PatchArtifact | None)
 
 def drift(bench: Bench, corpus: Corpus, patch: PatchArtifact | None, prompts: str = "benign") -> Estimate | None:
     """Mean absolute pixel change that the patch makes to images of a set of harmless prompts."""
-    pair = _pair(bench, corpus, patch, prompts)
-    return benign_drift(*pair) if pair else None
+    asked = _prompts(bench, corpus, prompts) if patch else []
+    if not asked:
+        return None
+    return benign_drift(bench.images(asked, None, prompts), bench.images(asked, patch, f"{prompts}, patched"))
 
 
 def identical(bench: Bench, corpus: Corpus, patch: PatchArtifact | None, prompts: str = "benign") -> Estimate | None:
     """Share of images of a set of harmless prompts that the patch leaves as they were, bit for bit."""
-    pair = _pair(bench, corpus, patch, prompts)
-    return rate((pair[0] == pair[1]).flatten(1).all(1)) if pair else None
+    asked = _prompts(bench, corpus, prompts) if patch else []
+    if not asked:
+        return None
+    return rate((bench.bits(asked, None, prompts) == bench.bits(asked, patch, f"{prompts}, patched")).all(1))
 
 
 def lookalike_drift(bench: Bench, corpus: Corpus, patch: PatchArtifact | None) -> Estimate | None:
@@ -204,11 +207,3 @@ def _shown(
         return None
     found = _found(bench, prompts, patch, label)
     return rate(shows_all([found[i] for i in counted], [tuple(asked[i]) for i in counted]))
-
-
-def _pair(bench: Bench, corpus: Corpus, patch: PatchArtifact | None, name: str) -> tuple[Tensor, Tensor] | None:
-    """Images of a prompt set without and with the patch."""
-    prompts = _prompts(bench, corpus, name) if patch else []
-    if not prompts:
-        return None
-    return bench.images(prompts, None, name), bench.images(prompts, patch, f"{name}, patched")

@@ -100,15 +100,17 @@ def _shapes(patch: Patch) -> dict[str, tuple[int, ...]]:
 def check_fits(info: PatchInfo, config: Mapping[str, Any]) -> None:
     """Raise a one-line `BaseMismatch` unless the patch was made for UNets of this configuration."""
     ours, theirs = fingerprint(config), info.fingerprint
-    wrong = [key for key in ours if ours[key] != theirs.get(key)]
-    if wrong:
-        key, kind = wrong[0], "UNets" if "cross_attention_dim" in theirs else "transformers"
-        made_for, model = f"{info.base.get('family', 'other')} {kind}", family(config)
-        if key in theirs:  # else the families' names say it
-            made_for, model = f"{made_for} ({key} {theirs[key]})", f"{model} ({key} {ours[key]})"
-        raise BaseMismatch(
-            f"this patch is for {made_for}, the model is {model}; train or fetch the {family(config)} version of it"
-        )
+    wrong = [key for key in (*ours, *theirs) if ours.get(key) != theirs.get(key)]
+    if not wrong:
+        return
+    key, kind = wrong[0], "UNets" if "cross_attention_dim" in theirs else "transformers"
+    patched, model = info.base.get("family", "other"), family(config)
+    made_for, found, advice = f"{patched} {kind}", model, f"train or fetch the {model} version of it"
+    if key in theirs or patched == model:  # else the families' names say it
+        made_for, found = f"{made_for} ({key} {theirs.get(key)})", f"{model} ({key} {ours.get(key)})"
+    if patched == model:
+        advice = "train one for this model"
+    raise BaseMismatch(f"this patch is for {made_for}, the model is {found}; {advice}")
 
 
 def absolute(artifact: PatchArtifact, base_unet: Any, host_unet: Any) -> PatchArtifact:

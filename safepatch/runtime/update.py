@@ -77,13 +77,16 @@ class Update(NamedTuple):
                     raise ConfigError(
                         f"'{name}' is stored as {dtype} and cannot take a patch; fuse before offloading or quantizing"
                     )
-                if prod(shape) != _numel(part.artifact, name):
+                if (shape[0], prod(shape[1:])) != _size(part.artifact, name):
                     raise BaseMismatch(f"'{name}' has another size in this model; use the patch on its own family")
 
 
-def _numel(artifact: PatchArtifact, name: str) -> int:
+def _size(artifact: PatchArtifact, name: str) -> tuple[int, int]:
+    """Rows and columns of what is added to a weight."""
     stored = artifact.stored(f"lora.{name}")
-    return stored["delta"].numel() if "delta" in stored else len(stored["up"]) * stored["down"].shape[1]
+    if "delta" in stored:
+        return len(stored["delta"]), prod(stored["delta"].shape[1:])
+    return len(stored["up"]), stored["down"].shape[1]
 
 
 def _digest(part: Part) -> bytes:

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from accelerate.utils import get_int_from_env
 
 from safepatch.errors import SafepatchError
-from safepatch.files import claimed, unwritable, write_text
+from safepatch.files import claimed, write_text
 
 # Where launchers tell a process which of a run's it is; accelerate's own state must not be made before its settings.
 RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
@@ -36,13 +36,8 @@ class RunFolder:
             SafepatchError: when it cannot be written, another run is in it, or a checkpoint of another configuration.
         """
         out = cls(path)
-        with ExitStack() as held:
-            try:
-                path.mkdir(parents=True, exist_ok=True)
-                if get_int_from_env(RANKS, 0) == 0:
-                    held.enter_context(claimed(path))
-            except OSError as error:
-                raise unwritable(path, error, "choose another output=") from error
+        is_first = get_int_from_env(RANKS, 0) == 0
+        with claimed(path, "choose another output=") if is_first else nullcontext():
             out._write_config(json.dumps(config, indent=1, sort_keys=True) + "\n")
             yield out
 

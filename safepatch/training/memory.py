@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safepatch.data.bank import DataConfig
+from safepatch.data.bank import SAFE_SHARE, DataConfig
 from safepatch.diffusion import family
 from safepatch.errors import lookup
 from safepatch.patch import PATCH_KINDS, Patch
@@ -41,6 +41,7 @@ class Plan:
         steps: optimizer steps.
         data: what is drawn, and how.
         guided: whether it is drawn under classifier-free guidance, by two calls a step.
+        pushed: whether the rewrite is `guided`: its teacher calls the host twice more.
     """
 
     kind: str
@@ -56,9 +57,10 @@ class Plan:
     steps: int = 1200
     data: DataConfig = field(default_factory=DataConfig)
     guided: bool = True
+    pushed: bool = False
 
     @classmethod
-    def of(cls, config: TrainConfig) -> "Plan":
+    def of(cls, config: TrainConfig, pushed: bool = False) -> "Plan":
         """That of a run's configuration."""
         training, patch = config.training, config.patch
         names = ("batch_size", "mixed_precision", "gradient_checkpointing", "gradient_accumulation", "optimizer")
@@ -72,6 +74,7 @@ class Plan:
             steps=training.steps,
             data=config.data,
             guided=config.data.guidance is None or config.data.guidance > 1,
+            pushed=pushed,
             **{name: getattr(training, name) for name in names},
         )
 
@@ -198,9 +201,9 @@ def predict(config: Mapping[str, Any], plan: Plan) -> Prediction:
     )
 
 
-def predict_run(config: TrainConfig, unet: Mapping[str, Any]) -> Prediction:
-    """`predict` for a run's configuration and the UNet's."""
-    return predict(unet, Plan.of(config))
+def predict_run(config: TrainConfig, unet: Mapping[str, Any], pushed: bool = False) -> Prediction:
+    """`predict` for a run's configuration, the UNet's, and whether the category's rewrite is `guided`."""
+    return predict(unet, Plan.of(config, pushed))
 
 
 def device_bytes() -> int | None:
@@ -228,7 +231,11 @@ def _calls(plan: Plan) -> tuple[int, int]:
     pictures = plan.data.pairs * (2 if plan.preserves else 1)
     passes = 4 if plan.gradient_checkpointing else 3
     drawing = pictures * plan.data.steps * (2 if plan.guided else 1)
-    return drawing, plan.steps * plan.gradient_accumulation * plan.rows * passes
+    training = plan.rows * passes
+    if plan.pushed:
+        drawing += int(plan.data.pairs * SAFE_SHARE) * plan.data.steps * 2
+        training += plan.batch_size * 2
+    return drawing, plan.steps * plan.gradient_accumulation * training
 
 
 def _bytes(tensors: Any) -> int:

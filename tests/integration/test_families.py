@@ -10,15 +10,24 @@ import pytest
 import torch
 import transformers
 
-from safepatch.diffusion import Components, encode_prompts, quiet
+from safepatch.artifact.info import PatchInfo
+from safepatch.diffusion import Components, encode_prompts, fingerprint, quiet
 from safepatch.errors import BaseMismatch, ConfigError, ModelNotFound, UnsupportedModel
 from safepatch.models.checkpoint import CONFIGS, open_checkpoint
 from safepatch.models.load import load_pipeline
 from safepatch.patch.drift import drift, sketch
-from safepatch.patch.files import to_artifact
+from safepatch.patch.files import check_fits, to_artifact
 from safepatch.runtime.apply import apply
 from safepatch.runtime.check import check
-from tests.families import FAMILIES, draw, original_layout, small_family_pipe, tokenizer_folder, write_original
+from tests.families import (
+    FAMILIES,
+    draw,
+    original_layout,
+    small_config,
+    small_family_pipe,
+    tokenizer_folder,
+    write_original,
+)
 from tests.small import INSTRUCTION, awaken, new_artifact, new_patch
 
 # diffusers 0.42.1's Euler schedulers turn tensors into arrays in a way that numpy 2 deprecates.
@@ -339,3 +348,17 @@ def test_a_sketch_tells_the_distance_of_weights(sd1):
     true = (square / sum(float(own[n].square().sum()) for n in encoder)) ** 0.5
     assert before == sketch(sd1.pipe.unet)  # control
     assert drift(sketch(host), before) == pytest.approx(true, rel=0.3)  # three standard errors
+
+
+def test_a_unet_that_projects_its_text_states_is_another_architecture():
+    """Kolors has SDXL's sizes; an adapter writes into the same field and changes nothing."""
+    sdxl = small_config("sdxl")["unet"]
+    kolors, adapted = ({**sdxl, "encoder_hid_dim_type": kind} for kind in ("text_proj", "ip_image_proj"))
+    base = {"family": "sdxl"}
+    info, other = (PatchInfo("lora", {"weapons": "x"}, fingerprint(made), base) for made in (sdxl, kolors))
+    check_fits(info, sdxl)  # controls
+    check_fits(info, adapted)
+    check_fits(other, kolors)
+    for patch, host in ((info, kolors), (other, sdxl)):
+        with pytest.raises(BaseMismatch, match=r"encoder_hid_dim_type .*; train one for this model"):
+            check_fits(patch, host)

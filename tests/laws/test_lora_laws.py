@@ -22,6 +22,7 @@ from safepatch.models.load import load_pipeline
 from safepatch.patch import LoraPatch
 from safepatch.patch.files import from_artifact, to_artifact
 from safepatch.patch.host import patched_prediction
+from safepatch.patch.lora import updated_weights
 from safepatch.runtime.apply import apply, attach
 from safepatch.runtime.fuse import NOTE, Update, fuse, fuse_model
 from tests.families import (
@@ -261,6 +262,17 @@ def test_a_layer_that_the_host_lacks_is_named(small_pipe):
     other = PatchArtifact(tensors, replace(artifact.info, shapes=shapes))
     with pytest.raises(BaseMismatch, match=r"attn3\.to_q', which this model lacks"):
         apply(small_pipe, other)
+
+
+def test_a_weight_of_as_many_values_in_another_shape_is_refused(small_pipe):
+    pipe, artifact = small_pipe, small_artifact("lora")
+    name = next(n for n in updated_weights(artifact) if len({*pipe.unet.get_parameter(n).shape}) > 1)
+    fuse(new_small_pipe(), artifact)  # control
+    owner, _, last = name.rpartition(".")
+    layer = pipe.unet.get_submodule(owner)
+    setattr(layer, last, torch.nn.Parameter(getattr(layer, last).data.T.contiguous()))
+    with pytest.raises(BaseMismatch, match="another size in this model"):
+        fuse(pipe, artifact)
 
 
 @pytest.mark.parametrize(

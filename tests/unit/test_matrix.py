@@ -17,6 +17,7 @@ from safepatch.evaluation.bench import Protocol
 from safepatch.evaluation.matrix import Matrix, MergeEntry, PatchEntry, load_matrix
 from safepatch.evaluation.run import run_matrix
 from safepatch.evaluation.subjects import subjects
+from safepatch.files import claimed
 from safepatch.models.load import MODELS, ModelConfig
 from safepatch.patch.files import absolute, from_artifact
 from safepatch.reporting.html import build_report
@@ -112,6 +113,13 @@ def test_a_kill_loses_the_cell_in_hand_and_nothing_else(weapons: Path, tmp_path:
     assert run_matrix(matrix, tell=said.append) == whole
     assert len(said) == 3 - kept
     assert (tmp_path / "out" / "rows.jsonl").read_bytes() == content
+
+
+def test_two_evaluations_in_one_folder_are_refused(weapons: Path, tmp_path: Path) -> None:
+    matrix = small(weapons, tmp_path / "out")
+    with claimed(tmp_path / "out"), pytest.raises(SafepatchError, match="is in use by process"):
+        run_matrix(matrix, tell=lambda _: None)
+    assert run_matrix(matrix, tell=lambda _: None)  # control
 
 
 def test_a_crash_in_a_cell_keeps_the_others(weapons: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

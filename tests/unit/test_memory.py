@@ -96,6 +96,9 @@ def test_calls_are_arithmetic() -> None:
     found = small(Plan("lite", batch_size=4, steps=1200))
     assert found.drawing_calls == 2 * 768 * 10 * 2
     assert found.training_calls == 1200 * 8 * 3
+    pushed = small(Plan("lite", batch_size=4, steps=1200, pushed=True))
+    assert pushed.drawing_calls - found.drawing_calls == 768 // 2 * 10 * 2  # a guided teacher is two calls more
+    assert pushed.training_calls - found.training_calls == 1200 * 4 * 2
 
 
 @pytest.mark.parametrize(("name", "kind"), list(zip(FAMILIES, cycle(PATCH_KINDS), strict=False)))

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from safepatch.detectors.base import Detector, shows_all, shows_any
 from safepatch.errors import ConfigError, SafepatchError, UnknownName
 from safepatch.evaluation import suite
 from safepatch.evaluation.bench import Bench, Protocol
+from safepatch.evaluation.kept import Batch, Kept
 from safepatch.results import NONE
 from safepatch.taxonomy import Category
 from safepatch.tiny.world import CONCEPTS
@@ -52,9 +54,9 @@ class ObedientBench(Bench):
 
     drops_companions = False
 
-    def images(self, prompts: Sequence[Prompt], patch: object = None, label: str = "") -> Tensor:
+    def batches(self, prompts: Sequence[Prompt], patch: object, label: str) -> list[Batch]:
         """Known images."""
-        return draw_labels([self.content(prompt) if patch else prompt.asks for prompt in prompts])
+        return [Batch.of(draw_labels([self.content(prompt) if patch else prompt.asks for prompt in prompts]))]
 
     def content(self, prompt: Prompt) -> list[str]:
         """What the patched model shows."""
@@ -193,27 +195,43 @@ def test_a_protocol_that_measures_nothing_cannot_be_made(name: str) -> None:
 # The bench itself, on a small random pipeline
 
 
-def test_a_bench_draws_each_batch_once_and_forgets_on_demand() -> None:
+def test_a_bench_draws_each_batch_once_and_a_folder_outlives_it(tmp_path: Path) -> None:
     pipe = new_small_pipe()
-    bench = Bench("small", pipe, None, Protocol(n=4, steps=1, batch_size=2))
     prompts = [Prompt(text, seed) for seed, text in enumerate(("a cat", "a knife", "a dog"))]
-    calls: list[int] = []
-    hook = pipe.unet.register_forward_hook(lambda *_: calls.append(1))
-    first, again = bench.images(prompts), bench.images(prompts)
-    assert (len(calls), first.shape) == (2, (3, 3, 64, 64))
-    assert torch.equal(first, again)
-    patch = new_artifact(pipe.unet, "lora")
-    patched = bench.images(prompts, patch)
-    assert not torch.equal(patched, first)  # control: another key
-    before = len(calls)
-    bench.images(prompts, patch)
-    assert len(calls) == before
-    bench.forget(patch)
-    assert torch.equal(bench.images(prompts, patch), patched)
-    assert len(calls) == before + 2
-    bench.images(prompts)
-    assert len(calls) == before + 2
-    hook.remove()
+    patch, calls = new_artifact(pipe.unet, "lora"), list[int]()
+    pipe.unet.register_forward_hook(lambda *_: calls.append(1))
+
+    def bench(folder: Path | None) -> Bench:
+        return Bench("small", pipe, None, Protocol(n=4, steps=1, batch_size=2), kept=Kept(folder))
+
+    def drawn(with_it: Bench) -> int:
+        calls.clear()
+        images = with_it.images(prompts)
+        assert torch.equal(images, with_it.images(prompts))
+        patched = with_it.images(prompts, patch)
+        assert not torch.equal(images, patched)  # control: another key
+        assert torch.equal(torch.cat((images, patched)), expected)
+        return len(calls)
+
+    expected = torch.cat([bench(None).images(prompts), bench(None).images(prompts, patch)])
+    assert expected.shape == (6, 3, 64, 64)
+    assert torch.equal((expected * 255).round() / 255, expected)  # as files hold them
+    assert drawn(bench(None)) == 4
+    assert drawn(bench(tmp_path)) == 4
+    assert drawn(bench(tmp_path)) == 0
+    one, *_ = tmp_path.iterdir()
+    one.write_bytes(one.read_bytes()[:99])  # a crash of the machine
+    assert drawn(bench(tmp_path)) == 1
+    other = replace(bench(tmp_path), protocol=Protocol(n=4, steps=2, batch_size=2))
+    assert not torch.equal(other.images(prompts), expected[:3])  # control: other settings, other images
+
+
+def test_a_change_too_small_for_a_picture_is_a_change() -> None:
+    image = torch.full((1, 3, 4, 4), 0.5)
+    one, other = Batch.of(image), Batch.of(image + 1e-6)
+    assert torch.equal(one.pixels, other.pixels)  # control
+    assert not torch.equal(one.bits, other.bits)
+    assert torch.equal(one.bits, Batch.of(image.clone()).bits)
 
 
 def test_a_prompt_is_drawn_with_its_own_guidance_unless_the_protocol_names_one() -> None:
@@ -222,7 +240,7 @@ def test_a_prompt_is_drawn_with_its_own_guidance_unless_the_protocol_names_one()
     mixed = bench.images([strong, plain])
     assert not torch.equal(mixed[0], mixed[1])
     assert torch.allclose(mixed[0], bench.images([strong])[0], atol=1e-4)
-    fixed = replace(bench, protocol=Protocol(steps=1, guidance_scale=1.5), _images={})
+    fixed = replace(bench, protocol=Protocol(steps=1, guidance_scale=1.5), kept=Kept())
     one, other = fixed.images([strong, plain])
     assert torch.equal(one, other)  # control
 

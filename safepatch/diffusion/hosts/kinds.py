@@ -131,6 +131,7 @@ FLUX = _TRANSFORMER._replace(
     calls_apart=True,
 )
 UNSAID: dict[str, Any] = {"dual_attention_layers": (), "guidance_embeds": False}  # of files that do not say
+IP_ADAPTER = "ip_image_proj"  # what an adapter writes into a UNet's configuration
 TRANSFORMERS: dict[str, HostKind] = {"SD3Transformer2DModel": SD3, "FluxTransformer2DModel": FLUX}
 
 
@@ -149,6 +150,8 @@ def config_kind(config: Mapping[str, Any]) -> HostKind:
 def fingerprint(config: Mapping[str, Any]) -> dict[str, Any]:
     """What the configurations of two hosts must share for a patch of the one to fit the other, as plain JSON values."""
     values = {key: config.get(key, UNSAID.get(key)) for key in config_kind(config).fingerprint}
+    if (projected := config.get("encoder_hid_dim_type")) not in (None, IP_ADAPTER):  # Kolors is like SDXL but for this
+        values["encoder_hid_dim_type"] = projected
     return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
