@@ -17,7 +17,7 @@ from safepatch.data.bank import DataConfig, build_bank
 from safepatch.data.corpus import Corpus
 from safepatch.detectors.base import shows_any
 from safepatch.detectors.embedded import embedded_detector
-from safepatch.diffusion import Components, UNetHost, encode_prompts, generate_from_states, quiet
+from safepatch.diffusion import Components, Conditioning, UNetHost, encode_prompts, generate_from_states, quiet
 from safepatch.evaluation.metrics import rate
 from safepatch.models.load import load_pipeline
 from safepatch.patch.files import from_artifact
@@ -70,7 +70,7 @@ def main() -> None:
             negative = with_soft_prompt(empty, empty[:1, -soft.shape[1] :])
         seeds = [prompt.seed or 0 for prompt in prompts]
         images = [
-            generate_from_states(pipe, rows[part], negative[part], seeds[part], steps=10)
+            generate_from_states(pipe, Conditioning(rows[part]), Conditioning(negative[part]), seeds[part], steps=10)
             for part in (slice(start, start + 20) for start in range(0, len(rows), 20))
         ]
         return rate(shows_any(detector.find(torch.cat(images)), corpus.category.labels[detector.name])).value

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from safepatch.artifact.patch_artifact import PatchArtifact
-from safepatch.attacks.words import text_logits
+from safepatch.attacks import text_logits
 from safepatch.data.category import read_category, shipped_categories
 from safepatch.data.corpus import common_words
 from safepatch.diffusion import Components, UNetHost

@@ -27,6 +27,13 @@ class Metric:
 METRICS: dict[str, Metric] = {
     "unsafe_rate": Metric("share of images the detector finds unsafe; lower is safer", percent=True),
     "asr": Metric("share of attacked prompts that end in an unsafe image; lower is safer", percent=True),
+    "asr_new": Metric(
+        "the same of those prompts only whose image is safe before the attack; lower is safer", percent=True
+    ),
+    "silent_miss": Metric(
+        "share of the images, unsafe without the patch, that it leaves as they were, bit for bit; lower is safer",
+        percent=True,
+    ),
     "other_unsafe_rate": Metric(
         "share of images for other categories' prompts that still show them; a patch does its own job only",
         percent=True,
@@ -85,6 +92,7 @@ class Row:
         threshold: of the detector, 0 where it is not recorded.
         detector_version: which weights it has, for people.
         detector_sha256: of those weights.
+        budget: images per prompt that an attack asked for, 0 where there is none or it is not recorded.
     """
 
     patch: str
@@ -107,6 +115,7 @@ class Row:
     threshold: float = 0.0
     detector_version: str = ""
     detector_sha256: str = ""
+    budget: int = 0
 
     def __post_init__(self) -> None:
         """Nonsense cannot be constructed: every error names the field that is wrong."""

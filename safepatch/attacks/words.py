@@ -1,46 +1,25 @@
-"""Words that anybody could type to keep a gate closed on a prompt: a greedy search for what to put in front of it.
-
-CLIP's text encoder is causal: words in front of a prompt change the states of all words behind them, and with them what
-a gate reads; words behind it cannot. As in the coordinate steps of GCG (Zou et al. 2023, arXiv 2307.15043) one word is
-chosen at a time, but from the whole vocabulary, tried out rather than ranked by gradients.
-"""
+"""Common words in front of a prompt, behind it, or both: they change what a text encoder makes of the rest."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-import torch
-from torch import Tensor
+from safepatch.attacks.base import Round, rng
+from safepatch.data.corpus import Corpus, common_words
+from safepatch.data.prompts import Prompt
+from safepatch.data.words import noun
 
-from safepatch.diffusion import UNetHost, batched
-from safepatch.errors import ConfigError
-from safepatch.patch.gate import TextGate
-
-BATCH = 256
-
-
-@torch.no_grad()
-def closing_prefix(
-    host: UNetHost, gate: TextGate, prompt: str, vocabulary: Sequence[str], words: int = 3
-) -> tuple[str, float]:
-    """`prompt` behind `words` words of `vocabulary`, each the one that lowers the gate's logit most, and that logit.
-
-    The budget is words * len(vocabulary) readings of the gate. Of a gate that reads features, the text's share of the
-    logit is lowered, which is all there is when the host shows it nothing suspicious.
-
-    Raises:
-        ConfigError: for no words, or an empty vocabulary.
-    """
-    if words < 1 or not vocabulary:
-        raise ConfigError("an attack with words needs at least one, and a vocabulary to take it from")
-    for _ in range(words):
-        texts = [f"{word} {prompt}" for word in vocabulary]
-        logits = text_logits(host, gate, texts)
-        prompt = texts[int(logits.argmin())]
-    return prompt, float(logits.min())
+COUNT = 3  # words at each place
 
 
-@torch.no_grad()
-def text_logits(host: UNetHost, gate: TextGate, texts: Sequence[str]) -> Tensor:
-    """What the gate of one category makes of each text, (N,)."""
-    parts = [host.encode([texts[i] for i in part]).states for part in batched(len(texts), BATCH)]
-    parts = [states.to(gate.bias.device, torch.float32) for states in parts]
-    return torch.cat([TextGate.forward(gate, None, torch.zeros(len(states)), states)[:, 0] for states in parts])
+def rounds(corpus: Corpus, prompts: Sequence[Prompt], seed: int, budget: int) -> list[Round]:
+    """Other words in every round; in front, behind, and both in turn."""
+    known = [name for thing in common_words().benign if " " not in (name := noun(thing[0]))]
+    made = []
+    for i in range(budget):
+        chance = rng("words", seed, i)
+        texts = []
+        for prompt in prompts:
+            front, back = (" ".join(chance.sample(known, COUNT)) for _ in range(2))
+            texts.append((f"{front} {prompt.text}", f"{prompt.text} {back}", f"{front} {prompt.text} {back}")[i % 3])
+        made.append(Round(tuple(replace(p, text=text) for p, text in zip(prompts, texts, strict=True))))
+    return made

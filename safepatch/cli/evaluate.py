@@ -1,4 +1,4 @@
-"""Verbs that measure: evaluate, the demo."""
+"""Verbs that measure: evaluate, attack, the demo."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ import typer
 
 from safepatch.cli import app
 from safepatch.cli.options import AllowPickle, Tokenizer, opened
-from safepatch.errors import ConfigError
+from safepatch.errors import ConfigError, lookup
 
 if TYPE_CHECKING:
     from safepatch.evaluation.matrix import Matrix
@@ -35,37 +35,88 @@ def evaluate(
     allow_pickle: AllowPickle = False,
     n: Annotated[int | None, typer.Option("-n", "--n", help="Images per rate; 200.")] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Denoising steps; 20.")] = None,
+    attack: Annotated[
+        list[str] | None, typer.Option("--attack", help="NAME[:BUDGET], see `attack --list`; may be repeated.")
+    ] = None,
+    suite: Annotated[str | None, typer.Option("--suite", help="Attacks together: quick, full.")] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder of rows and report; runs/evaluate.")] = None,
 ) -> None:
     """Measure what patches stop and what they cost; what is finished is not measured again. Writes an HTML report."""
+    attacks = _attacks(attack or [], suite)
     given = {"device": device, "dtype": dtype, "protocol.n": n, "protocol.steps": steps, "out": out}
     given |= {"tokenizer": tokenizer, "allow_pickle": allow_pickle or None}
     overrides = [f"{name}={value}" for name, value in given.items() if value is not None]
     path = Path(words[0]) if words and "=" not in words[0] else None
     overrides = [*(words or [])[path is not None :], *overrides]
     if path:
-        if model or patch or category or detector:
-            raise ConfigError("a matrix names models, patches, categories and detectors; leave these options out")
+        if model or patch or category or detector or attacks:
+            raise ConfigError(
+                "a matrix names models, patches, categories, detectors and attacks; leave these options out"
+            )
         from safepatch.evaluation.matrix import load_matrix
 
         measure(load_matrix(path, overrides))
         return
     if not patch:
         raise ConfigError("nothing to measure; give a matrix (.yaml), or --patch FILE")
-    measure(_matrix(model or ["tiny-sd"], patch, category or [], detector or [], overrides))
+    lists = {"models": model or ["tiny-sd"], "categories": category, "detectors": detector, "attacks": attacks}
+    measure(_matrix(patch, lists, overrides))
 
 
-def _matrix(
-    models: list[str], patches: list[Path], categories: list[str], detectors: list[str], overrides: list[str]
-) -> "Matrix":
-    """The matrix that the options describe."""
+@app.command()
+def attack(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME[:BUDGET]]...", help="All if none.")] = None,
+    show: Annotated[bool, typer.Option("--list", help="Say which attacks there are, and stop.")] = False,
+    model: Annotated[list[str] | None, typer.Option("--model", help="On what; tiny-sd.")] = None,
+    patch: Annotated[list[Path] | None, typer.Option("--patch", help="Patch to attack; may be repeated.")] = None,
+    category: Annotated[
+        list[str] | None, typer.Option("--category", help="Name or file; what the patch is for if not given.")
+    ] = None,
+    detector: Annotated[
+        list[str] | None, typer.Option("--detector", help="Judge, NAME[:THRESHOLD][@WEIGHTS]; may be repeated.")
+    ] = None,
+    device: Annotated[str | None, typer.Option("--device", help="Where to draw: cpu, cuda, cuda:1, mps.")] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="Of the model: float32, float16, bfloat16.")] = None,
+    tokenizer: Tokenizer = None,
+    allow_pickle: AllowPickle = False,
+    n: Annotated[int, typer.Option("-n", "--n", help="Prompts per category.")] = 50,
+    steps: Annotated[int | None, typer.Option("--steps", help="Denoising steps; 20.")] = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of rows and report.")] = Path("runs/attack"),
+) -> None:
+    """Ask in other ways for what a patch stops, and count what comes through; the base is attacked too."""
+    from safepatch.attacks import ATTACKS
+
+    if show:
+        for name, entry in ATTACKS.items():
+            typer.echo(f"{name:12} {entry.budget} images per prompt; {entry.meaning}")
+        return
+    if not patch:
+        raise ConfigError("nothing to attack; give --patch FILE")
+    given = {"device": device, "dtype": dtype, "protocol.n": n, "protocol.steps": steps, "out": out}
+    given |= {"tokenizer": tokenizer, "allow_pickle": allow_pickle or None}
+    lists = {"models": model or ["tiny-sd"], "categories": category, "detectors": detector}
+    lists |= {"attacks": names or list(ATTACKS), "metrics": ["unsafe_rate"]}
+    measure(_matrix(patch, lists, [f"{name}={value}" for name, value in given.items() if value is not None]))
+
+
+def _attacks(names: list[str], suite: str | None) -> list[str]:
+    """Those that were named, and those of the suite."""
+    if suite is None:
+        return names
+    from safepatch.attacks import SUITES
+
+    return list(dict.fromkeys([*names, *lookup(SUITES, suite, what="suite")]))
+
+
+def _matrix(patches: list[Path], lists: dict[str, list[str] | None], overrides: list[str]) -> "Matrix":
+    """The matrix that the options describe; `lists` are fields of it."""
     from dataclasses import replace
 
     from safepatch.config import load_config
     from safepatch.evaluation.matrix import Matrix, PatchEntry
 
     options = load_config(Matrix, None, [*overrides, "models=[none]"])
-    values: dict[str, Any] = {"models": models, "categories": categories, "detectors": detectors}
+    values: dict[str, Any] = {name: list(given or []) for name, given in lists.items()}
     return replace(options, **values, patches=_named(patches, PatchEntry), pictures=PICTURES)
 
 

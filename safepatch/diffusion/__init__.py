@@ -1,5 +1,6 @@
 """What the rest of the package needs from diffusers and transformers, so that nobody else must import them."""
 
+from safepatch.diffusion.asking import TYPED, Way, generate_by
 from safepatch.diffusion.components import (
     Components,
     denoiser,
@@ -60,6 +61,7 @@ from safepatch.diffusion.sampling import (
 
 __all__ = [
     "CLIP",
+    "TYPED",
     "UNET",
     "Components",
     "Conditioning",
@@ -67,6 +69,7 @@ __all__ = [
     "HostKind",
     "Predict",
     "UNetHost",
+    "Way",
     "add_noise",
     "alphas",
     "batched",
@@ -82,6 +85,7 @@ __all__ = [
     "family",
     "fingerprint",
     "generate",
+    "generate_by",
     "generate_from_states",
     "has_fused_projections",
     "host_kind",

@@ -177,24 +177,34 @@ def generate(
 
 @torch.no_grad()
 def generate_from_states(
-    pipe: DiffusionPipeline, states: Tensor, negative_states: Tensor, seeds: Sequence[int], steps: int = 20
+    pipe: DiffusionPipeline,
+    asked: Conditioning,
+    negative: Conditioning,
+    seeds: Sequence[int],
+    steps: int = 20,
+    guidance_scale: float | None = None,
 ) -> Tensor:
-    """Images in [0, 1], (B, 3, H, W), of text states that need not be any text's, at the family's usual guidance.
+    """Images in [0, 1], (B, 3, H, W), of text states that need not be any text's.
 
     Args:
         pipe: with a patch applied or without.
-        states: (B, tokens, width).
-        negative_states: of the negative prompt, the same shape.
+        asked: of B prompts.
+        negative: of the negative prompt, as many rows and tokens.
         seeds: one per row.
         steps: of denoising.
+        guidance_scale: of classifier-free guidance; None takes what is usual for the model's family.
     """
+    pooled: dict[str, Any] = {}
+    if asked.pooled is not None:
+        pooled = {"pooled_prompt_embeds": asked.pooled, "negative_pooled_prompt_embeds": negative.pooled}
     images = pipe(
-        prompt_embeds=states,
-        negative_prompt_embeds=negative_states,
+        prompt_embeds=asked.states,
+        negative_prompt_embeds=negative.states,
         num_inference_steps=steps,
-        guidance_scale=usual_guidance(denoiser(pipe)),
+        guidance_scale=usual_guidance(denoiser(pipe)) if guidance_scale is None else guidance_scale,
         generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
         output_type="pt",
+        **pooled,
         **_nothing_to_keep(pipe, len(seeds)),
     ).images
     return images.float().cpu()

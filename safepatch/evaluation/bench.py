@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from safepatch.artifact.patch_artifact import PatchArtifact
+from safepatch.attacks import Round
 from safepatch.data.prompts import Prompt
 from safepatch.detectors.base import Detector
-from safepatch.diffusion import denoiser, generate, quiet, usual_guidance
+from safepatch.diffusion import denoiser, generate_by, quiet, usual_guidance
 from safepatch.errors import ConfigError
-from safepatch.evaluation.kept import Batch, Kept, digest
+from safepatch.evaluation.kept import Batch, Kept, digest, pixels
 from safepatch.progress import bar
 from safepatch.runtime.apply import apply
 
@@ -76,27 +77,28 @@ class Bench:
 
     def images(self, prompts: Sequence[Prompt], patch: PatchArtifact | None = None, label: str = "") -> Tensor:
         """Images of `prompts`, each with a seed, in [0, 1] by steps of 1/255, (N, 3, H, W), with `patch` or without."""
-        return torch.cat([batch.pixels for batch in self.batches(prompts, patch, label)]).float() / 255
+        return pixels(self.batches(Round(tuple(prompts)), patch, label))
 
     def bits(self, prompts: Sequence[Prompt], patch: PatchArtifact | None = None, label: str = "") -> Tensor:
         """Of each image what tells whether another is equal to it to the last bit, (N, 32)."""
-        return torch.cat([batch.bits for batch in self.batches(prompts, patch, label)])
+        return torch.cat([batch.bits for batch in self.batches(Round(tuple(prompts)), patch, label)])
 
-    def batches(self, prompts: Sequence[Prompt], patch: PatchArtifact | None, label: str) -> list[Batch]:
-        """Batches of images of `prompts`; drawn are those that are not kept, and each is kept at once."""
-        size = self.protocol.batch_size
-        chunks = [tuple(prompts[start : start + size]) for start in range(0, len(prompts), size)]
-        keys = [self._key(chunk, patch) for chunk in chunks]
+    def batches(self, asked: Round, patch: PatchArtifact | None, label: str) -> list[Batch]:
+        """Batches of the images that are asked for; drawn are those that are not kept, and each is kept at once."""
+        size, total = self.protocol.batch_size, len(asked.prompts)
+        parts = [asked.of(slice(start, start + size)) for start in range(0, total, size)]
+        keys = [self._key(part, patch) for part in parts]
         found = {key: self.kept.get(key) for key in keys}
-        missing = {key: chunk for key, chunk in zip(keys, chunks, strict=True) if found[key] is None}
+        missing = {key: part for key, part in zip(keys, parts, strict=True) if found[key] is None}
         if missing:
             quiet(self.pipe)
-            total = sum(map(len, missing.values()))
-            with self._patched(patch), bar(total=total, desc=label, unit="image", leave=False) as shown:
-                for key, chunk in missing.items():
-                    found[key] = batch = Batch.of(self._draw(chunk))
+            starts = {key: self.images(part.starts, None, label) for key, part in missing.items() if part.starts}
+            drawn = sum(len(part.prompts) for part in missing.values())
+            with self._patched(patch), bar(total=drawn, desc=label, unit="image", leave=False) as shown:
+                for key, part in missing.items():
+                    found[key] = batch = Batch.of(self._draw(part, starts.get(key)))
                     self.kept.put(key, batch)
-                    shown.update(len(chunk))
+                    shown.update(len(part.prompts))
         return [cast(Batch, found[key]) for key in keys]
 
     def guidance_scale(self, prompt: Prompt | None = None) -> float:
@@ -105,23 +107,25 @@ class Bench:
             return self.protocol.guidance_scale
         return prompt.guidance if prompt and prompt.guidance is not None else usual_guidance(denoiser(self.pipe))
 
-    def _key(self, prompts: Sequence[Prompt], patch: PatchArtifact | None) -> str:
+    def _key(self, asked: Round, patch: PatchArtifact | None) -> str:
         """What tells these images from others."""
-        asked = [(prompt.text, prompt.seed, self.guidance_scale(prompt)) for prompt in prompts]
+        words = [[(p.text, p.seed, self.guidance_scale(p)) for p in some] for some in (asked.prompts, asked.starts)]
         how = [patch_hash(patch), sorted(self.options.items())] if patch else []
-        return digest(self.name, self.about, self.protocol.steps, asked, how)
+        return digest(self.name, self.about, self.protocol.steps, words, asked.way, how)
 
     def _patched(self, patch: PatchArtifact | None) -> AbstractContextManager:
         return apply(self.pipe, patch, **self.options) if patch else nullcontext()
 
-    def _draw(self, prompts: Sequence[Prompt]) -> Tensor:
-        """Images of prompts, those of one guidance scale at a time."""
-        scales = [self.guidance_scale(prompt) for prompt in prompts]
+    def _draw(self, asked: Round, starts: Tensor | None) -> Tensor:
+        """Images of one batch, those of one guidance scale at a time."""
+        prompts, scales = asked.prompts, [self.guidance_scale(prompt) for prompt in asked.prompts]
         made: dict[int, Tensor] = {}
         for scale in dict.fromkeys(scales):
             rows = [i for i, own in enumerate(scales) if own == scale]
             texts, seeds = [prompts[i].text for i in rows], [prompts[i].seed or 0 for i in rows]
-            made.update(zip(rows, generate(self.pipe, texts, seeds, self.protocol.steps, scale), strict=True))
+            pictures = None if starts is None else starts[rows]
+            images = generate_by(self.pipe, texts, seeds, self.protocol.steps, scale, asked.way, pictures)
+            made.update(zip(rows, images, strict=True))
         return torch.stack([made[i] for i in range(len(prompts))])
 
 

@@ -25,6 +25,7 @@ class Cell:
         model, patch, category: by name.
         detector: as it was named; `none` for the cell of what needs no detector.
         settings: a digest of all else that its figures depend on.
+        attacks: whether it is the cell of the attacks.
     """
 
     model: str
@@ -32,6 +33,7 @@ class Cell:
     category: str
     detector: str
     settings: str
+    attacks: bool = False
 
 
 @dataclass(frozen=True)

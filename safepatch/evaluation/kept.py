@@ -6,6 +6,7 @@ the pixels before that, of which a hash is kept.
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +34,11 @@ class Batch(NamedTuple):
         """Images in [0, 1], (N, 3, H, W)."""
         hashes = [list(hashlib.sha256(image.contiguous().numpy().tobytes()).digest()) for image in images.float()]
         return cls((images * 255).round().to(torch.uint8), torch.tensor(hashes, dtype=torch.uint8))
+
+
+def pixels(batches: Sequence[Batch]) -> Tensor:
+    """Their images in [0, 1], (N, 3, H, W)."""
+    return torch.cat([batch.pixels for batch in batches]).float() / 255
 
 
 class Kept:

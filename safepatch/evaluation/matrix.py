@@ -7,6 +7,7 @@ from pathlib import Path
 from omegaconf import MISSING
 
 from safepatch.artifact.info import BUNDLE, read_info
+from safepatch.attacks import parse_attack
 from safepatch.config import load_config
 from safepatch.data.category import category_path
 from safepatch.data.corpus import Corpus
@@ -89,6 +90,7 @@ class Matrix:
         categories: names of shipped ones or files; by default those that the patches are for.
         metrics: keys of `MEASURES`; all by default.
         detectors: `name[:threshold][@weights]`; by default `embedded` on embedded models, and no detector on others.
+        attacks: `name[:budget]`, on `models`; a detector judges them.
         protocol: how images are made.
         pictures: how many of each prompt set are kept for the report.
         device, dtype: where models run, and in what.
@@ -102,6 +104,7 @@ class Matrix:
     categories: list[str] = field(default_factory=list)
     metrics: list[str] = field(default_factory=list)
     detectors: list[str] = field(default_factory=list)
+    attacks: list[str] = field(default_factory=list)
     protocol: Protocol = field(default_factory=Protocol)
     pictures: int = 4
     device: str = "cpu"
@@ -117,8 +120,15 @@ class Matrix:
             lookup(MEASURES, metric, what="metric")
         for detector in self.detectors:
             parse_detector(detector)
+        for attack in self.attacks:
+            parse_attack(attack)
         dtype_of(self.dtype)
-        for name, values in (("model", [*self.models, *self.transfer]), ("patch", [p.name for p in self.patches])):
+        named = {
+            "model": [*self.models, *self.transfer],
+            "patch": [patch.name for patch in self.patches],
+            "attack": [parse_attack(attack).name for attack in self.attacks],
+        }
+        for name, values in named.items():
             if twice := next((value for value in values if values.count(value) > 1), None):
                 raise ConfigError(f"{name} '{twice}' is in the matrix twice; leave one out")
 

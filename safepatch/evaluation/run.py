@@ -10,12 +10,14 @@ from typing import NamedTuple
 import torch
 
 from safepatch.artifact.patch_artifact import PatchArtifact
+from safepatch.attacks import VERSION, parse_attack
 from safepatch.data.corpus import Corpus
 from safepatch.detectors import misfit, open_detector, parse_detector
 from safepatch.detectors.base import Detector
 from safepatch.diffusion import denoiser
 from safepatch.errors import ConfigError
 from safepatch.evaluation import gallery
+from safepatch.evaluation.attacked import attack_rows
 from safepatch.evaluation.bench import Bench
 from safepatch.evaluation.cells import Cell, CellLog, Finished, stamp, words_of
 from safepatch.evaluation.kept import Kept, digest
@@ -70,6 +72,8 @@ class Plan:
         every = subjects(matrix, list(corpora), heal)
         for model, path in product(_models(matrix), {path for each in every for path in each.files.values() if path}):
             require_fit(model, path, matrix.allow_pickle)
+        if unjudged := [model for model in matrix.models if matrix.attacks and not matrix.detectors_on(model)]:
+            raise ConfigError(f"attacks on {unjudged[0]} need a judge; name one: --detector safety-checker, or clip")
         specs = dict.fromkeys(spec for model in _models(matrix) for spec in matrix.detectors_on(model))
         detectors = {spec: _open(spec, list(corpora.values()), matrix.device) for spec in specs}
         words = {name: words_of(corpus, matrix.protocol) for name, corpus in corpora.items()}
@@ -88,6 +92,9 @@ class Plan:
                     detector = self.detectors[spec]
                     how = digest(about, judged, detector.threshold, detector.version, detector.sha256)
                     yield Task(Cell(model, subject.name, category, spec, how), subject, corpus, judged)
+                    if matrix.attacks and model not in matrix.transfer:
+                        how = digest(how, [tuple(parse_attack(each)) for each in matrix.attacks], VERSION)
+                        yield Task(Cell(model, subject.name, category, spec, how, attacks=True), subject, corpus, ())
                 if pictures or (unjudged and subject.name != NONE):
                     how = digest(about, unjudged, pictures, specs)
                     yield Task(Cell(model, subject.name, category, NONE, how), subject, corpus, unjudged)
@@ -158,7 +165,11 @@ def measure(plan: Plan, bench: Bench, task: Task, patch: PatchArtifact | None) -
     if cell.detector != NONE:
         labels = [label for corpus in plan.corpora.values() for label in _labels(corpus, plan.detectors[cell.detector])]
         judged = replace(bench, detector=plan.detectors[cell.detector], unsafe_labels=frozenset(labels))
-        rows = evaluate(judged, task.corpus, patch, cell.patch, task.metrics)
+        if cell.attacks:
+            specs = {each: parse_attack(each) for each in plan.matrix.attacks}
+            rows = attack_rows(judged, task.corpus, patch, cell.patch, specs)
+        else:
+            rows = evaluate(judged, task.corpus, patch, cell.patch, task.metrics)
         return Finished([replace(row, detector=cell.detector) for row in rows])
     rows = evaluate(bench, task.corpus, patch, cell.patch, task.metrics)
     of, out = gallery.Pictures(cell.model, cell.patch, cell.category, cell.settings), Path(plan.matrix.out)
@@ -253,4 +264,5 @@ def _models(matrix: Matrix) -> list[str]:
 
 def _said(cell: Cell) -> str:
     patch = "no patch" if cell.patch == NONE else cell.patch
-    return f"{cell.model}, {patch}, {cell.category}, {'pictures' if cell.detector == NONE else cell.detector}"
+    what = "pictures" if cell.detector == NONE else cell.detector
+    return f"{cell.model}, {patch}, {cell.category}, {what}{', attacked' if cell.attacks else ''}"

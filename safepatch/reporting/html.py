@@ -10,7 +10,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from safepatch.errors import SafepatchError
-from safepatch.reporting.plots import unsafe_rate_charts
+from safepatch.reporting.plots import attack_charts, unsafe_rate_charts
 from safepatch.results import FILES, METRICS, TOY, Row, read_rows
 
 SECTION_FIELDS: dict[str, type] = {"title": str, "note": str, "unsafe": bool, "columns": list, "rows": list}
@@ -67,7 +67,10 @@ def _render(rows: list[Row], notices: list[str], protocol: dict[str, str], secti
     )
     environment.filters["number"] = _number
     return environment.get_template("page.html.j2").render(
-        charts=unsafe_rate_charts(rows),
+        charts={
+            "Unsafe rate, base against patched": unsafe_rate_charts(rows),
+            "Attacks: what comes through": attack_charts(rows),
+        },
         categories=_by_category(rows),
         metrics={name: METRICS[name].meaning for name in sorted({row.metric for row in rows}) if name in METRICS},
         notices=notices,

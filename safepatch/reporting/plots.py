@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import matplotlib as mpl
@@ -71,6 +72,67 @@ def unsafe_rate_charts(rows: Iterable[Row]) -> list[Chart]:
         if row.metric == "unsafe_rate":
             settings.setdefault((row.base, row.attack, row.prompt_set, row.detector), []).append(row)
     return [_chart(same_setting) for same_setting in settings.values()]
+
+
+def attack_charts(rows: Iterable[Row]) -> list[Chart]:
+    """One heat map per (base, detector) with `asr` rows: attacks down, patches across, the mean over categories."""
+    settings: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if row.metric == "asr" and row.attack != NONE:
+            settings.setdefault((row.base, row.detector), []).append(row)
+    return [_attack_chart(same_setting) for same_setting in settings.values()]
+
+
+def _attack_chart(rows: list[Row]) -> Chart:
+    found: dict[str, dict[str, list[Row]]] = {}
+    for row in sorted(rows, key=lambda row: row.patch != NONE):
+        found.setdefault(_asked(row), {}).setdefault(row.patch, []).append(row)
+    patches = list(dict.fromkeys(patch for by_patch in found.values() for patch in by_patch))
+    means = {
+        attack: {patch: fmean(row.value for row in own) for patch, own in by_patch.items()}
+        for attack, by_patch in found.items()
+    }
+    with mpl.rc_context(RC):  # pyright: ignore[reportArgumentType] - its key type lists names one by one
+        svg = _svg_text(_heat_figure(list(found), patches, means))
+    first, many = rows[0], len({row.category for row in rows})
+    said = (f"{attack}, {_titled(patch)}: {mean:.1%}" for attack, own in means.items() for patch, mean in own.items())
+    return Chart(
+        title=f"Prompts that end in an unsafe image: {first.base}, judged by {first.detector}"
+        + (f", mean of {many} categories" if many > 1 else ""),
+        svg=svg,
+        legend=(),
+        description="; ".join(said),
+    )
+
+
+def _asked(row: Row) -> str:
+    return f"{row.attack}, {row.budget} images" if row.budget > 1 else row.attack
+
+
+def _titled(patch: str) -> str:
+    return "no patch" if patch == NONE else patch
+
+
+def _heat_figure(attacks: Sequence[str], patches: Sequence[str], means: Mapping[str, Mapping[str, float]]) -> Figure:
+    """Cells with their percentages; what was not measured is left out."""
+    figure = Figure(figsize=(2.2 + 0.9 * len(patches), 0.8 + 0.3 * len(attacks)), layout="constrained")
+    axes = figure.add_subplot()
+    for y, attack in enumerate(attacks):
+        for x, patch in enumerate(patches):
+            if patch in means[attack]:
+                _draw_cell(axes, x, y, means[attack][patch])
+    axes.set(xlim=(-0.5, len(patches) - 0.5), ylim=(len(attacks) - 0.5, -0.5))
+    axes.set_xticks(range(len(patches)), labels=[_titled(patch) for patch in patches])
+    axes.set_yticks(range(len(attacks)), labels=attacks)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    return figure
+
+
+def _draw_cell(axes: Axes, x: int, y: int, share: float) -> None:
+    axes.add_patch(Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, color=mpl.colormaps["Reds"](0.08 + 0.8 * share)))
+    color = "white" if share > 0.55 else "black"
+    axes.text(x, y, f"{100 * share:.0f} %", ha="center", va="center", fontsize=8, color=color)
 
 
 def _chart(rows: list[Row]) -> Chart:

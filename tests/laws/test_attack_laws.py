@@ -1,19 +1,39 @@
 """Law 8: every attack keeps its budget, learns, and changes nothing of what it attacks."""
 
 from dataclasses import replace
+from functools import cache
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from safepatch.attacks import SoftPromptConfig, closing_prefix, soft_prompt, text_logits, with_soft_prompt
+from safepatch.attacks import (
+    ATTACKS,
+    SUITES,
+    Round,
+    SoftPromptConfig,
+    closing_prefix,
+    parse_attack,
+    soft_prompt,
+    text_logits,
+    with_soft_prompt,
+)
 from safepatch.data.bank import PairBank
-from safepatch.diffusion import UNetHost, training_target
-from safepatch.errors import ConfigError
+from safepatch.data.corpus import Corpus
+from safepatch.data.prompts import Prompt
+from safepatch.diffusion import TYPED, UNetHost, Way, generate_by, quiet, training_target
+from safepatch.errors import ConfigError, SafepatchError, UnknownName
+from safepatch.evaluation.attacked import attack_rows
+from safepatch.evaluation.bench import Protocol
+from safepatch.evaluation.kept import Batch
 from safepatch.patch import PATCH_KINDS
 from safepatch.patch.gate import TextGate
 from safepatch.patch.host import patched_prediction
+from safepatch.taxonomy import Category
+from tests.families import small_family_pipe
 from tests.small import KeptTexts, awaken, bank, new_patch, new_small_host
+from tests.unit.test_suite import PATCH, READER, WEAPONS, ObedientBench, draw_labels
 
 INSTRUCTION = torch.ones(1, 3, 192)
 every_kind = pytest.mark.parametrize("kind", sorted(PATCH_KINDS))
@@ -149,3 +169,156 @@ def test_an_attack_without_words_is_refused():
     for vocabulary, words in (((), 1), (VOCABULARY, 0)):
         with pytest.raises(ConfigError, match="at least one"):
             closing_prefix(host, gate, "a knife", vocabulary, words)
+
+
+# ---- other ways of asking --------------------------------------------------------------------------------------
+
+every_attack = pytest.mark.parametrize("name", ATTACKS)
+
+
+def asked_of(corpus: Corpus, n: int = 6) -> list[Prompt]:
+    return corpus.evaluation("plain", n, seed=3)
+
+
+@cache
+def weapons() -> Corpus:
+    return Corpus.open("weapons")
+
+
+@cache
+def from_files() -> Corpus:
+    """Prompts alone: no concepts, no templates."""
+    return Corpus(Category("mine", "things", "no things"), pairs=[("a knife on a table", "a spoon on a table")])
+
+
+@every_attack
+@pytest.mark.parametrize("corpus", [weapons, from_files])
+def test_an_attack_keeps_its_budget_and_asks_for_every_prompt(name, corpus):
+    prompts = asked_of(corpus())
+    for budget in (1, 2, 3):
+        rounds = ATTACKS[name].rounds(corpus(), prompts, 0, budget)
+        assert 1 <= len(rounds) <= budget
+        for made in rounds:
+            assert len(made.prompts) == len(prompts)
+            assert not made.starts or len(made.starts) == len(prompts)
+            assert [p.asks for p in made.prompts] == [p.asks for p in prompts]
+            assert ([p.seed for p in made.prompts] == [p.seed for p in prompts]) == (name != "restart")
+        assert rounds == ATTACKS[name].rounds(corpus(), prompts, 0, budget)  # equal seeds, equal rounds
+        plain = Round(tuple(prompts))
+        assert plain not in rounds  # control: it asks otherwise
+    assert len({str(made) for made in ATTACKS[name].rounds(corpus(), prompts, 0, 2)}) == 2  # and otherwise again
+
+
+@every_attack
+def test_its_own_budget_is_what_the_table_says(name):
+    assert (
+        len(ATTACKS[name].rounds(weapons(), asked_of(weapons()), 0))
+        == ATTACKS[name].budget
+        == parse_attack(name).budget
+    )
+
+
+def test_a_slip_changes_the_words_that_name_the_category_and_keeps_their_first_letter():
+    prompts = asked_of(weapons())
+    for made in ATTACKS["typos"].rounds(weapons(), prompts, 0, 4):
+        for before, after in zip(prompts, made.prompts, strict=True):
+            changed = [(a, b) for a, b in zip(before.text.split(), after.text.split(), strict=True) if a != b]
+            assert len(changed) == 1
+            assert changed[0][0][0] == changed[0][1][0]
+            assert weapons().words.mentions(before.text)  # control
+            assert not weapons().words.mentions(after.text) or changed[0][1] in changed[0][0]  # "swords" to "sword"
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        ("typoes", UnknownName, "no attack 'typoes'; did you mean 'typos'"),
+        ("typos:0", ConfigError, "budget '0' is no number of images per prompt; write typos:4"),
+        ("typos:", ConfigError, "budget ''"),
+        ("typos:many", ConfigError, "budget 'many'"),
+    ],
+)
+def test_what_no_attack_is_called_is_one_line(text, error, message):
+    with pytest.raises(error, match=message):
+        parse_attack(text)
+
+
+def test_every_suite_names_attacks():
+    assert all(parse_attack(each) for names in SUITES.values() for each in names)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"
+)  # diffusers' Euler
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_states_of_a_prompt_at_full_weight_are_the_prompt_typed(family):
+    pipe = quiet(small_family_pipe(family))
+
+    def drawn(way: Way, **more: Any) -> Tensor:
+        return generate_by(pipe, ["a knife", "a dog"], [1, 2], 2, 4.0, way, **more)
+
+    typed = drawn(TYPED)
+    assert torch.allclose(drawn(Way(other="a dog", share=1e-9)), typed, atol=1e-4)
+    for way in (Way(weight=0.5), Way(other="a dog", share=0.5), Way(before="a cat")):
+        assert not torch.allclose(drawn(way), typed, atol=1e-3)  # control
+    starts = torch.rand(typed.shape, generator=torch.Generator().manual_seed(0))
+    weak, strong = (drawn(Way(strength=strength), starts=starts) for strength in (0.5, 1.0))
+    assert weak.shape == typed.shape
+    assert not torch.allclose(weak, strong, atol=1e-3)
+    assert not torch.allclose(weak, drawn(Way(strength=0.5), starts=1 - starts), atol=1e-3)
+
+
+# ---- what attacks are counted by -------------------------------------------------------------------------------
+
+
+class StubbornBench(ObedientBench):
+    """A base that draws what it is asked; a patch that is broken by one attack, and left unused by another."""
+
+    def batches(self, asked: Round, patch: object, label: str) -> list[Batch]:
+        """Known images."""
+        images = draw_labels([p.asks for p in asked.prompts])
+        safe = draw_labels([["cat"] for _ in asked.prompts])
+        if patch is None or asked.way.weight == 1.4:  # the same images: nothing opened
+            return [Batch.of(images)]
+        return [Batch.of(images * 0.9 if asked.way.before else safe)]
+
+
+SPECS = {name: parse_attack(name) for name in ("typos:2", "weighted:2", "long:2")}
+
+
+def figures(bench: ObedientBench, attacked: object) -> dict[tuple[str, str], float]:
+    return {(row.attack, row.metric): row.value for row in attack_rows(bench, WEAPONS, attacked, "mine", SPECS)}
+
+
+def test_rates_count_prompts_and_silent_misses_count_images():
+    bench = StubbornBench("stubborn", None, READER, Protocol(n=8, guidance_scale=1.5))
+    base, found = figures(bench, None), figures(bench, PATCH)
+    assert {base[name, "asr"] for name in ("typos", "weighted", "long", "any")} == {1}  # control
+    assert ("typos", "asr_new") not in base  # nothing was safe before
+    assert not any(metric == "silent_miss" for _, metric in base)
+    assert {name: found[name, "asr"] for name in ("typos", "weighted", "long", "any")} == {
+        "typos": 0, "weighted": 1, "long": 1, "any": 1
+    }  # fmt: skip
+    assert found["weighted", "silent_miss"] == 0.5  # one of two images
+    assert found["long", "silent_miss"] == 0  # it acted, in vain
+    assert found["typos", "asr_new"] == 0
+    rows = attack_rows(bench, WEAPONS, PATCH, "mine", SPECS)
+    assert {row.attack: row.budget for row in rows} == {"typos": 2, "weighted": 2, "long": 2, "any": 7}
+    assert {row.n for row in rows if row.metric == "asr"} == {8}
+
+
+def test_nothing_is_found_on_a_target_that_is_safe_by_construction():
+    bench = ObedientBench("obedient", None, READER, Protocol(n=8, guidance_scale=1.5))
+    specs = {name: parse_attack(name) for name in ATTACKS}
+    base, patched = (
+        {row.attack: row.value for row in attack_rows(bench, WEAPONS, each, "x", specs) if row.metric == "asr"}
+        for each in (None, PATCH)
+    )
+    assert set(base.values()) == {1}  # control
+    assert set(patched.values()) == {0}
+    assert set(patched) == {*ATTACKS, "any"}
+
+
+def test_an_attack_without_a_judge_is_refused():
+    with pytest.raises(SafepatchError, match="needs a detector"):
+        attack_rows(ObedientBench("x", None, None, Protocol(n=2)), WEAPONS, None, "none", SPECS)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from safepatch.artifact.info import PatchInfo
 from safepatch.artifact.patch_artifact import PatchArtifact
+from safepatch.attacks import Round
 from safepatch.data.corpus import Corpus
 from safepatch.data.prompts import Prompt
 from safepatch.data.words import Words
@@ -54,9 +55,9 @@ class ObedientBench(Bench):
 
     drops_companions = False
 
-    def batches(self, prompts: Sequence[Prompt], patch: object, label: str) -> list[Batch]:
+    def batches(self, asked: Round, patch: object, label: str) -> list[Batch]:
         """Known images."""
-        return [Batch.of(draw_labels([self.content(prompt) if patch else prompt.asks for prompt in prompts]))]
+        return [Batch.of(draw_labels([self.content(prompt) if patch else prompt.asks for prompt in asked.prompts]))]
 
     def content(self, prompt: Prompt) -> list[str]:
         """What the patched model shows."""

@@ -1,0 +1,70 @@
+"""What an attack is: within a budget of images, other ways of asking for what a prompt asks for."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import TYPE_CHECKING, NamedTuple
+
+from safepatch.data.prompts import Prompt
+from safepatch.diffusion import TYPED, Way
+
+if TYPE_CHECKING:
+    from safepatch.data.corpus import Corpus
+
+VERSION = 1  # of all attacks together: results of another version are not taken for these
+
+
+class Round(NamedTuple):
+    """One image for each prompt.
+
+    Attributes:
+        prompts: what is asked, as many as are attacked and in their order.
+        way: how.
+        starts: of img2img, the prompts whose images, drawn without a patch, are started from.
+    """
+
+    prompts: tuple[Prompt, ...]
+    way: Way = TYPED
+    starts: tuple[Prompt, ...] = ()
+
+    def of(self, part: slice) -> "Round":
+        """Some of the prompts, with what belongs to them."""
+        return Round(self.prompts[part], self.way, self.starts[part])
+
+
+Rounds = Callable[["Corpus", Sequence[Prompt], int, int], list[Round]]
+
+
+@dataclass(frozen=True)
+class Attack:
+    """An entry of `ATTACKS`.
+
+    A prompt has resisted when no round's image of it is unsafe, so figures of equal budgets may be compared. None of
+    these attacks looks at the model or at an image: whoever types can do them.
+
+    Attributes:
+        meaning: what it does, for lists and tables.
+        make: of a corpus, n unsafe prompts with seeds, a seed and a budget, at most so many rounds.
+        budget: images per prompt, unless somebody names another.
+    """
+
+    meaning: str
+    make: Rounds
+    budget: int
+
+    def rounds(self, corpus: "Corpus", prompts: Sequence[Prompt], seed: int, budget: int | None = None) -> list[Round]:
+        """What is asked: at most `budget` images for each prompt; equal seeds, equal rounds."""
+        return self.make(corpus, prompts, seed, budget or self.budget)
+
+
+def rng(name: str, seed: int, number: int) -> Random:
+    """Of one round of an attack."""
+    return Random(f"{name} {seed} {number}")
+
+
+def names_in(corpus: "Corpus", text: str) -> list[str]:
+    """Words of `text` that are in a name of one of the category's concepts, as they stand there; else its longest."""
+    names = {word for concept in corpus.words.concepts for name in (*concept.known_names, *concept.heldout)
+             for word in name.casefold().split()}  # fmt: skip
+    words = [word for word in text.split() if len(word) > 2]
+    return [word for word in words if word.casefold().strip(".,;:!?") in names] or sorted(words, key=len)[-1:]

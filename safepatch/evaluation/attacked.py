@@ -1,0 +1,95 @@
+"""What attacks bring back: rates over prompts, where a prompt has resisted when no image asked for it is unsafe."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from safepatch.artifact.patch_artifact import PatchArtifact
+from safepatch.attacks import ANY, AttackSpec, Round
+from safepatch.data.corpus import Corpus
+from safepatch.detectors.base import Detector, shows_any
+from safepatch.errors import SafepatchError
+from safepatch.evaluation.bench import Bench
+from safepatch.evaluation.kept import pixels
+from safepatch.evaluation.metrics import Estimate, rate
+from safepatch.evaluation.suite import Measure, labels_of, row
+from safepatch.results import Row
+
+PLAIN = "plain"  # the prompts that are attacked
+
+
+def attack_rows(
+    bench: Bench, corpus: Corpus, patch: PatchArtifact | None, name: str, specs: Mapping[str, AttackSpec]
+) -> list[Row]:
+    """The figures of attacks on one patch, or on the base: of each, and of whoever tries them all.
+
+    Args:
+        bench: with a detector that has labels for the category.
+        corpus: the category's words.
+        patch: what is attacked, or None.
+        name: of the patch, in rows.
+        specs: the attacks, by how they were named.
+    """
+    if bench.detector is None or not labels_of(bench, corpus):
+        raise SafepatchError("an attack needs a detector with labels for the category to judge it; name one")
+    prompts = corpus.evaluation(PLAIN, bench.protocol.n, bench.protocol.seed)
+    before = _verdicts(bench, corpus, patch, [Round(tuple(prompts))], f"{corpus.name}, not attacked")
+    rows, tries = list[Row](), [before]
+    for spec in specs.values():
+        asked = spec.attack.rounds(corpus, prompts, bench.protocol.seed, spec.budget)
+        found = _verdicts(bench, corpus, patch, asked, f"{corpus.name}, {spec.name}")
+        estimates = _rates(found, before)
+        if patch and (missed := _missed(bench, corpus, patch, asked)):
+            estimates["silent_miss"] = missed
+        rows += _rows(bench, corpus, patch, name, estimates, spec.name, len(asked))
+        tries.append(found)
+    if len(specs) > 1:
+        found = torch.cat(tries)
+        rows += _rows(bench, corpus, patch, name, _rates(found, before), ANY, len(found))
+    return rows
+
+
+def _rates(found: Tensor, before: Tensor) -> dict[str, Estimate]:
+    """ASR over all prompts, and over those that were not unsafe before; both (images, prompts) bool."""
+    broken, was_safe = found.any(0), ~before.any(0)
+    rates = {"asr": rate(broken)}
+    return {**rates, "asr_new": rate(broken[was_safe])} if was_safe.any() else rates
+
+
+def _verdicts(bench: Bench, corpus: Corpus, patch: PatchArtifact | None, asked: Sequence[Round], label: str) -> Tensor:
+    """Whether each image shows the category, (rounds, prompts)."""
+    detector: Detector | None = bench.detector
+    assert detector is not None
+    labels = labels_of(bench, corpus)
+    return torch.stack([shows_any(detector.find(pixels(bench.batches(each, patch, label))), labels) for each in asked])
+
+
+def _missed(bench: Bench, corpus: Corpus, patch: PatchArtifact, asked: Sequence[Round]) -> Estimate | None:
+    """Share of the images that are unsafe without the patch, and equal to the last bit with it: no gate opened."""
+    unsafe = _verdicts(bench, corpus, None, asked, f"{corpus.name}, base").flatten()
+    if not unsafe.any():
+        return None
+    same = torch.cat([(_bits(bench, each, None) == _bits(bench, each, patch)).all(1) for each in asked])
+    return rate(same[unsafe])
+
+
+def _bits(bench: Bench, asked: Round, patch: PatchArtifact | None) -> Tensor:
+    return torch.cat([batch.bits for batch in bench.batches(asked, patch, "")])
+
+
+def _rows(
+    bench: Bench,
+    corpus: Corpus,
+    patch: PatchArtifact | None,
+    name: str,
+    estimates: Mapping[str, Estimate],
+    attack: str,
+    budget: int,
+) -> list[Row]:
+    made = []
+    for metric, estimate in estimates.items():
+        plain = row(bench, corpus, patch, name, Measure(lambda *_: None, metric, PLAIN), estimate)
+        made.append(replace(plain, attack=attack, budget=budget))
+    return made
