@@ -172,6 +172,17 @@ def _healer(device: str, dtype: str | None) -> Any:
 
 
 @app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders that `evaluate` or `attack` wrote.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The page.")] = Path("compare.html"),
+) -> None:
+    """One page about one run or several, without a model; says first in what their protocols differ."""
+    from safepatch.reporting.compare import build_comparison
+
+    typer.echo(f"report: {build_comparison(runs, out)}")
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the report.")] = Path("runs/demo"),
     steps: Annotated[int, typer.Option(help="Training steps of the demo's own patch.")] = 400,

@@ -2,14 +2,14 @@
 
 import base64
 import json
-import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from safepatch.errors import SafepatchError
+from safepatch.files import write_text
 from safepatch.reporting.plots import attack_charts, unsafe_rate_charts
 from safepatch.results import FILES, METRICS, TOY, Row, read_rows
 
@@ -45,22 +45,43 @@ class Section:
     comparisons: tuple[Comparison, ...]
 
 
+@dataclass(frozen=True)
+class Run:
+    """What a page is made of.
+
+    Attributes:
+        rows: what was measured.
+        notices: what a reader must know first.
+        protocol: how it was measured, by name.
+        sections: pictures.
+    """
+
+    rows: Sequence[Row]
+    notices: Sequence[str]
+    protocol: Mapping[str, str]
+    sections: Sequence[Section]
+
+
 def build_report(folder: Path) -> Path:
     """Writes `folder/index.html` from its rows, and from protocol, notices and pictures where present.
 
     A folder without rows is reported by its pictures alone.
     """
-    folder = Path(folder)
+    return write_page(Path(folder) / "index.html", read_run(Path(folder)))
+
+
+def read_run(folder: Path) -> Run:
+    """What an evaluation wrote into `folder`; raises `SafepatchError` where that cannot be used."""
     path = next((folder / name for name in FILES if (folder / name).is_file()), None)
     if path is None:
         raise SafepatchError(f"{folder} has no {FILES[0]}; run an evaluation that writes into this folder first")
     rows, sections = read_rows(path), _sections(folder)
     if not rows and not sections:
         raise SafepatchError(f"{path} holds no rows and there are no pictures; run an evaluation that writes some")
-    return _write(folder / "index.html", _render(rows, _notices(folder), _protocol(folder), sections))
+    return Run(rows, _notices(folder), _protocol(folder), sections)
 
 
-def _render(rows: list[Row], notices: list[str], protocol: dict[str, str], sections: list[Section]) -> str:
+def _render(run: Run) -> str:
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -68,18 +89,18 @@ def _render(rows: list[Row], notices: list[str], protocol: dict[str, str], secti
     environment.filters["number"] = _number
     return environment.get_template("page.html.j2").render(
         charts={
-            "Unsafe rate, base against patched": unsafe_rate_charts(rows),
-            "Attacks: what comes through": attack_charts(rows),
+            "Unsafe rate, base against patched": unsafe_rate_charts(run.rows),
+            "Attacks: what comes through": attack_charts(run.rows),
         },
-        categories=_by_category(rows),
-        metrics={name: METRICS[name].meaning for name in sorted({row.metric for row in rows}) if name in METRICS},
-        notices=notices,
-        protocol=protocol,
-        sections=sections,
+        categories=_by_category(run.rows),
+        metrics={name: METRICS[name].meaning for name in sorted({row.metric for row in run.rows}) if name in METRICS},
+        notices=run.notices,
+        protocol=run.protocol,
+        sections=run.sections,
     )
 
 
-def _by_category(rows: list[Row]) -> dict[str, list[Row]]:
+def _by_category(rows: Sequence[Row]) -> dict[str, list[Row]]:
     groups: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda row: (row.metric, row.attack)):  # stable: file order within
         groups.setdefault(row.category, []).append(row)
@@ -172,14 +193,7 @@ def _json(path: Path) -> object:
         raise SafepatchError(f"cannot read {path} as JSON ({error}); correct it or delete it") from error
 
 
-def _write(path: Path, page: str) -> Path:
+def write_page(path: Path, run: Run) -> Path:
     """All or nothing: a reader never sees half a page."""
-    part = path.with_suffix(".part")
-    try:
-        part.write_text(page, encoding="utf-8")
-        os.replace(part, path)
-    except OSError as error:
-        raise SafepatchError(
-            f"cannot write {path} ({error.strerror}); make the folder writable or copy it elsewhere"
-        ) from error
+    write_text(path, _render(run))
     return path

@@ -5,14 +5,18 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from safepatch.errors import SafepatchError
-from safepatch.reporting.html import build_report
+from safepatch.reporting.compare import build_comparison, joined
+from safepatch.reporting.html import build_report, read_run
+from safepatch.reporting.plots import attack_charts
 from safepatch.results import Row, append_rows
 
 CAVEAT = "Figures on the embedded emoji model show that the mechanism works; they are not results on photographs."
@@ -207,3 +211,65 @@ def test_what_cannot_be_reported_is_a_one_line_error(folder: Path, spoil: Callab
     with pytest.raises(SafepatchError, match=message) as caught:
         build_report(folder)
     assert "\n" not in str(caught.value)
+
+
+# ---- several runs on one page ----------------------------------------------------------------------------------
+
+
+def runs_of(tmp_path: Path, *differences: dict[str, Any]) -> list[Path]:
+    """Folders of one base and one patch each."""
+    folders = []
+    for number, more in enumerate(differences):
+        folder = tmp_path / f"run{number}"
+        folder.mkdir(parents=True)
+        about: dict[str, Any] = {"value": 0.2, "low": 0.1, "high": 0.3, "n": 40, "seed": 0, "detector": "probe", **more}
+        base = Row("none", "tiny-sd", "none", "weapons", "unsafe_rate", **{**about, "value": 0.25})
+        append_rows(folder / "rows.jsonl", [base, Row("mine", "tiny-sd", "none", "weapons", "unsafe_rate", **about)])
+        (folder / "protocol.json").write_text(json.dumps({"denoising steps": str(more.get("steps", 20))}))
+        folders.append(folder)
+    return folders
+
+
+def test_runs_that_agree_are_shown_once_and_those_that_do_not_are_told_apart(tmp_path: Path) -> None:
+    same = joined({f.name: read_run(f) for f in runs_of(tmp_path / "a", {}, {})})
+    assert [row.patch for row in same.rows] == ["none", "mine"]
+    assert not any("differ" in notice for notice in same.notices)  # control
+    other = joined({f.name: read_run(f) for f in runs_of(tmp_path / "b", {}, {"value": 0.15})})
+    assert [row.patch for row in other.rows] == ["none", "mine", "mine (run1)"]
+    apart = joined({f.name: read_run(f) for f in runs_of(tmp_path / "c", {}, {"steps": 10})})
+    assert [row.patch for row in apart.rows] == ["none", "mine", "no patch (run1)", "mine (run1)"]
+    assert "These runs differ in denoising steps: their figures are not comparable." in apart.notices
+    assert apart.protocol == {"denoising steps": "run0: 20; run1: 10"}
+
+
+def test_a_comparison_is_one_page_and_a_run_that_is_named_twice_is_refused(tmp_path: Path) -> None:
+    folders = runs_of(tmp_path, {}, {"value": 0.15})
+    page = Page(build_comparison(folders, tmp_path / "compare.html"))
+    assert "mine (run1)" in page.text
+    with pytest.raises(SafepatchError, match="named twice"):
+        build_comparison([folders[0], folders[0]], tmp_path / "x.html")
+    assert not (tmp_path / "x.html").exists()
+
+
+def test_attacks_are_a_map_of_attacks_by_patches(tmp_path: Path) -> None:
+    rest: dict[str, Any] = {
+        "category": "weapons",
+        "metric": "asr",
+        "low": 0.0,
+        "high": 1.0,
+        "n": 8,
+        "seed": 0,
+        "detector": "probe",
+    }
+    rows = [
+        Row(patch, "tiny-sd", attack, value=value, budget=4, **rest)
+        for patch, attack, value in (("none", "typos", 0.75), ("mine", "typos", 0.25), ("mine", "any", 0.5))
+    ]
+    (chart,) = attack_charts(rows)
+    assert chart.description.split("; ") == [
+        "typos, 4 images, no patch: 75.0%", "typos, 4 images, mine: 25.0%", "any, 4 images, mine: 50.0%"
+    ]  # fmt: skip
+    assert "75 %" in chart.svg
+    assert attack_charts([replace(row, attack="none") for row in rows]) == []  # control
+    append_rows(tmp_path / "rows.jsonl", rows)
+    assert "Attacks: what comes through" in Page(build_report(tmp_path)).text

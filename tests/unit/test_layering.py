@@ -29,7 +29,7 @@ ROWS = (
 ROW = {unit: number for number, row in enumerate(ROWS, start=1) for unit in row}
 
 ONLY = {
-    "reporting": {"results", "errors"},
+    "reporting": {"results", "errors", "files"},
     "merging": {"errors", "taxonomy", "config", "results", "artifact"},
 }
 NEVER = {"evaluation": {"training", "objectives"}}
