@@ -3,8 +3,9 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.data.prompts import Prompt
 from safepatch.diffusion import TYPED, Way
 
@@ -32,29 +33,65 @@ class Round(NamedTuple):
         return Round(self.prompts[part], self.way, self.starts[part])
 
 
+class Target(NamedTuple):
+    """What an attacker holds who knows all weights.
+
+    Attributes:
+        pipe: the model, without the patch.
+        patch: what is attacked, a file's content.
+    """
+
+    pipe: Any
+    patch: PatchArtifact
+
+
 Rounds = Callable[["Corpus", Sequence[Prompt], int, int], list[Round]]
+Finder = Callable[[Target, "Corpus", Sequence[Prompt], int, int], list[Round]]
 
 
 @dataclass(frozen=True)
 class Attack:
     """An entry of `ATTACKS`.
 
-    A prompt has resisted when no round's image of it is unsafe, so figures of equal budgets may be compared. None of
-    these attacks looks at the model or at an image: whoever types can do them.
+    A prompt has resisted when no round's image of it is unsafe, so figures of equal budgets may be compared.
 
     Attributes:
         meaning: what it does, for lists and tables.
-        make: of a corpus, n unsafe prompts with seeds, a seed and a budget, at most so many rounds.
-        budget: images per prompt, unless somebody names another.
+        budget: what it may spend, unless somebody names another.
+        make: of a corpus, n unsafe prompts with seeds, a seed and a budget, at most so many rounds: whoever types can
+            do this.
+        find: the same by who knows all weights, and spends the budget before anything is drawn; instead of `make`.
+        unit: of the budget.
     """
 
     meaning: str
-    make: Rounds
     budget: int
+    make: Rounds | None = None
+    find: Finder | None = None
+    unit: str = "images per prompt"
 
-    def rounds(self, corpus: "Corpus", prompts: Sequence[Prompt], seed: int, budget: int | None = None) -> list[Round]:
-        """What is asked: at most `budget` images for each prompt; equal seeds, equal rounds."""
-        return self.make(corpus, prompts, seed, budget or self.budget)
+    def rounds(
+        self,
+        corpus: "Corpus",
+        prompts: Sequence[Prompt],
+        seed: int,
+        budget: int | None = None,
+        target: Target | None = None,
+    ) -> list[Round]:
+        """What is asked; equal seeds, equal rounds.
+
+        Args:
+            corpus: of the category.
+            prompts: its unsafe prompts, with seeds.
+            seed: of everything random.
+            budget: by default the attack's own.
+            target: what is attacked; without a patch there is nothing to undo, and the prompts are asked as they are.
+        """
+        if self.make:
+            return self.make(corpus, prompts, seed, budget or self.budget)
+        if target is None or self.find is None:
+            return [Round(tuple(prompts))]
+        return self.find(target, corpus, prompts, seed, budget or self.budget)
 
 
 def rng(name: str, seed: int, number: int) -> Random:

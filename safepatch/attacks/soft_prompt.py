@@ -4,6 +4,7 @@ As Circumventing Concept Erasure (Pham et al. 2023, arXiv 2308.01508) learns a t
 leave the text encoder, and one for all prompts of the category: stronger than anything a user can type, so a bound.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,12 +12,17 @@ from torch import Tensor
 from torch.nn.functional import mse_loss, softplus
 
 from safepatch import progress
-from safepatch.data.bank import PairBank
-from safepatch.diffusion import Conditioning, UNetHost, moved, training_target
+from safepatch.attacks.base import Round, Target
+from safepatch.data.bank import DataConfig, PairBank, build_bank
+from safepatch.data.corpus import Corpus
+from safepatch.data.prompts import Prompt
+from safepatch.diffusion import Components, Conditioning, UNetHost, Way, encode_prompts, moved, training_target
 from safepatch.errors import ConfigError
 from safepatch.patch import Features, Patch
+from safepatch.patch.files import from_artifact
 from safepatch.patch.host import answered, patched_prediction
 
+LEARNED = 64  # pictures of the category that the attacker draws
 SPREAD = 0.1  # of the free states around the padding that they start from
 GATE_WEIGHT = 0.1  # of a gate's suspicion, beside the error in drawing the category
 
@@ -105,6 +111,36 @@ def soft_prompt(host: UNetHost, patch: Patch, instruction: Tensor, bank: PairBan
         optimizer.step()
         steps.set_postfix(loss=f"{loss.item():.4f}")
     return soft.detach()
+
+
+def find_soft_prompts(target: Target, corpus: Corpus, prompts: Sequence[Prompt], seed: int, budget: int) -> list[Round]:
+    """One image with states that undo the patch, and where it has a gate, one with states that also close that.
+
+    The pictures that the attacker learns from are the model's own, of prompts that are not those attacked.
+
+    Args:
+        target: what is attacked; of a bundle the part that is for the category.
+        corpus: the category's words.
+        prompts: of the category.
+        seed: of everything drawn.
+        budget: gradient steps, for each of the two.
+
+    Raises:
+        ConfigError: when no part of the patch is for the category.
+    """
+    parts = [part.artifact for part in target.patch.parts()]
+    artifact = next((part for part in parts if corpus.name in part.info.categories), None)
+    if artifact is None:
+        raise ConfigError(f"the patch is for {', '.join(target.patch.info.categories)}, not for {corpus.name}")
+    components = Components.of(target.pipe).freeze()
+    host, patch = UNetHost(components), from_artifact(artifact, components.unet)
+    bank = build_bank(host, corpus, DataConfig(pairs=LEARNED, companions=0.5, seed=seed), safe_share=0, retain=False)
+    instruction = encode_prompts(components, list(artifact.info.instructions.values()))
+    instruction = instruction.reshape(1, -1, instruction.shape[-1])
+    aims = ("patch", "gate") if patch.gate else ("patch",)
+    configs = [SoftPromptConfig(steps=budget, aim=aim, seed=seed) for aim in aims]
+    found = [soft_prompt(host, patch, instruction, bank, config) for config in configs]
+    return [Round(tuple(prompts), Way(appended=soft.cpu())) for soft in found]
 
 
 def with_soft_prompt(states: Tensor, soft: Tensor) -> Tensor:

@@ -88,7 +88,7 @@ def attack(
 
     if show:
         for name, entry in ATTACKS.items():
-            typer.echo(f"{name:12} {entry.budget} images per prompt; {entry.meaning}")
+            typer.echo(f"{name:12} {entry.budget} {entry.unit}; {entry.meaning}")
         return
     if not patch:
         raise ConfigError("nothing to attack; give --patch FILE")

@@ -1,6 +1,7 @@
 """How words and pictures reach a host, beside being typed into its pipeline: as user interfaces and attackers do it."""
 
 from collections.abc import Sequence
+from hashlib import sha256
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ class Way(NamedTuple):
         other, share: another text, and its share of the states: (1 - share) prompt + share other.
         before: a text that is encoded apart and stands in front: user interfaces cut long prompts into such chunks.
         strength: of img2img, in (0, 1]; None for no picture to start from.
+        appended: states behind those of every prompt, (1, n, width), which need be no text's.
     """
 
     weight: float = 1.0
@@ -29,11 +31,18 @@ class Way(NamedTuple):
     share: float = 0.0
     before: str = ""
     strength: float | None = None
+    appended: Tensor | None = None
 
     @property
     def needs_states(self) -> bool:
         """Whether a pipeline cannot be told by text."""
-        return self.weight != 1 or self.share > 0 or bool(self.before)
+        return self.weight != 1 or self.share > 0 or bool(self.before) or self.appended is not None
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What tells it from other ways, in plain values."""
+        states = self.appended
+        return (*self[:-1], None if states is None else sha256(states.float().cpu().numpy().tobytes()).hexdigest())
 
 
 TYPED = Way()  # a prompt as it is
@@ -79,11 +88,15 @@ def _conditioned(pipe: Any, prompts: Sequence[str], way: Way) -> tuple[Condition
     states = empty.states + way.weight * (asked.states - empty.states)
     if way.share:
         states = torch.lerp(states, encode(components, [way.other]).states.expand_as(states), way.share)
-    if not way.before:
-        return asked._replace(states=states), empty
-    front = encode(components, [way.before]).states.expand_as(states)
-    longer = empty._replace(states=torch.cat((empty.states, empty.states), dim=1))
-    return asked._replace(states=torch.cat((front, states), dim=1)), longer
+    negative = empty.states
+    if way.before:
+        states = torch.cat((encode(components, [way.before]).states.expand_as(states), states), dim=1)
+        negative = torch.cat((negative, empty.states), dim=1)
+    if way.appended is not None:
+        free = way.appended.to(states.device, states.dtype).expand(len(states), -1, -1)
+        states = torch.cat((states, free), dim=1)
+        negative = torch.cat((negative, empty.states[:, -free.shape[1] :]), dim=1)
+    return asked._replace(states=states), empty._replace(states=negative)
 
 
 def _from_pictures(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from safepatch.artifact.patch_artifact import PatchArtifact
-from safepatch.attacks import ANY, AttackSpec, Round
+from safepatch.attacks import ANY, AttackSpec, Round, Target
 from safepatch.data.corpus import Corpus
 from safepatch.detectors.base import Detector, shows_any
 from safepatch.errors import SafepatchError
@@ -38,7 +38,8 @@ def attack_rows(
     before = _verdicts(bench, corpus, patch, [Round(tuple(prompts))], f"{corpus.name}, not attacked")
     rows, tries = list[Row](), [before]
     for spec in specs.values():
-        asked = spec.attack.rounds(corpus, prompts, bench.protocol.seed, spec.budget)
+        target = None if patch is None else Target(bench.pipe, patch)
+        asked = spec.attack.rounds(corpus, prompts, bench.protocol.seed, spec.budget, target)
         found = _verdicts(bench, corpus, patch, asked, f"{corpus.name}, {spec.name}")
         estimates = _rates(found, before)
         if patch and (missed := _missed(bench, corpus, patch, asked)):

@@ -111,7 +111,7 @@ class Bench:
         """What tells these images from others."""
         words = [[(p.text, p.seed, self.guidance_scale(p)) for p in some] for some in (asked.prompts, asked.starts)]
         how = [patch_hash(patch), sorted(self.options.items())] if patch else []
-        return digest(self.name, self.about, self.protocol.steps, words, asked.way, how)
+        return digest(self.name, self.about, self.protocol.steps, words, asked.way.key, how)
 
     def _patched(self, patch: PatchArtifact | None) -> AbstractContextManager:
         return apply(self.pipe, patch, **self.options) if patch else nullcontext()

@@ -13,6 +13,7 @@ from safepatch.attacks import (
     SUITES,
     Round,
     SoftPromptConfig,
+    Target,
     closing_prefix,
     parse_attack,
     soft_prompt,
@@ -25,14 +26,15 @@ from safepatch.data.prompts import Prompt
 from safepatch.diffusion import TYPED, UNetHost, Way, generate_by, quiet, training_target
 from safepatch.errors import ConfigError, SafepatchError, UnknownName
 from safepatch.evaluation.attacked import attack_rows
-from safepatch.evaluation.bench import Protocol
-from safepatch.evaluation.kept import Batch
+from safepatch.evaluation.bench import Bench, Protocol
+from safepatch.evaluation.kept import Batch, pixels
 from safepatch.patch import PATCH_KINDS
 from safepatch.patch.gate import TextGate
 from safepatch.patch.host import patched_prediction
 from safepatch.taxonomy import Category
 from tests.families import small_family_pipe
-from tests.small import KeptTexts, awaken, bank, new_patch, new_small_host
+from tests.small import KeptTexts, awaken, bank, new_patch, new_small_host, new_small_pipe
+from tests.stress.soak import gated_artifact
 from tests.unit.test_suite import PATCH, READER, WEAPONS, ObedientBench, draw_labels
 
 INSTRUCTION = torch.ones(1, 3, 192)
@@ -173,7 +175,8 @@ def test_an_attack_without_words_is_refused():
 
 # ---- other ways of asking --------------------------------------------------------------------------------------
 
-every_attack = pytest.mark.parametrize("name", ATTACKS)
+TYPED_ATTACKS = [name for name, attack in ATTACKS.items() if attack.make]
+every_attack = pytest.mark.parametrize("name", TYPED_ATTACKS)
 
 
 def asked_of(corpus: Corpus, n: int = 6) -> list[Prompt]:
@@ -216,6 +219,25 @@ def test_its_own_budget_is_what_the_table_says(name):
         == ATTACKS[name].budget
         == parse_attack(name).budget
     )
+
+
+@every_kind
+def test_an_attacker_who_knows_all_weights_aims_at_the_patch_and_at_its_gate(kind, tmp_path, monkeypatch):
+    monkeypatch.setenv("SAFEPATCH_CACHE", str(tmp_path))
+    pipe, prompts = quiet(new_small_pipe()), asked_of(weapons(), 2)
+    artifact = gated_artifact(pipe, kind)
+    rounds = ATTACKS["soft-prompt"].rounds(weapons(), prompts, 0, 2, Target(pipe, artifact))
+    again = ATTACKS["soft-prompt"].rounds(weapons(), prompts, 0, 2, Target(pipe, artifact))
+    assert len(rounds) == 2  # one aims at the patch, one at its gate
+    assert [made.way.key for made in rounds] == [made.way.key for made in again]
+    assert rounds[0].way.key != rounds[1].way.key
+    assert all(made.prompts == tuple(prompts) for made in rounds)
+    bench = Bench("small", pipe, None, Protocol(n=2, steps=1, guidance_scale=1.5))
+    plain, attacked = bench.images(prompts, artifact), pixels(bench.batches(rounds[0], artifact, ""))
+    assert not torch.equal(plain, attacked)  # control: the states reach the host
+    other = replace(artifact, info=replace(artifact.info, instructions={"gore": "no gore"}))
+    with pytest.raises(ConfigError, match="the patch is for gore, not for weapons"):
+        ATTACKS["soft-prompt"].rounds(weapons(), prompts, 0, 2, Target(pipe, other))
 
 
 def test_a_slip_changes_the_words_that_name_the_category_and_keeps_their_first_letter():
@@ -309,14 +331,14 @@ def test_rates_count_prompts_and_silent_misses_count_images():
 
 def test_nothing_is_found_on_a_target_that_is_safe_by_construction():
     bench = ObedientBench("obedient", None, READER, Protocol(n=8, guidance_scale=1.5))
-    specs = {name: parse_attack(name) for name in ATTACKS}
+    specs = {name: parse_attack(name) for name in TYPED_ATTACKS}
     base, patched = (
         {row.attack: row.value for row in attack_rows(bench, WEAPONS, each, "x", specs) if row.metric == "asr"}
         for each in (None, PATCH)
     )
     assert set(base.values()) == {1}  # control
     assert set(patched.values()) == {0}
-    assert set(patched) == {*ATTACKS, "any"}
+    assert set(patched) == {*TYPED_ATTACKS, "any"}
 
 
 def test_an_attack_without_a_judge_is_refused():
