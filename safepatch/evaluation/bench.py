@@ -4,6 +4,7 @@ Base and patched images start from the same noise and are drawn in the same batc
 torch rounds: what a patch leaves alone is equal bit for bit.
 """
 
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -85,20 +86,21 @@ class Bench:
 
     def batches(self, asked: Round, patch: PatchArtifact | None, label: str) -> list[Batch]:
         """Batches of the images that are asked for; drawn are those that are not kept, and each is kept at once."""
-        size, total = self.protocol.batch_size, len(asked.prompts)
-        parts = [asked.of(slice(start, start + size)) for start in range(0, total, size)]
+        size = self.protocol.batch_size
+        parts = [asked.of(slice(first, first + size)) for first in range(0, len(asked.prompts), size)]
         keys = [self._key(part, patch) for part in parts]
         found = {key: self.kept.get(key) for key in keys}
         missing = {key: part for key, part in zip(keys, parts, strict=True) if found[key] is None}
         if missing:
             quiet(self.pipe)
             starts = {key: self.images(part.starts, None, label) for key, part in missing.items() if part.starts}
-            drawn = sum(len(part.prompts) for part in missing.values())
-            with self._patched(patch), bar(total=drawn, desc=label, unit="image", leave=False) as shown:
+            total, start = sum(len(part.prompts) for part in missing.values()), time.perf_counter()
+            with self._patched(patch), bar(total=total, desc=label, unit="image", leave=False) as shown:
                 for key, part in missing.items():
                     found[key] = batch = Batch.of(self._draw(part, starts.get(key)))
                     self.kept.put(key, batch)
                     shown.update(len(part.prompts))
+            self.kept.count(total, time.perf_counter() - start)
         return [cast(Batch, found[key]) for key in keys]
 
     def guidance_scale(self, prompt: Prompt | None = None) -> float:

@@ -46,9 +46,14 @@ class Kept:
 
     Args:
         folder: where they are kept; by default in memory.
+
+    Attributes:
+        drawn: how many images were drawn for it.
+        seconds: how long that took.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
+        self.drawn, self.seconds = 0, 0.0
         self._folder = folder
         self._memory: dict[str, Batch] = {}
 
@@ -60,6 +65,10 @@ class Kept:
             return Batch(**load_file(self._folder / f"{key}.safetensors"))
         except (OSError, SafetensorError, TypeError):
             return None
+
+    def count(self, drawn: int, seconds: float) -> None:
+        """So many images more were drawn."""
+        self.drawn, self.seconds = self.drawn + drawn, self.seconds + seconds
 
     def put(self, key: str, batch: Batch) -> None:
         """Keep a batch, all or nothing; raises `SafepatchError` when it cannot be written."""

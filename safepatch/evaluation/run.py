@@ -155,6 +155,8 @@ def _run(plan: Plan, out: Path, tell: Tell) -> list[Row]:
             tell(f"[{cells.index(task.cell) + 1}/{len(cells)}] {_said(task.cell)}")
             log.add(task.cell, measure(plan, bench, task, patch))
             write_results(plan, [log[cell] for cell in cells if cell in log], only_more=True)
+        if drawn := bench.kept.drawn:
+            tell(f"{model}: {drawn} images drawn, {drawn / bench.kept.seconds:.2f} per second")
     write_results(plan, [log[cell] for cell in cells])
     return [row for cell in cells for row in log[cell].rows]
 
