@@ -12,6 +12,7 @@ from safepatch.errors import ArtifactError
 
 FORMAT_VERSION = 2
 BUNDLE = "bundle"  # the merge method that keeps its sources apart, as tensors `part<index>.<name>`
+EXPORTED = "safepatch.exported"  # metadata of a LoRA that holds a patch
 JSON_FIELDS = ("instructions", "fingerprint", "base", "config", "training", "recipe", "evaluation", "shapes")
 
 
@@ -112,6 +113,8 @@ def _normal(name: str, value: Any) -> Any:
 
 def _format_version(metadata: Mapping[str, str]) -> int:
     version = metadata.get(VERSION_KEY)
+    if version is None and EXPORTED in metadata:
+        raise ArtifactError("is a patch that was exported as a LoRA; `safepatch import` makes it a patch again")
     if version is None:
         raise ArtifactError("has no safepatch metadata: a safetensors file, but not a patch; choose a patch file")
     if version not in {str(known) for known in range(1, FORMAT_VERSION + 1)}:

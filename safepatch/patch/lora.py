@@ -83,7 +83,7 @@ class LoraPatch(Patch):
         if rank < 1:
             raise ConfigError(f"a lora patch needs a rank of at least 1, not {rank}")
         draw, updates = Draw(seed=0), {}
-        for name, (out, width) in _linear_layers(unet).items():
+        for name, (out, width) in linear_layers(unet).items():
             down = draw.normal(1, min(rank, out, width), width)[0].detach().clone()
             updates[name] = Update(torch.zeros(out, len(down)), down)
         return cls(updates, rank)
@@ -132,7 +132,7 @@ class LoraPatch(Patch):
         Raises:
             BaseMismatch: when one is for a layer that this host lacks.
         """
-        known, updates = _linear_layers(unet), {}
+        known, updates = linear_layers(unet), {}
         if self.gate:  # it stays in float32: its threshold was found so
             values = {name: artifact.delta(f"{GATE}{name}") for name, _ in self.gate.named_parameters()}
             self.gate.load_state_dict(values, assign=True)
@@ -227,7 +227,7 @@ def updated(unet: Any, patch: LoraPatch) -> Iterator[None]:
             hooks.hooks.remove()
 
 
-def _linear_layers(unet: Any) -> dict[str, tuple[int, int]]:
+def linear_layers(unet: Any) -> dict[str, tuple[int, int]]:
     """Name -> (out, in) of the linear layers in the host's transformer blocks, as they are called without a LoRA."""
     found = {}
     for name, module in unet.named_modules():

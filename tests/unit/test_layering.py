@@ -17,7 +17,7 @@ ROWS = (
     ("diffusion", "artifact", "shipped"),
     ("tiny", "merging"),
     ("models", "data", "patch", "detectors"),
-    ("runtime",),
+    ("runtime", "export"),
     ("objectives",),
     ("training", "attacks"),
     ("evaluation",),

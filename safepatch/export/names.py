@@ -1,0 +1,37 @@
+"""What a UNet's layers are called in LoRA files: kohya's names, which user interfaces read, and PEFT's."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from safepatch.diffusion import family
+
+KOHYA = "lora_unet_"
+TEXT_ENCODERS = ("lora_te_", "lora_te1_", "lora_te2_", "text_encoder.", "text_encoder_2.")
+PEFT = ("unet.", "base_model.model.", "")
+
+
+def kohya_name(layer: str, config: Mapping[str, Any]) -> str:
+    """The name of a layer in kohya's files: diffusers' path of SD 1 and 2, the original (sgm) path of SDXL."""
+    path = original_path(layer, config) if family(config).startswith("sdxl") else layer
+    return KOHYA + path.replace(".", "_")
+
+
+def original_path(layer: str, config: Mapping[str, Any]) -> str:
+    """Where a layer of diffusers' UNet is in the original one, in which blocks are numbered through."""
+    side, *path = layer.split(".")
+    if side == "mid_block":
+        return ".".join(("middle_block", "1", *path[2:]))
+    block, _, place, *rest = path
+    number = int(block) * (config["layers_per_block"] + 1) + int(place)
+    name = f"input_blocks.{number + 1}" if side == "down_blocks" else f"output_blocks.{number}"
+    return ".".join((name, "1", *rest))
+
+
+def layers_by_name(layers: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, str]:
+    """Every name that a file may have for a layer, in front of its suffix -> the layer's own."""
+    found = {}
+    for layer in layers:
+        found |= {f"{prefix}{layer}": layer for prefix in PEFT}
+        paths = (layer, original_path(layer, config))
+        found |= {KOHYA + path.replace(".", "_"): layer for path in paths}
+    return found

@@ -1,0 +1,230 @@
+"""Law 16: export then import is the same patch; an exported LoRA in plain diffusers is the patch without its gate."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from safepatch.artifact.patch_artifact import PatchArtifact, verify
+from safepatch.diffusion import quiet
+from safepatch.errors import ArtifactError, BaseMismatch, ConfigError, SafepatchError, UnknownName, UnsupportedModel
+from safepatch.export import FORMATS, export, import_lora
+from safepatch.merging import merge
+from safepatch.patch.files import to_artifact
+from safepatch.runtime.apply import apply
+from safepatch.taxonomy import Category
+from tests.families import draw, small_config, small_family_pipe
+from tests.small import INSTRUCTION, awaken, new_artifact, new_patch, new_small_pipe
+
+WEIGHT = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+MINE = Category("mine", "things of the test", "no things")
+every_form = pytest.mark.parametrize("form", FORMATS)
+every_family = pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+
+
+def gated(unet: Any, seed: int = 0) -> PatchArtifact:
+    """A lora patch that does much, half precision, with a gate."""
+    patch = new_patch(unet, "lora", seed=None)
+    patch.add_gate(unet, 4)
+    artifact = to_artifact(awaken(patch, seed), unet, {"weapons": INSTRUCTION}, license="MIT").astype(torch.float16)
+    config = {**artifact.info.config, "gate": {"weapons": {"threshold": 0.5}}}
+    return replace(artifact, info=replace(artifact.info, config=config))
+
+
+def written(folder: Path, form: str) -> Path:
+    return folder / "lora.safetensors" if form == "kohya" else folder / "lora"
+
+
+def model_of(family: str, folder: Path) -> Path:
+    """A folder with the UNet's configuration alone."""
+    (folder / "model" / "unet").mkdir(parents=True)
+    config = {"_class_name": "UNet2DConditionModel", **small_config(family)["unet"]}
+    (folder / "model" / "unet" / "config.json").write_text(json.dumps(config))
+    index = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}
+    (folder / "model" / "model_index.json").write_text(json.dumps(index))
+    return folder / "model"
+
+
+@every_form
+@every_family
+def test_what_is_exported_comes_back_bit_for_bit_and_works_in_plain_diffusers(family, form, tmp_path):
+    pipe = quiet(small_family_pipe(family))
+    artifact = gated(pipe.unet)
+    path = artifact.save(tmp_path / "patch.safetensors")
+    out = export(path, written(tmp_path, form), form)
+    back = import_lora(out if form == "kohya" else out.parent)
+    assert back.content_hash == artifact.content_hash
+    assert back.save(tmp_path / "back.safetensors").read_bytes() == path.read_bytes()
+    base = draw(pipe, guidance_scale=1.0)
+    with apply(pipe, artifact, gate="off"):
+        patched = draw(pipe, guidance_scale=1.0)
+    assert (patched - base).abs().max() > 0.02  # control
+    pipe.load_lora_weights(str(out.parent), weight_name=out.name)
+    loaded = draw(pipe, guidance_scale=1.0)
+    assert (loaded - patched).abs().max() < 0.02 * (patched - base).abs().max()
+    pipe.unload_lora_weights()
+
+
+def test_names_are_those_of_diffusers_own_converter(tmp_path):
+    artifact = new_artifact(small_family_pipe("sd1").unet, "lora")
+    path = artifact.save(tmp_path / "patch.safetensors")
+    ours = load_file(export(path, tmp_path / "kohya.safetensors"))
+    theirs = convert_state_dict_to_kohya(load_file(export(path, tmp_path / "folder", "diffusers")))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours if not name.endswith(".alpha"))
+    assert all(float(ours[name]) == float(theirs[name]) for name in ours if name.endswith(".alpha"))
+
+
+@pytest.mark.parametrize("more", [{"lora_alpha": 8}, {"lora_alpha": 8, "use_rslora": True}, {"lora_alpha": 2}])
+@pytest.mark.parametrize("name", ["diffusers", "kohya"])
+def test_somebody_elses_lora_is_a_patch_without_a_gate(more, name, tmp_path):
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    pipe = quiet(small_family_pipe("sd1"))
+    base, unet = draw(pipe, guidance_scale=1.0), pipe.unet
+    torch.manual_seed(0)
+    unet.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_v"], init_lora_weights=False, **more))
+    theirs = draw(pipe, guidance_scale=1.0)
+    state = {f"unet.{key}": t.contiguous() for key, t in get_peft_model_state_dict(unet).items()}
+    settings = {f"unet.{key}": value for key, value in {"r": 4, **more}.items()}
+    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(settings)}
+    if name == "kohya":
+        alpha = more["lora_alpha"] * (2 if more.get("use_rslora") else 1)  # kohya's scale is alpha / rank
+        named, metadata = convert_state_dict_to_kohya(state), {}
+        state = {key: torch.tensor(float(alpha)) if key.endswith("alpha") else t for key, t in named.items()}
+    save_file(state, tmp_path / "theirs.safetensors", metadata)
+    unet.delete_adapters(["default"])
+    imported = import_lora(tmp_path / "theirs.safetensors", MINE, model_of("sd1", tmp_path))
+    assert imported.info.categories == ("mine",)
+    path = imported.save(tmp_path / "mine.safetensors")
+    with apply(pipe, path):
+        ours = draw(pipe, guidance_scale=1.0)
+    assert (theirs - base).abs().max() > 0.01  # control
+    assert (ours - theirs).abs().max() < 0.02 * (theirs - base).abs().max()
+
+
+def test_a_family_is_told_by_the_width_of_its_text_states(tmp_path):
+    """With the family's real sizes, of which only the names and shapes count."""
+    shapes = {"down": (2, 768), "up": (320, 2)}
+    stem = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+    tensors = {f"{stem}.lora_{form}.weight": torch.ones(shape) for form, shape in shapes.items()}
+    save_file(tensors, tmp_path / "leco.safetensors", {"modelspec.license": "MIT"})
+    artifact = import_lora(tmp_path / "leco.safetensors", MINE)
+    assert (artifact.info.base["family"], artifact.info.license) == ("sd1", "MIT")
+    assert artifact.info.fingerprint["block_out_channels"] == [320, 640, 1280, 1280]
+    (name,) = artifact.parameter_names()
+    assert torch.equal(artifact.delta(name), torch.full((320, 768), 2.0))
+
+
+# ---- what cannot be exported, and what cannot be imported ------------------------------------------------------
+
+
+@pytest.fixture
+def lora(tmp_path) -> Path:
+    return new_artifact(new_small_pipe().unet, "lora").save(tmp_path / "lora.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["control", "lite"])
+def test_a_kind_that_is_no_lora_says_so(kind, tmp_path):
+    path = new_artifact(new_small_pipe().unet, kind).save(tmp_path / "patch.safetensors")
+    with pytest.raises(ConfigError, match=f"a {kind} patch is a network of its own and no LoRA"):
+        export(path, tmp_path / "x.safetensors")
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_merges_are_exported_by_cat_alone(lora, tmp_path):
+    other = new_artifact(new_small_pipe().unet, "lora", 1)
+    other = replace(other, info=replace(other.info, instructions={"drugs": "no drugs"})).save(
+        tmp_path / "b.safetensors"
+    )
+    for method, says in (("bundle", "a bundle is several patches"), ("ties", "has no factors after this merge")):
+        merge([lora, other], tmp_path / "m.safetensors", method=method)
+        with pytest.raises(ConfigError, match=says):
+            export(tmp_path / "m.safetensors", tmp_path / "x.safetensors")
+    merge([lora, other], tmp_path / "cat.safetensors", method="cat")
+    back = import_lora(export(tmp_path / "cat.safetensors", tmp_path / "x.safetensors"))
+    assert back.info.categories == ("drugs", "weapons")
+
+
+def test_an_unknown_format_and_a_wrong_name_are_refused(lora, tmp_path):
+    with pytest.raises(UnknownName, match="no format 'khoya'; did you mean 'kohya'"):
+        export(lora, tmp_path / "x.safetensors", "khoya")
+    with pytest.raises(ConfigError, match=r"one \.safetensors file"):
+        export(lora, tmp_path / "x.pt")
+
+
+def test_an_export_says_what_it_is_and_is_no_patch_when_it_was_altered(lora, tmp_path):
+    path = export(lora, tmp_path / "x.safetensors")
+    with pytest.raises(ArtifactError, match="exported as a LoRA; `safepatch import` makes it a patch again"):
+        verify(path)
+    import_lora(path)  # control
+    tensors, metadata = load_file(path), _metadata(path)
+    first = next(name for name in tensors if "lora_up" in name)
+    save_file({**tensors, first: tensors[first] + 1}, path, metadata)
+    with pytest.raises(ArtifactError, match="no longer the patch that was exported"):
+        import_lora(path)
+    new_small_pipe().save_pretrained(tmp_path / "model")
+    assert import_lora(path, MINE, tmp_path / "model").info.categories == ("mine",)  # as somebody else's
+    forged = metadata["safepatch.exported"].replace("weapons", "flowers")
+    save_file(tensors, path, {**metadata, "safepatch.exported": forged})
+    with pytest.raises(ArtifactError, match=r"no longer the patch|is damaged"):
+        import_lora(path)
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    content = path.read_bytes()
+    return json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+
+
+def changed(**more: Tensor) -> dict[str, Tensor]:
+    stem = "lora_unet_" + WEIGHT.replace(".", "_")
+    return {f"{stem}.lora_down.weight": torch.ones(2, 96), f"{stem}.lora_up.weight": torch.ones(96, 2), **more}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "error", "says"),
+    [
+        ({"lora_unet_x.dora_scale": torch.ones(1)}, UnsupportedModel, "is a DoRA"),
+        ({"lora_unet_x.hada_w1_a": torch.ones(1)}, UnsupportedModel, "is a LoHa"),
+        ({"lora_te_text_model_x.lora_down.weight": torch.ones(1, 1)}, UnsupportedModel, "a text encoder's layers"),
+        ({"lora_unet_conv_in.lora_down.weight": torch.ones(1, 1)}, UnsupportedModel, "layers that a lora patch has no"),
+    ],
+)
+def test_what_a_patch_has_no_place_for_is_named(tensors, error, says, tmp_path):
+    save_file(changed(), tmp_path / "plain.safetensors")
+    import_lora(tmp_path / "plain.safetensors", MINE, "tiny-sd")  # control
+    save_file(changed(**tensors), tmp_path / "x.safetensors")
+    with pytest.raises(error, match=says):
+        import_lora(tmp_path / "x.safetensors", MINE, "tiny-sd")
+    if "place" in says or "encoder" in says:
+        assert import_lora(tmp_path / "x.safetensors", MINE, "tiny-sd", partly=True).info.categories == ("mine",)
+
+
+def test_bad_loras_are_one_line(lora, tmp_path):
+    path = tmp_path / "x.safetensors"
+    half = changed()
+    half.popitem()
+    wrong = {name: torch.ones(2, 95) if "down" in name else tensor for name, tensor in changed().items()}
+    cases: list[tuple[dict[str, Tensor], Any, type[SafepatchError], str]] = [
+        (half, "tiny-sd", UnsupportedModel, "lacks 'lora_unet"),
+        (wrong, "tiny-sd", BaseMismatch, "has another size in this model"),
+        (changed(), None, UnsupportedModel, "does not tell its family; name a model"),
+        ({"x": torch.ones(1)}, "tiny-sd", UnsupportedModel, "no place for"),
+    ]
+    for tensors, model, error, says in cases:
+        save_file(tensors, path)
+        with pytest.raises(error, match=says) as caught:
+            import_lora(path, MINE, model)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match="does not say what it is for"):
+        import_lora(path)
+    with pytest.raises(SafepatchError):
+        import_lora(tmp_path / "absent.safetensors", MINE)
