@@ -1,7 +1,7 @@
 """The cells of a matrix and the log of those that are finished: each is measured once, whatever happens.
 
 `cells.jsonl` holds one line per finished cell, with its rows and the names of its pictures, which are on the disk
-before it; a line is whole or it is not there, so a run that was killed loses the cell in hand and nothing else.
+before it; a line is whole or it is not there. What a cell in hand has drawn when a run is killed is kept (`kept.py`).
 """
 
 import json
