@@ -1,7 +1,7 @@
 """A patch on a model of others, from a folder or a single file in the original layout, also image to image.
 
-`python examples/04_your_checkpoint.py CHECKPOINT.safetensors PATCH.safetensors TOKENIZER_FOLDER` takes yours, offline;
-without arguments, a folder with another vendor's model stands in for it.
+`python examples/04_your_checkpoint.py CHECKPOINT.safetensors PATCH.safetensors TOKENIZER_FOLDER "PROMPT"` takes yours,
+offline, with a prompt that the patch is for; without arguments, a folder with another vendor's model stands in for it.
 """
 
 import sys
@@ -12,17 +12,19 @@ from diffusers import AutoPipelineForImage2Image
 
 import safepatch
 
+PROMPT = sys.argv[4] if len(sys.argv) > 4 else "a knife on a blue background"
+
 
 def draw(pipe: object, **more: object) -> torch.Tensor:
     """One image of one prompt from the same noise, in [0, 1], (1, 3, H, W)."""
     options = {"num_inference_steps": 6, "guidance_scale": 4.0, "output_type": "pt", **more}
-    return pipe("a knife on a blue background", generator=torch.Generator().manual_seed(3), **options).images
+    return pipe(PROMPT, generator=torch.Generator().manual_seed(3), **options).images
 
 
 with tempfile.TemporaryDirectory() as folder:
     if len(sys.argv) == 1:
         safepatch.load_pipeline("tiny-sd-twemoji").save_pretrained(folder)
-    model, patch, tokenizer = sys.argv[1:] or (folder, "patches/control/weapons.safetensors", None)
+    model, patch, tokenizer = sys.argv[1:4] or (folder, "patches/control/weapons.safetensors", None)
     print(safepatch.check(model, patch))  # one line if it does not fit, before any weight is read
     pipe = safepatch.load_pipeline(model, tokenizer=tokenizer)
 

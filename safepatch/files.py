@@ -67,6 +67,13 @@ def write_text(path: Path, text: str) -> None:
         raise unwritable(path, error) from error
 
 
+def require_writable(path: Path) -> None:
+    """Raise `SafepatchError` where `path` could not be written for want of permission, before there is any work."""
+    folder = next(parent for parent in Path(path).absolute().parents if parent.exists())
+    if not os.access(folder, os.W_OK):
+        raise unwritable(Path(path), PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+
+
 def sweep(folder: Path) -> None:
     """Remove what killed writers left in `folder`; what a living one writes stays."""
     for path in folder.iterdir():

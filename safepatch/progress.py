@@ -1,11 +1,38 @@
-"""Progress bars at a terminal, and none in log files and pipes."""
+"""Progress: bars at a terminal; in log files and pipes a line a minute, of what takes longer than that."""
 
+import io
+import sys
 from collections.abc import Iterable
 from typing import Any
 
 from tqdm import tqdm
 
+MINUTE = 60.0  # seconds between two lines
+
+
+class Lines(tqdm):
+    """Progress as plain lines, each whole, for whoever reads them later."""
+
+    def __init__(self, iterable: Iterable | None = None, **options: Any) -> None:
+        options |= {"file": io.StringIO(), "leave": False, "mininterval": MINUTE, "miniters": 1, "delay": MINUTE}
+        super().__init__(iterable, **options)
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+        """A line, but none when it is over."""
+        if msg is None:
+            told = self.format_dict
+            of = f" of {told['total']} ({100 * told['n'] / told['total']:.0f} %)" if told["total"] else ""
+            note(f"{self.desc.rstrip(': ') or 'done'}: {told['n']}{of}")
+        return True
+
 
 def bar(iterable: Iterable | None = None, shown: bool = True, **options: Any) -> Any:
-    """A tqdm bar where somebody is looking; `shown` turns it off for processes that have nothing to say."""
-    return tqdm(iterable, disable=None if shown else True, **options)
+    """Progress of a loop, by tqdm; `shown` turns it off for processes that have nothing to say."""
+    kind = tqdm if sys.stderr.isatty() else Lines
+    return kind(iterable, disable=not shown, **options)
+
+
+def note(text: str) -> None:
+    """A line about what is being done, beside any bars."""
+    tqdm.write(text, file=sys.stderr)
+    sys.stderr.flush()

@@ -45,10 +45,12 @@ def generate(
     from safepatch.data.prompts import admit
     from safepatch.diffusion import generate as run
     from safepatch.diffusion import save_image
+    from safepatch.files import require_writable
     from safepatch.runtime.apply import apply
     from safepatch.runtime.check import require_fit
 
     admit([prompt])
+    require_writable(out)
     scales = _scale(scale)
     if patch:
         require_fit(model, patch, allow_pickle)  # before gigabytes of weights are read
@@ -81,13 +83,13 @@ def check(patch: PatchFile, model: Model = "tiny-sd", allow_pickle: AllowPickle 
     from safepatch.runtime.check import check as run
 
     fit = run(model, patch, allow_pickle)
-    unknown = "unknown, the patch does not record its base's encoder"
+    why = "a merge has no base of its own" if fit.info.recipe else "the patch does not record its base's encoder"
     say(f"fits: {patch} ({', '.join(fit.info.categories)}) on {model}")
     if merged := weights(fit.info):
         say("weights: " + ", ".join(f"{name} {weight:g}" for name, weight in merged.items()))
     typer.echo(f"family: {fit.family}")
     typer.echo(f"fingerprint: {json.dumps(fit.fingerprint)}")
-    typer.echo(f"drift from the patch's base: {unknown if fit.drift is None else f'{fit.drift:.2g}'}")
+    typer.echo(f"drift from the patch's base: {f'unknown, {why}' if fit.drift is None else f'{fit.drift:.2g}'}")
 
 
 def _scale(text: str) -> float | dict[str, float]:

@@ -8,17 +8,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from safepatch.cli import app, say
-from safepatch.cli.options import Category, Device, Model, ModelDtype, PatchFile, opened
+from safepatch.cli.options import (
+    AllowPickle,
+    Category,
+    Device,
+    Model,
+    ModelDtype,
+    PatchFile,
+    Tokenizer,
+    opened,
+)
 from safepatch.errors import SafepatchError
 
 if TYPE_CHECKING:
-    from safepatch.artifact.info import PatchInfo
     from safepatch.merging import MergeRecipe
 
 
 @app.command()
 def merge(
-    sources: Annotated[list[Path], typer.Argument(help="Patch files of one architecture, or one recipe (.yaml).")],
+    sources: Annotated[list[Path], typer.Argument(help="Patch files for one architecture, or one recipe (.yaml).")],
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Where to write the merged patch.")] = None,
     method: Annotated[str | None, typer.Option(help="How to merge, see the README; bundle if not given.")] = None,
     weights: Annotated[str | None, typer.Option(help="Comma-separated weights, one per source.")] = None,
@@ -38,6 +46,8 @@ def merge(
     n: Annotated[int, typer.Option(help="With --evaluate: images per rate.")] = 200,
     device: Device = "cpu",
     model_dtype: ModelDtype = None,
+    tokenizer: Tokenizer = None,
+    allow_pickle: AllowPickle = False,
 ) -> None:
     """Merge patches into one file; an option given here overrides the recipe's."""
     given = {"method": method, "density": density, "seed": seed, "dtype": dtype, "rank": rank, "conflicts": conflicts}
@@ -55,7 +65,14 @@ def merge(
 
         Protocol(n=n)  # a wrong number is told before anything is written
     if recipe.heal:
-        info = _healed(recipe, target, category, model, mixed_precision, device, model_dtype)
+        from safepatch.data.corpus import Corpus
+        from safepatch.runtime.check import require_fit
+        from safepatch.training.healing import OPTIONS, heal
+
+        require_fit(model, recipe.sources[0], allow_pickle)  # before gigabytes of weights are read
+        pipe = opened(model, device, model_dtype, tokenizer, allow_pickle)
+        corpora = [Corpus.open(name) for name in category or []]
+        info = heal(pipe, recipe, target, corpora, replace(OPTIONS, mixed_precision=mixed_precision)).info
     else:
         from safepatch.merging import merge as run
 
@@ -64,26 +81,9 @@ def merge(
     if evaluate:
         from safepatch.cli.evaluate import measure_merge
 
-        measure_merge(recipe.sources, target, model, category, n, device, model_dtype)
-
-
-def _healed(
-    recipe: "MergeRecipe",
-    target: Path,
-    category: list[str] | None,
-    model: str,
-    precision: str,
-    device: str,
-    dtype: str | None,
-) -> "PatchInfo":
-    from safepatch.data.corpus import Corpus
-    from safepatch.runtime.check import require_fit
-    from safepatch.training.healing import OPTIONS, heal
-
-    require_fit(model, recipe.sources[0])  # before gigabytes of weights are read
-    corpora = [Corpus.open(name) for name in category or []]
-    pipe = opened(model, device, dtype)
-    return heal(pipe, recipe, target, corpora, replace(OPTIONS, mixed_precision=precision)).info
+        opening = {"device": device, "dtype": model_dtype, "allow_pickle": allow_pickle}
+        opening |= {"tokenizer": str(tokenizer) if tokenizer else None}
+        measure_merge(recipe.sources, target, model, category, n, opening)
 
 
 def _recipe(sources: list[Path], options: dict[str, Any]) -> "MergeRecipe":

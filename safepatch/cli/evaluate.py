@@ -148,16 +148,18 @@ def measure_merge(
     model: str,
     categories: Sequence[str] | None,
     n: int,
-    device: str = "cpu",
-    dtype: str | None = None,
+    opening: dict[str, Any],
 ) -> None:
-    """Measure a merge beside its sources, each category's own alone; the folder is called after the merged file."""
+    """Measure a merge beside its sources, each category's own alone; the folder is called after the merged file.
+
+    `opening` are a matrix's fields that say how the model is opened.
+    """
     from safepatch.evaluation.bench import Protocol
     from safepatch.evaluation.matrix import Matrix, PatchEntry
 
     patches = [PatchEntry("single", paths=[str(source) for source in sources]), PatchEntry("merged", path=str(merged))]
     out, named = str(merged.with_suffix(".evaluation")), list(categories or [])
-    measure(Matrix([model], [], patches, named, protocol=Protocol(n=n), device=device, dtype=dtype, out=out))
+    measure(Matrix([model], [], patches, named, protocol=Protocol(n=n), out=out, **opening))
 
 
 def _healer(device: str, dtype: str | None) -> Any:

@@ -37,15 +37,19 @@ def train(
     """Train a patch for one category."""
     from safepatch.config import to_yaml
     from safepatch.data.corpus import Corpus
+    from safepatch.files import require_writable
     from safepatch.training.config import load_train_config
 
     resolved = load_train_config(config, overrides or [])
     corpus = Corpus.open(resolved.category)
     for note in corpus.notes:
         typer.echo(note)
+    resolved.model.require_whole()
+    require_writable(Path(resolved.output or "runs/train") / "log.jsonl")
+    foreseen = _foreseen(resolved, corpus.rewrite.by == "guided", always=dry_run)
     if dry_run:
         typer.echo(to_yaml(resolved), nl=False)
-    for line in _foreseen(resolved, corpus.rewrite.by == "guided", always=dry_run):
+    for line in foreseen:
         typer.echo(line)
     if dry_run:
         return

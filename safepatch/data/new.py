@@ -41,6 +41,7 @@ neighbours: []
 # Which labels of a detector count as this category; only evaluation reads them.
 labels:
   clip: ["a photo of a thing to remove"]
+  # safety-checker: [nsfw]
 """
 _CSV = """\
 # One row a prompt. Rows of your own first; fifty that differ are better than five hundred that do not.

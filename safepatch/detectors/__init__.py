@@ -22,11 +22,13 @@ class Entry(NamedTuple):
         build: categories, a folder or Hub id of weights (None: its usual ones) and a device to the detector.
         made_for: whose pictures it can judge: those of the embedded models, or photographs and art of any model.
         about: one line for people.
+        labels: what a category file may say, as YAML; for its error.
     """
 
     build: Callable[[Sequence[Category], str | Path | None, Device], Detector]
     made_for: Pictures
     about: str
+    labels: str = "[...]"
 
 
 def _embedded(categories: Sequence[Category], source: str | Path | None, device: Device) -> Detector:
@@ -53,8 +55,15 @@ def _clip(categories: Sequence[Category], source: str | Path | None, device: Dev
 
 DETECTORS: dict[str, Entry] = {
     "embedded": Entry(_embedded, "embedded", "the embedded models' own classifier: emoji and nothing else"),
-    "safety-checker": Entry(_safety_checker, "photographic", "Stable Diffusion's safety checker: sexual content"),
-    "clip": Entry(_clip, "photographic", "zero-shot by CLIP: the texts under a category's `labels.clip`; uncalibrated"),
+    "safety-checker": Entry(
+        _safety_checker, "photographic", "Stable Diffusion's safety checker: sexual content", "[nsfw]"
+    ),
+    "clip": Entry(
+        _clip,
+        "photographic",
+        "zero-shot by CLIP: the texts under a category's `labels.clip`; uncalibrated",
+        '["a photo of ..."]',
+    ),
 }
 PICTURES: dict[Pictures, str] = {"embedded": "the embedded models' emoji", "photographic": "photographs and art"}
 
@@ -125,8 +134,8 @@ def _require_some(name: str, category: Category) -> None:
     if not category.labels.get(name):
         others = nearest(name, category.labels) if category.labels else ""
         raise ConfigError(
-            f"category '{category.name}' gives no labels for detector '{name}'; add `{name}: [...]` under `labels` "
-            f"in its file{others}"
+            f"category '{category.name}' gives no labels for detector '{name}'; add "
+            f"`{name}: {DETECTORS[name].labels}` under `labels` in its file{others}"
         )
 
 

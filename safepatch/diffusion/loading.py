@@ -95,13 +95,13 @@ def read_unet(source: str) -> Any:
     return getattr(diffusers, name).from_pretrained(source, subfolder=component)
 
 
-def empty_unet(config: Mapping[str, Any]) -> Any:
+def empty_unet(config: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> Any:
     """What denoises by this configuration, its weights on the meta device: their shapes, and nothing else."""
     log = logging.getLogger("diffusers")
     level, _ = log.level, log.setLevel(logging.ERROR)  # it warns that nothing is kept in float32
     try:
         with torch.device("meta"):
-            return getattr(diffusers, _class_name(config)).from_config(dict(config))
+            return getattr(diffusers, _class_name(config)).from_config(dict(config)).to(dtype)
     finally:
         log.setLevel(level)
 
@@ -144,11 +144,9 @@ def load_tokenizer(source: str | Path, pad_token: str | None = None) -> CLIPToke
     try:
         tokenizer = CLIPTokenizer.from_pretrained(str(source), local_files_only=True)
     except (OSError, ValueError, TypeError) as error:
-        raise ModelNotFound(
-            f"no CLIP tokenizer at '{source}', and a single file holds none; pass --tokenizer FOLDER (in Python "
-            f"tokenizer=...), or download {CLIP} to the Hub cache once"
-        ) from error
-    _require_words(tokenizer, Path(source))
+        raise _no_tokenizer(source) from error
+    if not _knows_words(tokenizer):
+        raise _no_tokenizer(source)
     if pad_token in tokenizer.get_vocab():
         tokenizer.pad_token = pad_token
     return tokenizer
@@ -173,9 +171,24 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ModelNotFound(f"cannot read {path} ({_first_line(error)}); save or fetch the model again") from error
 
 
+def _no_tokenizer(source: str | Path) -> ModelNotFound:
+    if str(source) == CLIP:
+        where, instead = f"and {CLIP} is not in the Hub cache", f"have {CLIP} in the Hub cache"
+    else:
+        where, instead = f"and there is none at {source}", "give another folder"
+    return ModelNotFound(
+        f"a single file holds no tokenizer, {where}; name CLIP's folder (--tokenizer, of train model.tokenizer=, in "
+        f"Python tokenizer=), or {instead}"
+    )
+
+
+def _knows_words(tokenizer: Any) -> bool:
+    """Whether there are any: transformers makes an empty tokenizer of a folder that holds none."""
+    return tokenizer is None or len(tokenizer) > len(set(tokenizer.all_special_tokens))
+
+
 def _require_words(tokenizer: Any, source: Path) -> None:
-    """Raise unless the tokenizer knows words: transformers makes an empty one of a folder that holds none."""
-    if tokenizer is not None and len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
+    if not _knows_words(tokenizer):
         raise ModelNotFound(f"no tokenizer at {source}, it has no word list; fetch it again, or give another folder")
 
 

@@ -61,6 +61,11 @@ class ModelConfig:
             raise ConfigError("no model; name the one to train on: model=FOLDER, a .safetensors file, or a Hub id")
         return self.path
 
+    def require_whole(self) -> None:
+        """Raise what `load` would where a single file's tokenizer is nowhere, before any weight is read."""
+        if str(self.named) not in MODELS and _is_file(self.named):
+            _tokenizers(open_checkpoint(Path(self.named), self.allow_pickle, self.prediction_type), self.tokenizer)
+
     def load(self) -> Any:
         """The pipeline; see `load_pipeline`."""
         return load_pipeline(self.named, self.tokenizer, self.allow_pickle, self.prediction_type, dtype_of(self.dtype))

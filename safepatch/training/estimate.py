@@ -41,7 +41,7 @@ class Held(NamedTuple):
 
 def meta_host(config: Mapping[str, Any], edge: int, dtype: torch.dtype) -> UNetHost:
     """A host of this configuration without weights, for latents of `edge` x `edge`."""
-    unet = empty_unet(config).to(dtype)
+    unet = empty_unet(config, dtype)
     vae, second = _Stub(block_out_channels=(0,)), None
     if width := pooled_width(config):
         second = _Stub(projection_dim=width)

@@ -29,7 +29,7 @@ class RunFolder:
 
     @classmethod
     @contextmanager
-    def claim(cls, path: Path, config: Mapping[str, Any]) -> Iterator["RunFolder"]:
+    def claim(cls, path: Path, config: Mapping[str, Any], result: str = "") -> Iterator["RunFolder"]:
         """The folder `path`, made and tried, for one run at a time; a run's processes share it.
 
         Raises:
@@ -38,7 +38,7 @@ class RunFolder:
         out = cls(path)
         is_first = get_int_from_env(RANKS, 0) == 0
         with claimed(path, "choose another output=") if is_first else nullcontext():
-            out._write_config(json.dumps(config, indent=1, sort_keys=True) + "\n")
+            out._write_config(json.dumps(config, indent=1, sort_keys=True) + "\n", result)
             yield out
 
     @property
@@ -46,13 +46,21 @@ class RunFolder:
         """Where an interrupted run goes on from; gone when the run is done."""
         return self.path / "checkpoint.pt"
 
-    def _write_config(self, text: str) -> None:
+    def is_finished(self, result: str) -> bool:
+        """Whether a run of the same configuration has come to its end here, with a file of that name."""
+        return (self.path / result).is_file() and not self.checkpoint.is_file()
+
+    def _write_config(self, text: str, result: str) -> None:
         record = self.path / "config.json"
         if record.is_file() and record.read_text() == text:  # another process may have written the same just now
             return
         if self.checkpoint.is_file():
             raise SafepatchError(
                 f"{self.path} holds the checkpoint of another configuration; delete it or choose another output="
+            )
+        if result and self.is_finished(result):
+            raise SafepatchError(
+                f"{self.path / result} is there, of another configuration; choose another output=, or delete it"
             )
         write_text(record, text)
 

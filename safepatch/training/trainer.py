@@ -17,6 +17,7 @@ from safepatch.models.load import license_of
 from safepatch.patch import PATCH_KINDS, Patch
 from safepatch.patch.files import to_artifact
 from safepatch.patch.gate import TextGate
+from safepatch.progress import note
 from safepatch.training.config import TrainConfig, TrainingConfig
 from safepatch.training.folder import RunFolder
 from safepatch.training.gates import fit_gate
@@ -47,7 +48,11 @@ def train(pipe: Any, config: TrainConfig, corpus: Corpus | None = None) -> Path:
     kind = lookup(PATCH_KINDS, config.patch.kind, what="patch kind")
     patch = kind.from_unet(host.unet, config.patch.sees, **config.patch.layout)  # before anything is written or drawn
     run_is_of = {**_recorded(config), "model_key": host.key, "words_key": corpus.key}
-    with RunFolder.claim(Path(config.output or usual), run_is_of) as out:
+    result = f"{corpus.name}.safetensors"
+    with RunFolder.claim(Path(config.output or usual), run_is_of, result) as out:
+        if out.is_finished(result):
+            note(f"finished already: {out.path / result}; for another run choose another output=, or delete it")
+            return out.path / result
         return _train(pipe, host, patch, config, corpus, out)
 
 

@@ -14,7 +14,7 @@ from safepatch.artifact.info import PatchInfo
 from safepatch.diffusion import Components, encode_prompts, fingerprint, quiet
 from safepatch.errors import BaseMismatch, ConfigError, ModelNotFound, UnsupportedModel
 from safepatch.models.checkpoint import CONFIGS, open_checkpoint
-from safepatch.models.load import load_pipeline
+from safepatch.models.load import ModelConfig, load_pipeline
 from safepatch.patch.drift import drift, sketch
 from safepatch.patch.files import check_fits, to_artifact
 from safepatch.runtime.apply import apply
@@ -188,7 +188,7 @@ def test_a_pickle_that_holds_code_is_refused_also_then(tmp_path):
 
 def test_without_a_tokenizer_the_error_says_how_to_give_one(sd1, tmp_path, monkeypatch):
     monkeypatch.setattr("safepatch.models.load.CLIP", str(tmp_path / "empty"))  # wherever this machine's cache is
-    with pytest.raises(ModelNotFound, match="--tokenizer FOLDER") as caught:
+    with pytest.raises(ModelNotFound, match="name CLIP's folder \\(--tokenizer") as caught:
         load_pipeline(sd1.path)
     assert "\n" not in str(caught.value)
 
@@ -362,3 +362,12 @@ def test_a_unet_that_projects_its_text_states_is_another_architecture():
     for patch, host in ((info, kolors), (other, sdxl)):
         with pytest.raises(BaseMismatch, match=r"encoder_hid_dim_type .*; train one for this model"):
             check_fits(patch, host)
+
+
+def test_a_file_whose_tokenizer_is_nowhere_is_told_before_any_weight_is_read(sd1, tmp_path):
+    ModelConfig(str(sd1.path), str(sd1.tokenizer)).require_whole()  # control
+    ModelConfig("tiny-sd").require_whole()
+    with pytest.raises(ModelNotFound, match=r"a single file holds no tokenizer, and .* is not in the Hub cache"):
+        ModelConfig(str(sd1.path)).require_whole()
+    with pytest.raises(ModelNotFound, match=r"holds no tokenizer, and there is none at .*; name CLIP's folder"):
+        ModelConfig(str(sd1.path), str(tmp_path)).require_whole()

@@ -199,6 +199,19 @@ def test_a_corpus_of_python_values_trains(tmp_path):
     assert verify(own).license == "MIT"
 
 
+def test_a_finished_run_is_neither_trained_again_nor_overwritten(tmp_path, capsys):
+    path = train(new_small_pipe(), config(tmp_path, steps=1), WEAPONS)
+    content, log = path.read_bytes(), (tmp_path / "log.jsonl").read_bytes()
+    assert "finished already" not in capsys.readouterr().err  # control
+    assert train(new_small_pipe(), config(tmp_path, steps=1), WEAPONS) == path
+    assert f"finished already: {path}" in capsys.readouterr().err
+    with pytest.raises(SafepatchError, match=r"is there, of another configuration; choose another output="):
+        train(new_small_pipe(), config(tmp_path, steps=2), WEAPONS)
+    assert (path.read_bytes(), (tmp_path / "log.jsonl").read_bytes()) == (content, log)
+    path.unlink()
+    assert train(new_small_pipe(), config(tmp_path, steps=2), WEAPONS) == path  # control
+
+
 def test_a_run_draws_once_and_its_resumption_never(tmp_path, monkeypatch):
     drawn, draw = [], UNetHost.draw
     monkeypatch.setattr(UNetHost, "draw", lambda self, texts, *rest, **how: drawn.extend(texts) or draw(

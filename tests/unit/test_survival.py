@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from safepatch.errors import ModelNotFound, SafepatchError, UnsupportedModel
-from safepatch.files import LOCK, claimed, replacing, replacing_folder, sweep, write_text
+from safepatch.files import LOCK, claimed, replacing, replacing_folder, require_writable, sweep, write_text
 from safepatch.models import weights
 from safepatch.models.load import load_pipeline
 from safepatch.models.weights import PickledWeights, SafeWeights
@@ -130,6 +130,13 @@ def test_a_folder_has_one_owner_until_that_ends_or_dies(tmp_path):
     with claimed(tmp_path):
         pass
     assert names(tmp_path) == []
+
+
+def test_a_folder_that_may_not_be_written_is_told_before_the_work(tmp_path, monkeypatch):
+    require_writable(tmp_path / "new" / "folder" / "x.png")  # control
+    assert names(tmp_path) == []
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    refused(lambda: require_writable(tmp_path / "x.png"), r"cannot write to .*x\.png \(Permission denied\)")
 
 
 # ---- training --------------------------------------------------------------------------------------------------
@@ -345,7 +352,7 @@ def test_a_folder_that_lacks_something_is_one_line_that_names_it(folder, what):
 def test_an_empty_tokenizer_folder_is_one_line(tmp_path):
     path = write_original(small_family_pipe("sd1"), "sd1", tmp_path / "model.SAFETENSORS")
     (tmp_path / "empty").mkdir()
-    refused(lambda: load_pipeline(path, tokenizer=tmp_path / "empty"), "no tokenizer at .*empty", ModelNotFound)
+    refused(lambda: load_pipeline(path, tokenizer=tmp_path / "empty"), "no tokenizer, and there is none at .*empty", ModelNotFound)
     pipe = load_pipeline(
         path, tokenizer=tokenizer_folder(tmp_path / "tokenizer")
     )  # control, whatever the suffix's case

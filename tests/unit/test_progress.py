@@ -1,0 +1,51 @@
+"""Progress: bars where somebody looks, a line a minute where nobody does."""
+
+import io
+import sys
+
+import pytest
+
+from safepatch import progress
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds that tqdm believes have passed."""
+    now = [1000.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    return now
+
+
+def test_a_log_file_gets_a_line_a_minute_and_nothing_of_what_is_quick(
+    clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", log)
+    for _ in progress.bar(range(50), desc="quick"):
+        clock[0] += 1.0
+    assert log.getvalue() == ""
+    with progress.bar(total=100, desc="training") as shown:
+        for _ in range(100):
+            clock[0] += 2.0
+            shown.update()
+    lines = log.getvalue().splitlines()
+    assert lines == [f"training: {n} of 100 ({n} %)" for n in (30, 60, 90)]
+
+
+def test_processes_that_have_nothing_to_say_are_silent(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    log = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", log)
+    for _ in progress.bar(range(50), shown=False, desc="training"):
+        clock[0] += 60.0
+    assert log.getvalue() == ""
+    progress.note("a line")
+    assert log.getvalue() == "a line\n"  # control
+
+
+def test_at_a_terminal_there_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    for _ in progress.bar(range(3), desc="training"):
+        pass
+    assert "training: 100%" in terminal.getvalue()
