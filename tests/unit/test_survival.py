@@ -352,7 +352,11 @@ def test_a_folder_that_lacks_something_is_one_line_that_names_it(folder, what):
 def test_an_empty_tokenizer_folder_is_one_line(tmp_path):
     path = write_original(small_family_pipe("sd1"), "sd1", tmp_path / "model.SAFETENSORS")
     (tmp_path / "empty").mkdir()
-    refused(lambda: load_pipeline(path, tokenizer=tmp_path / "empty"), "no tokenizer, and there is none at .*empty", ModelNotFound)
+    refused(
+        lambda: load_pipeline(path, tokenizer=tmp_path / "empty"),
+        "no tokenizer, and there is none at .*empty",
+        ModelNotFound,
+    )
     pipe = load_pipeline(
         path, tokenizer=tokenizer_folder(tmp_path / "tokenizer")
     )  # control, whatever the suffix's case
