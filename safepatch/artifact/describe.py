@@ -25,6 +25,17 @@ def described(info: PatchInfo) -> dict[str, Any]:
     }
 
 
+def shortened(value: Any, longest: int = 8) -> Any:
+    """The same for people: of lists longer than that their length, of texts longer than ten times that their begin."""
+    if isinstance(value, dict):
+        return {key: shortened(each, longest) for key, each in value.items()}
+    if isinstance(value, list):
+        return f"{len(value)} entries" if len(value) > longest else [shortened(each, longest) for each in value]
+    if isinstance(value, str) and len(value) > 10 * longest:
+        return f"{value[: 10 * longest]} ..."
+    return value
+
+
 def weights(info: PatchInfo) -> dict[str, float]:
     """Category -> its weight in the merge, of those merged with another weight than 1."""
     return {name: s["weight"] for s in info.sources for name in s["categories"] if s["weight"] != 1}

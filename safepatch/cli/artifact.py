@@ -118,11 +118,13 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
     picture: Annotated[Path | None, typer.Option(help="Draw a merge's conflicts as a heat map, .png or .svg.")] = None,
 ) -> None:
-    """Say what a patch file is, from its header alone."""
-    from safepatch.artifact.describe import described
+    """Say what a patch file is, from its header alone; `--json` leaves nothing out."""
+    from safepatch.artifact.container import read_header
+    from safepatch.artifact.describe import described, shortened
     from safepatch.artifact.info import read_info
 
     info = described(read_info(patch))
+    info |= {"megabytes": round(patch.stat().st_size / 1e6, 2), "hash": read_header(patch).stated_hash}
     if picture:
         from safepatch.reporting.plots import save_conflict_map
 
@@ -131,7 +133,7 @@ def inspect(
     if as_json:
         typer.echo(json.dumps(info, indent=1, sort_keys=True))
         return
-    for key, value in info.items():
+    for key, value in shortened(info).items():
         say(f"{key:15s} {json.dumps(value, sort_keys=True) if isinstance(value, dict | list) else value}")
 
 

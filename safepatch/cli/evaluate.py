@@ -134,11 +134,14 @@ def measure(matrix: "Matrix") -> None:
     from safepatch.evaluation.run import run_matrix
     from safepatch.reporting.html import build_report
     from safepatch.reporting.tables import summary
+    from safepatch.results import METRICS
 
     rows = run_matrix(matrix, heal=_healer(matrix.device, matrix.dtype), tell=typer.echo)
     typer.echo("\n".join(matrix.notices()))
     if rows:
         typer.echo(summary(rows))
+        for name in dict.fromkeys(row.metric for row in rows if row.metric in METRICS):
+            typer.echo(f"{name}: {METRICS[name].meaning}")
     typer.echo(f"report: {build_report(Path(matrix.out))}")
 
 
