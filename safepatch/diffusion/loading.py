@@ -131,7 +131,8 @@ def load_from_hub(name: str, dtype: torch.dtype | None) -> DiffusionPipeline:
         return DiffusionPipeline.from_pretrained(name, dtype=dtype or torch.float32, **_unchecked(index))
     except (OSError, ValueError) as error:
         raise ModelNotFound(
-            f"no model '{name}' here, nor on the Hub if that is reached ({_first_line(error)}); give a folder or a file"
+            f"no model '{name}' here, nor on the Hub, if that is reached ({_first_line(error)}); "
+            "give a folder or a file"
         ) from error
 
 
@@ -158,7 +159,9 @@ def hub_unet_config(name: str) -> dict[str, Any]:
         component, _ = denoiser_entry(DiffusionPipeline.load_config(name))
         return dict(UNet2DConditionModel.load_config(name, subfolder=component))
     except (OSError, ValueError) as error:
-        raise ModelNotFound(f"no model '{name}' here, nor on the Hub if that is reached ({_first_line(error)})") from error
+        raise ModelNotFound(
+            f"no model '{name}' here, nor on the Hub if that is reached ({_first_line(error)})"
+        ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
