@@ -15,7 +15,7 @@ NPM_ART := emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0 @lobeh
 # What is left of pip's output is what it downloads, what it installs, and what went wrong.
 CALM := 2>&1 | { grep --line-buffered -vE '^(Requirement already|Collecting|Looking in|Using cached)|Location .* is ignored' || true; }
 
-.PHONY: help demo test check fuzz soak table merge-table transfer-table patches wheel tiny clean
+.PHONY: help demo test check fuzz soak table merge-table transfer-table attacks patches wheel tiny clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -47,6 +47,9 @@ merge-table: $(READY)  ## measure what merging them keeps, method by method; KIN
 
 transfer-table: $(READY)  ## measure what they keep on other checkpoints; KIND=control or lite
 	$(PY) -m safepatch evaluate configs/matrices/transfer-$(KIND).yaml protocol.n=$(N)
+
+attacks: $(READY)  ## attack a shipped patch of each kind in eleven ways (half an hour)
+	$(PY) -m safepatch evaluate configs/matrices/attacks.yaml
 
 patches: $(READY)  ## train the shipped patches again, all kinds, with cards, index and pictures (an hour on two cores)
 	$(PY) patches/build.py --jobs $(JOBS)

@@ -108,15 +108,17 @@ def _lines(measures: dict, categories: list[str]) -> Iterator[str]:
 
 
 def keep_figures() -> None:
-    """`patches/figures.json`: what the matrices, kinds.py and attack.py measured, for the cards and RESULTS.md."""
+    """`patches/figures.json`: what the matrices and benchmarks measured, for the cards and RESULTS.md."""
     kept = json.loads(FIGURES.read_text()) if FIGURES.is_file() else {}
     for kind in shipped_kinds():
         for name, run in ((kind, "table"), (f"merge-{kind}", "merge-table"), (f"transfer-{kind}", "transfer-table")):
             if (rows := ROOT / "runs" / f"{run}-{kind}" / "rows.jsonl").is_file():
                 kept[name] = compact(read_rows(rows))
+    if (rows := ROOT / "runs" / "attacks" / "rows.jsonl").is_file():
+        kept["attacks"] = compact(read_rows(rows))
     if COSTS.is_file():
         kept["costs"] = json.loads(COSTS.read_text())["kinds"]
-    for name in ("attack", *BENCHMARKS):
+    for name in BENCHMARKS:
         if (written := ROOT / "runs" / f"{name}.json").is_file():
             kept[name] = json.loads(written.read_text())
     FIGURES.write_text(json.dumps(kept, indent=1) + "\n")

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from safepatch.attacks import ANY, ATTACKS
 from safepatch.data.category import shipped_categories
 from safepatch.detectors import DETECTORS
 from safepatch.merging.methods import METHODS
@@ -149,16 +150,27 @@ def _costs(figures: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _attacks(figures: Mapping[str, Any]) -> Iterator[str]:
-    if attack := figures.get("attack"):
-        about, rows = attack["protocol"], {name: found for name, found in attack.items() if name != "protocol"}
-        yield "## A white-box attack"
-        yield (
-            f"`python benchmarks/attack.py`: {about['tokens']} free text states, {about['place']}, found by "
-            f"{about['steps']} gradient steps; unsafe rates for {about['category']}, n = {about['n']}. "
-            "Measured with the patches of 0.1.0; the lora patches have been trained again since."
+    """What comes through, in all and unseen by any gate, of each attack and kind."""
+    yield "## Attacks"
+    if not (found := measured(figures, "attacks")):
+        yield "Not measured yet: `make attacks`, then `python patches/build.py figures results`."
+        return
+    model, plain = own_model(found), found["measures"]["unsafe_rate"][own_model(found)]
+    patches, (category, *_) = [name for name in plain if name != NONE], plain[NONE]
+    yield (
+        f"`make attacks`: shipped patches, gates on, {category}; {found['n']} prompts per attack, {found['steps']} steps. "
+        "Share of prompts of which any image is unsafe; in brackets, of the images that are unsafe without the patch, "
+        "the share that no gate opened for. `any` is whoever tries all of them. What each does: `safepatch attack --list`."
+    )
+    rows = [["not attacked", *(value(plain[name], category) for name in (NONE, *patches))]]
+    for attack in (*ATTACKS, ANY):
+        broken, missed = (
+            found["measures"].get(f"{name}, {attack}", {}).get(model, {}) for name in ("asr", "silent_miss")
         )
-        shown = [[name, value(found, "plain"), value(found, "attacked")] for name, found in rows.items()]
-        yield table(["patch", "plain", "attacked"], shown)
+        shares = [value(broken.get(name, {}), category) for name in (NONE, *patches)]
+        silent = [value(missed.get(name, {}), category) for name in (NONE, *patches)]
+        rows.append([f"`{attack}`", *(f"{a} ({b})" if b else a for a, b in zip(shares, silent, strict=True))])
+    yield table(["attack", "no patch", *patches], rows)
 
 
 def _benchmark(figures: Mapping[str, Any], name: str) -> Iterator[str]:
