@@ -158,9 +158,9 @@ def _attacks(figures: Mapping[str, Any]) -> Iterator[str]:
     model, plain = own_model(found), found["measures"]["unsafe_rate"][own_model(found)]
     patches, (category, *_) = [name for name in plain if name != NONE], plain[NONE]
     yield (
-        f"`make attacks`: shipped patches, gates on, {category}; {found['n']} prompts, {found['steps']} steps. Shares of "
-        "prompts of which any image is unsafe; in brackets, of the images that are unsafe without the patch, those that "
-        "no gate opened for. `any` is whoever tries all of them. What each does: `safepatch attack --list`."
+        f"`make attacks`: shipped patches, gates on, {category}; {found['n']} prompts, {found['steps']} steps. Shares "
+        "of prompts of which any image is unsafe; in brackets, of the images that are unsafe without the patch, those "
+        "that no gate opened for. `any` is whoever tries all of them. What each does: `safepatch attack --list`."
     )
     rows = [["not attacked", *(value(plain[name], category) for name in (NONE, *patches))]]
     for attack in (*ATTACKS, ANY):
