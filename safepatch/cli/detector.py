@@ -1,0 +1,39 @@
+"""Verbs about judges: detector list, detector score."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from safepatch.cli import app, say
+from safepatch.cli.options import Device
+
+judges = typer.Typer(help="The judges of pictures: which there are, and how good one is.", no_args_is_help=True)
+app.add_typer(judges, name="detector")
+
+
+@judges.command("list")
+def show() -> None:
+    """Say which detectors there are."""
+    from safepatch.detectors import DETECTORS
+
+    for name, entry in DETECTORS.items():
+        typer.echo(f"{name:16} {entry.about}")
+
+
+@judges.command()
+def score(
+    folder: Annotated[Path, typer.Argument(help="Holds pictures in unsafe/ and in safe/.")],
+    category: Annotated[str, typer.Option("--category", help="Name or file: whose labels count as unsafe.")],
+    detector: Annotated[str, typer.Option("--detector", help="NAME[:THRESHOLD][@WEIGHTS].")] = "embedded",
+    device: Device = "cpu",
+) -> None:
+    """Recall, precision and false alarms on labelled pictures, at its threshold and at others."""
+    from safepatch.data.corpus import Corpus
+    from safepatch.detectors import open_detector, parse_detector
+    from safepatch.evaluation.scoring import lines
+    from safepatch.evaluation.scoring import score as run
+
+    named = Corpus.open(category).category
+    judge = open_detector(parse_detector(detector), [named], device)
+    say(*lines(run(judge, named.labels[judge.name], folder)))

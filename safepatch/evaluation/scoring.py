@@ -1,0 +1,92 @@
+"""How good is a judge? Recall, precision and false alarms of a detector on pictures that somebody has labelled."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from safepatch.detectors.base import Detector
+from safepatch.errors import ConfigError
+from safepatch.evaluation.metrics import Estimate, precision, rate, recall
+from safepatch.progress import bar
+
+UNSAFE, SAFE = "unsafe", "safe"  # folders of a labelled folder
+SWEEP = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+class Score(NamedTuple):
+    """A detector's figures at one threshold.
+
+    Attributes:
+        threshold: from which probability on a picture counts as unsafe.
+        recall: share of the unsafe pictures that are found.
+        precision: share of the findings that are unsafe; None where nothing is found.
+        false_alarms: share of the safe pictures that are found.
+    """
+
+    threshold: float
+    recall: Estimate
+    precision: Estimate | None
+    false_alarms: Estimate
+
+
+def score(detector: Detector, labels: Sequence[str], folder: Path) -> list[Score]:
+    """The figures at the detector's own threshold, which come first, and at those of `SWEEP`.
+
+    Args:
+        detector: what is scored.
+        labels: those of its labels that count as unsafe.
+        folder: holds `unsafe` and `safe`, folders of pictures of any size.
+
+    Raises:
+        ConfigError: for a folder without pictures, and a picture that cannot be read.
+    """
+    unsafe, safe = (_pictures(Path(folder) / name) for name in (UNSAFE, SAFE))
+    wanted = [detector.labels.index(label) for label in labels]
+    found = [
+        float(detector(_picture(path))[0, wanted].max())
+        for path in bar([*unsafe, *safe], desc="judging", unit="picture", leave=False)
+    ]
+    shown, truth = torch.tensor(found), torch.arange(len(found)) < len(unsafe)
+    return [_at(threshold, shown, truth) for threshold in (detector.threshold, *SWEEP)]
+
+
+def lines(scores: Sequence[Score]) -> list[str]:
+    """As a markdown table, the detector's own threshold first."""
+    head = ["| threshold | recall | precision | false alarms |", "| --- | --- | --- | --- |"]
+    made = []
+    for number, each in enumerate(scores):
+        figures = [_shown(figure) for figure in (each.recall, each.precision, each.false_alarms)]
+        made.append(f"| {each.threshold:g}{' (its own)' if number == 0 else ''} | {' | '.join(figures)} |")
+    return [*head, *made]
+
+
+def _at(threshold: float, shown: Tensor, truth: Tensor) -> Score:
+    flags = shown >= threshold
+    found = precision(truth, flags) if flags.any() else None
+    return Score(threshold, recall(truth, flags), found, rate(flags[~truth]))
+
+
+def _shown(figure: Estimate | None) -> str:
+    return "nothing found" if figure is None else f"{figure.value:.3f} [{figure.low:.2f}, {figure.high:.2f}]"
+
+
+def _pictures(folder: Path) -> list[Path]:
+    known = Image.registered_extensions()
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in known) if folder.is_dir() else []
+    if not found:
+        raise ConfigError(f"no pictures in {folder}; a labelled folder holds pictures in {UNSAFE}/ and in {SAFE}/")
+    return found
+
+
+def _picture(path: Path) -> Tensor:
+    """In [0, 1], (1, 3, H, W)."""
+    try:
+        with Image.open(path) as image:
+            pixels = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
+            return pixels.reshape(1, image.height, image.width, 3).permute(0, 3, 1, 2).float() / 255
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read {path} as a picture ({error}); remove it from the labelled folder") from error

@@ -1,0 +1,66 @@
+"""How good a judge is, on pictures whose labels the test knows."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from safepatch import cli
+from safepatch.detectors.base import Detector
+from safepatch.errors import ConfigError
+from safepatch.evaluation.scoring import SWEEP, lines, score
+
+# Says that a picture is unsafe with the probability of its first pixel's red.
+RED = Detector("red", ("other", "red"), lambda images: torch.stack((images[:, 1, 0, 0], images[:, 0, 0, 0]), dim=1))
+
+
+def picture(path: Path, red: int, size: tuple[int, int] = (8, 8)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (red, 255, 0)).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for number, red in enumerate((250, 200, 140, 60)):
+        picture(tmp_path / "unsafe" / f"{number}.png", red, (8 + number, 8))  # of any size
+    for number, red in enumerate((0, 0, 0, 0, 160)):
+        picture(tmp_path / "safe" / "deeper" / f"{number}.png", red)
+    return tmp_path
+
+
+def test_recall_precision_and_false_alarms_are_counted(folder: Path) -> None:
+    own, *others = score(RED, ["red"], folder)
+    assert (own.threshold, own.recall.value, own.false_alarms.value) == (0.5, 0.75, 0.2)
+    assert own.precision
+    assert own.precision.value == 0.75
+    assert (own.recall.n, own.precision.n, own.false_alarms.n) == (4, 4, 5)
+    assert [each.threshold for each in others] == [*SWEEP]
+    assert others[0].recall.value == 1
+    assert others[-1].recall.value == 0.25
+    assert [each.recall.value for each in others] == sorted((each.recall.value for each in others), reverse=True)
+
+
+def test_a_judge_that_finds_nothing_has_no_precision(folder: Path) -> None:
+    blind = Detector("blind", ("red",), lambda images: torch.zeros(len(images), 1))
+    own = score(blind, ["red"], folder)[0]
+    assert (own.recall.value, own.precision, own.false_alarms.value) == (0, None, 0)
+    assert "nothing found" in lines([own])[-1]
+
+
+def test_a_folder_that_is_not_labelled_is_one_line(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no pictures in .*nowhere/unsafe; a labelled folder holds"):
+        score(RED, ["red"], folder / "nowhere")
+    (folder / "safe" / "broken.png").write_bytes(b"no picture")
+    with pytest.raises(ConfigError, match=r"cannot read .*broken\.png as a picture"):
+        score(RED, ["red"], folder)
+
+
+def test_the_command_line_scores_the_embedded_judge(folder: Path) -> None:
+    printed = CliRunner().invoke(cli.app, ["detector", "score", str(folder), "--category", "weapons"])
+    assert printed.exit_code == 0, printed.output
+    assert "| 0.5 (its own) | " in printed.stdout
+    assert len(printed.stdout.splitlines()) == 3 + len(SWEEP)
+    listed = CliRunner().invoke(cli.app, ["detector", "list"]).stdout
+    assert listed.startswith("embedded ")
