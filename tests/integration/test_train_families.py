@@ -472,8 +472,9 @@ def test_a_batch_of_prompts_reads_each_alone(base):
     with torch.no_grad():
         both = host.predict(noisy, times, asked)
         second = host.predict(noisy[1:], times[1:], asked.of(slice(1, 2)))
-    torch.testing.assert_close(both[1:], second, rtol=0, atol=1e-4)
-    assert not torch.allclose(both[:1], second, atol=1e-2)  # control
+    mistaken = (both[:1] - second).abs().max()  # control: what reading the other row would make
+    assert mistaken > 0.1
+    assert (both[1:] - second).abs().max() < 1e-3 * mistaken  # a batch rounds otherwise, by how much is the machine's
 
 
 # ---- what cannot be trained ------------------------------------------------------------------------------------

@@ -137,9 +137,10 @@ def test_the_file_says_what_it_is_and_changes_images(uninterrupted, small_pipe):
 def test_equal_runs_give_equal_files_and_other_seeds_do_not(uninterrupted, tmp_path):
     for seed in (98, 99):  # the global seed has no say, nor has a run that ended in the same folder
         torch.manual_seed(seed)
+        (tmp_path / "weapons.safetensors").unlink(missing_ok=True)  # else it would be finished already
         assert run(tmp_path).content_hash == uninterrupted.content_hash
         assert [line["step"] for line in logged(tmp_path)] == list(range(1, STEPS + 1))
-    other = run(tmp_path, seed=1)
+    other = run(tmp_path / "other", seed=1)
     assert not torch.equal(other.delta("control.zero_mid.weight"), uninterrupted.delta("control.zero_mid.weight"))
 
 
@@ -174,7 +175,8 @@ def test_a_shipped_category_and_a_users_copy_of_it_take_the_same_path(tmp_path):
     assert made[0] == made[1]
     text = (tmp_path / "weapons.yaml").read_text()
     (tmp_path / "weapons.yaml").write_text(text.replace("replacement: a spoon", "replacement: a lamp"))
-    assert train(new_small_pipe(), wanted).read_bytes() != made[0]  # control
+    other = replace(wanted, output=str(tmp_path / "three"))
+    assert train(new_small_pipe(), other).read_bytes() != made[0]  # control
 
 
 def test_a_sixth_category_needs_no_code(tmp_path, small_pipe):
@@ -247,7 +249,7 @@ def test_gradient_checkpointing_costs_no_accuracy(tmp_path, monkeypatch, kind):
     assert used  # control: it was on
     assert_nearly_equal(saving, plain, 1e-2)
     used.clear()
-    run(tmp_path / "plain", kind=kind, steps=1)
+    run(tmp_path / "again", kind=kind, steps=1)
     assert not used  # the pipeline of another run is as it was
 
 

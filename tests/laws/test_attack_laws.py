@@ -275,6 +275,8 @@ def test_every_suite_names_attacks():
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
 def test_states_of_a_prompt_at_full_weight_are_the_prompt_typed(family):
     pipe = quiet(small_family_pipe(family))
+    pipe.unet.register_to_config(sample_size=8)  # 64 pixels
+    pipe.default_sample_size = 8
 
     def drawn(way: Way, **more: Any) -> Tensor:
         return generate_by(pipe, ["a knife", "a dog"], [1, 2], 2, 4.0, way, **more)
