@@ -127,7 +127,8 @@ def keep_figures() -> None:
 def compact(rows: list[Row]) -> dict:
     """Rows of one matrix as figures.json keeps them: `measures` by measure, model, patch and category."""
     first = rows[0]
-    about = {"n": max(row.n for row in rows), "steps": first.steps, "guidance_scale": first.guidance_scale}
+    n = max(row.n for row in rows if row.metric != "silent_miss")  # that counts images, whatever the attack's budget
+    about = {"n": n, "steps": first.steps, "guidance_scale": first.guidance_scale}
     return {**about, "seed": first.seed, "measures": tree(rows)}
 
 
