@@ -67,12 +67,14 @@ def merge(
     if recipe.heal:
         from safepatch.data.corpus import Corpus
         from safepatch.runtime.check import require_fit
-        from safepatch.training.healing import OPTIONS, heal
+        from safepatch.training.healing import OPTIONS
+        from safepatch.training.healing import heal as run_healing
 
         require_fit(model, recipe.sources[0], allow_pickle)  # before gigabytes of weights are read
         pipe = opened(model, device, model_dtype, tokenizer, allow_pickle)
         corpora = [Corpus.open(name) for name in category or []]
-        info = heal(pipe, recipe, target, corpora, replace(OPTIONS, mixed_precision=mixed_precision)).info
+        options_of_healing = replace(OPTIONS, mixed_precision=mixed_precision)
+        info = run_healing(pipe, recipe, target, corpora, options_of_healing).info
     else:
         from safepatch.merging import merge as run
 
