@@ -1,12 +1,12 @@
 """What an attack is: within a budget of images, other ways of asking for what a prompt asks for."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safepatch.artifact.patch_artifact import PatchArtifact
-from safepatch.data.prompts import Prompt
+from safepatch.data.prompts import Prompt, mentions_minors
 from safepatch.diffusion import TYPED, Way
 
 if TYPE_CHECKING:
@@ -97,6 +97,11 @@ class Attack:
 def rng(name: str, seed: int, number: int) -> Random:
     """Of one round of an attack."""
     return Random(f"{name} {seed} {number}")
+
+
+def reworded(prompt: Prompt, text: str) -> Prompt:
+    """The prompt in other words; as it was where these would involve minors, which no change of letters may make."""
+    return prompt if mentions_minors(text) else replace(prompt, text=text)
 
 
 def names_in(corpus: "Corpus", text: str) -> list[str]:

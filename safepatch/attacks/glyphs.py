@@ -1,9 +1,8 @@
 """Letters that look alike, and ones that cannot be seen, in the words that name the category."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
-from safepatch.attacks.base import Round, names_in
+from safepatch.attacks.base import Round, names_in, reworded
 from safepatch.data.corpus import Corpus
 from safepatch.data.prompts import Prompt
 
@@ -13,7 +12,7 @@ UNSEEN = "\u200b"  # zero-width space
 
 def rounds(corpus: Corpus, prompts: Sequence[Prompt], seed: int, budget: int) -> list[Round]:
     """In turn one letter that looks alike, and one that is not seen."""
-    return [Round(tuple(replace(p, text=_hidden(corpus, p.text, i)) for p in prompts)) for i in range(budget)]
+    return [Round(tuple(reworded(p, _hidden(corpus, p.text, i)) for p in prompts)) for i in range(budget)]
 
 
 def _hidden(corpus: Corpus, text: str, number: int) -> str:

@@ -1,9 +1,8 @@
 """Said not to be there: text encoders hardly read "without", so the thing is drawn."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
-from safepatch.attacks.base import Round, rng
+from safepatch.attacks.base import Round, reworded, rng
 from safepatch.data.corpus import Corpus, common_words
 from safepatch.data.prompts import Prompt
 
@@ -20,5 +19,5 @@ def rounds(corpus: Corpus, prompts: Sequence[Prompt], seed: int, budget: int) ->
             WORDINGS[i % len(WORDINGS)].format(benign=chance.choice(things)[0], name=(p.asks or (p.text,))[0])
             for p in prompts
         ]
-        made.append(Round(tuple(replace(p, text=text) for p, text in zip(prompts, texts, strict=True))))
+        made.append(Round(tuple(reworded(p, text) for p, text in zip(prompts, texts, strict=True))))
     return made

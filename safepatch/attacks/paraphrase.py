@@ -1,9 +1,8 @@
 """The same thing in other words: other names of the concept and other wordings, those of training and held-out ones."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
-from safepatch.attacks.base import Round, rng
+from safepatch.attacks.base import Round, reworded, rng
 from safepatch.data.corpus import Corpus
 from safepatch.data.prompts import Prompt
 
@@ -22,5 +21,5 @@ def rounds(corpus: Corpus, prompts: Sequence[Prompt], seed: int, budget: int) ->
             else FRAMES[i % len(FRAMES)].format(prompt.text)
             for place, prompt in enumerate(prompts)
         ]
-        made.append(Round(tuple(replace(p, text=text) for p, text in zip(prompts, texts, strict=True))))
+        made.append(Round(tuple(reworded(p, text) for p, text in zip(prompts, texts, strict=True))))
     return made

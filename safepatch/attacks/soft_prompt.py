@@ -116,7 +116,7 @@ def soft_prompt(host: UNetHost, patch: Patch, instruction: Tensor, bank: PairBan
 def find_soft_prompts(target: Target, corpus: Corpus, prompts: Sequence[Prompt], seed: int, budget: int) -> list[Round]:
     """One image with states that undo the patch, and where it has a gate, one with states that also close that.
 
-    The pictures that the attacker learns from are the model's own, of prompts that are not those attacked.
+    The pictures that the attacker learns from are the model's own, of prompts that patches are trained on.
 
     Args:
         target: what is attacked; of a bundle the part that is for the category.

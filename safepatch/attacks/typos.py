@@ -1,10 +1,9 @@
 """One slip of the keyboard in a word that names the category: swapped, lost, doubled or neighbouring letters."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from random import Random
 
-from safepatch.attacks.base import Round, names_in, rng
+from safepatch.attacks.base import Round, names_in, reworded, rng
 from safepatch.data.corpus import Corpus
 from safepatch.data.prompts import Prompt
 
@@ -17,7 +16,7 @@ def rounds(corpus: Corpus, prompts: Sequence[Prompt], seed: int, budget: int) ->
     made = []
     for i in range(budget):
         chance = rng("typos", seed, i)
-        made.append(Round(tuple(replace(p, text=_slipped(corpus, p.text, chance)) for p in prompts)))
+        made.append(Round(tuple(reworded(p, _slipped(corpus, p.text, chance)) for p in prompts)))
     return made
 
 

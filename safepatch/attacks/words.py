@@ -1,9 +1,8 @@
 """Common words in front of a prompt, behind it, or both: they change what a text encoder makes of the rest."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
-from safepatch.attacks.base import Round, rng
+from safepatch.attacks.base import Round, reworded, rng
 from safepatch.data.corpus import Corpus, common_words
 from safepatch.data.prompts import Prompt
 from safepatch.data.words import noun
@@ -21,5 +20,5 @@ def rounds(corpus: Corpus, prompts: Sequence[Prompt], seed: int, budget: int) ->
         for prompt in prompts:
             front, back = (" ".join(chance.sample(known, COUNT)) for _ in range(2))
             texts.append((f"{front} {prompt.text}", f"{prompt.text} {back}", f"{front} {prompt.text} {back}")[i % 3])
-        made.append(Round(tuple(replace(p, text=text) for p, text in zip(prompts, texts, strict=True))))
+        made.append(Round(tuple(reworded(p, text) for p, text in zip(prompts, texts, strict=True))))
     return made

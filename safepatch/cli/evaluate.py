@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from safepatch.cli import app
-from safepatch.cli.options import AllowPickle, Tokenizer, opened
+from safepatch.cli.options import (
+    AllowPickle,
+    Category,
+    Detectors,
+    Dtype,
+    MatrixDevice,
+    Models,
+    Patches,
+    Steps,
+    Tokenizer,
+    opened,
+)
 from safepatch.errors import ConfigError, lookup
 
 if TYPE_CHECKING:
@@ -21,20 +32,16 @@ def evaluate(
     words: Annotated[
         list[str] | None, typer.Argument(metavar="[MATRIX.yaml] [key=value]...", help="A matrix; any of its fields.")
     ] = None,
-    model: Annotated[list[str] | None, typer.Option("--model", help="Instead of a matrix: on what; tiny-sd.")] = None,
-    patch: Annotated[list[Path] | None, typer.Option("--patch", help="Patch to measure; may be repeated.")] = None,
-    category: Annotated[
-        list[str] | None, typer.Option("--category", help="Name or file; what the patch is for if not given.")
-    ] = None,
-    detector: Annotated[
-        list[str] | None, typer.Option("--detector", help="Judge, NAME[:THRESHOLD][@WEIGHTS]; may be repeated.")
-    ] = None,
-    device: Annotated[str | None, typer.Option("--device", help="Where to draw: cpu, cuda, cuda:1, mps.")] = None,
-    dtype: Annotated[str | None, typer.Option("--dtype", help="Of the model: float32, float16, bfloat16.")] = None,
+    model: Models = None,
+    patch: Patches = None,
+    category: Category = None,
+    detector: Detectors = None,
+    device: MatrixDevice = None,
+    dtype: Dtype = None,
     tokenizer: Tokenizer = None,
     allow_pickle: AllowPickle = False,
     n: Annotated[int | None, typer.Option("-n", "--n", help="Images per rate; 200.")] = None,
-    steps: Annotated[int | None, typer.Option("--steps", help="Denoising steps; 20.")] = None,
+    steps: Steps = None,
     attack: Annotated[
         list[str] | None, typer.Option("--attack", help="NAME[:BUDGET], see `attack --list`; may be repeated.")
     ] = None,
@@ -67,20 +74,16 @@ def evaluate(
 def attack(
     names: Annotated[list[str] | None, typer.Argument(metavar="[NAME[:BUDGET]]...", help="All if none.")] = None,
     show: Annotated[bool, typer.Option("--list", help="Say which attacks there are, and stop.")] = False,
-    model: Annotated[list[str] | None, typer.Option("--model", help="On what; tiny-sd.")] = None,
-    patch: Annotated[list[Path] | None, typer.Option("--patch", help="Patch to attack; may be repeated.")] = None,
-    category: Annotated[
-        list[str] | None, typer.Option("--category", help="Name or file; what the patch is for if not given.")
-    ] = None,
-    detector: Annotated[
-        list[str] | None, typer.Option("--detector", help="Judge, NAME[:THRESHOLD][@WEIGHTS]; may be repeated.")
-    ] = None,
-    device: Annotated[str | None, typer.Option("--device", help="Where to draw: cpu, cuda, cuda:1, mps.")] = None,
-    dtype: Annotated[str | None, typer.Option("--dtype", help="Of the model: float32, float16, bfloat16.")] = None,
+    model: Models = None,
+    patch: Patches = None,
+    category: Category = None,
+    detector: Detectors = None,
+    device: MatrixDevice = None,
+    dtype: Dtype = None,
     tokenizer: Tokenizer = None,
     allow_pickle: AllowPickle = False,
     n: Annotated[int, typer.Option("-n", "--n", help="Prompts per category.")] = 50,
-    steps: Annotated[int | None, typer.Option("--steps", help="Denoising steps; 20.")] = None,
+    steps: Steps = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder of rows and report.")] = Path("runs/attack"),
 ) -> None:
     """Ask in other ways for what a patch stops, and count what comes through; the base is attacked too."""

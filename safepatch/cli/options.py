@@ -20,6 +20,15 @@ Category = Annotated[
     list[str] | None, typer.Option("--category", help="A shipped category, or a category file; may be given again.")
 ]
 
+# Of verbs that measure; what is not given is the matrix's own.
+Models = Annotated[list[str] | None, typer.Option("--model", help="On what; tiny-sd. May be repeated.")]
+Patches = Annotated[list[Path] | None, typer.Option("--patch", help="A patch; may be repeated.")]
+Detectors = Annotated[
+    list[str] | None, typer.Option("--detector", help="Judge, NAME[:THRESHOLD][@WEIGHTS]; may be repeated.")
+]
+MatrixDevice = Annotated[str | None, typer.Option("--device", help="Where to draw: cpu, cuda, cuda:1, mps.")]
+Steps = Annotated[int | None, typer.Option("--steps", help="Denoising steps; 20.")]
+
 
 def opened(
     model: str,

@@ -20,7 +20,7 @@ from safepatch.artifact.container import raw_bytes
 from safepatch.artifact.info import EXPORTED, PatchInfo
 from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.diffusion import empty_unet, family, fingerprint
-from safepatch.errors import ArtifactError, BaseMismatch, ConfigError, UnsupportedModel, lookup
+from safepatch.errors import ArtifactError, BaseMismatch, ConfigError, SafepatchError, UnsupportedModel, lookup
 from safepatch.export.names import TEXT_ENCODERS, kohya_name, layers_by_name
 from safepatch.files import replacing, unwritable
 from safepatch.models.checkpoint import CONFIGS
@@ -47,6 +47,8 @@ ARCHITECTURES = {
     "sd2": "stable-diffusion-v2-512/lora",
     "sdxl": "stable-diffusion-xl-v1-base/lora",
 }  # ModelSpec's
+# What reading shapes, numbers and tables that are not what they should be ends in.
+DAMAGES = (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, ZeroDivisionError)
 NOTE = (
     "A safety patch as a LoRA. In programs that know no gate it acts on every prompt, on the negative one too; "
     "`safepatch import` makes it the gated patch again."
@@ -122,7 +124,12 @@ def import_lora(
         raise ConfigError(f"{path} does not say what it is for; name a category: --category FILE.yaml")
     config = _config_for(weights, model)
     layers = linear_layers(empty_unet(config))
-    tensors, ranks = _factors(weights, layers_by_name(layers, config), layers, partly)
+    try:
+        tensors, ranks = _factors(weights, layers_by_name(layers, config), layers, partly)
+    except SafepatchError:
+        raise
+    except DAMAGES as error:
+        raise UnsupportedModel(f"{weights.path} is damaged ({error}); fetch it again") from error
     rank = max(ranks.values())
     info = PatchInfo(
         kind=LoraPatch.kind,
@@ -225,7 +232,7 @@ def _exported(weights: Weights) -> PatchArtifact:
         layers = {name.removeprefix("lora.").removesuffix(".weight"): shape for name, shape in info.shapes.items()}
         read, _ = _factors(weights, layers_by_name(layers, info.fingerprint), layers, partly=False, dtype=None)
         artifact = PatchArtifact({**tensors, **read}, info)
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+    except DAMAGES as error:
         raise ArtifactError(f"{weights.path} is damaged: what it says of its patch cannot be read ({error})") from error
     if artifact.content_hash != record["hash"]:
         raise ArtifactError(

@@ -20,6 +20,7 @@ from safepatch.attacks import (
     text_logits,
     with_soft_prompt,
 )
+from safepatch.attacks.base import reworded
 from safepatch.data.bank import PairBank
 from safepatch.data.corpus import Corpus
 from safepatch.data.prompts import Prompt
@@ -238,6 +239,12 @@ def test_an_attacker_who_knows_all_weights_aims_at_the_patch_and_at_its_gate(kin
     other = replace(artifact, info=replace(artifact.info, instructions={"gore": "no gore"}))
     with pytest.raises(ConfigError, match="the patch is for gore, not for weapons"):
         ATTACKS["soft-prompt"].rounds(weapons(), prompts, 0, 2, Target(pipe, other))
+
+
+def test_no_change_of_words_makes_a_prompt_that_may_not_be_used():
+    prompt = Prompt("a kind of knife", 1)
+    assert reworded(prompt, "a kid of knife") == prompt
+    assert reworded(prompt, "a sort of knife") == Prompt("a sort of knife", 1)  # control
 
 
 def test_a_slip_changes_the_words_that_name_the_category_and_keeps_their_first_letter():

@@ -228,3 +228,33 @@ def test_bad_loras_are_one_line(lora, tmp_path):
         import_lora(path)
     with pytest.raises(SafepatchError):
         import_lora(tmp_path / "absent.safetensors", MINE)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("alpha", torch.ones(3)),
+        ("lora_up.weight", torch.ones(96)),
+        ("lora_up.weight", torch.tensor(1.0)),
+        ("lora_down.weight", torch.ones(0, 96)),
+    ],
+)
+def test_hostile_loras_are_one_line(name, tensor, tmp_path):
+    stem = "lora_unet_" + WEIGHT.replace(".", "_")
+    save_file({**changed(), f"{stem}.{name}": tensor}, tmp_path / "x.safetensors")
+    with pytest.raises(SafepatchError) as caught:
+        import_lora(tmp_path / "x.safetensors", MINE, "tiny-sd")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("forged", ["[]", "{}", '{"metadata": [], "hash": 3}', "3", "{"])
+def test_hostile_exports_are_one_line(forged, lora, tmp_path):
+    path = export(lora, tmp_path / "x.safetensors")
+    for key in ("safepatch.exported", "safepatch.exported.gate"):
+        save_file(load_file(path), tmp_path / "forged.safetensors", {**_metadata(path), key: forged})
+        if (key, forged) == ("safepatch.exported.gate", "{}"):
+            import_lora(tmp_path / "forged.safetensors")  # control: that patch has no gate
+            continue
+        with pytest.raises(SafepatchError) as caught:
+            import_lora(tmp_path / "forged.safetensors")
+        assert "\n" not in str(caught.value)
