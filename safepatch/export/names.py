@@ -1,11 +1,15 @@
-"""What a UNet's layers are called in LoRA files: kohya's names, which user interfaces read, and PEFT's."""
+"""What things are called in LoRA files: layers by kohya's names, which user interfaces read, and by PEFT's."""
 
 from collections.abc import Mapping
 from typing import Any
 
+from safepatch.artifact.info import EXPORTED
 from safepatch.diffusion import family
 
 KOHYA = "lora_unet_"
+EXPORTED_GATE = f"{EXPORTED}.gate"  # metadata: a gate's weights; as tensors diffusers would refuse them
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+ADAPTER = "lora_adapter_metadata"  # diffusers' name for PEFT's settings
 TEXT_ENCODERS = ("lora_te_", "lora_te1_", "lora_te2_", "text_encoder.", "text_encoder_2.")
 PEFT = ("unet.", "base_model.model.", "")
 

@@ -1,9 +1,4 @@
-"""Lora patches and LoRA files: `export` writes what other programs read, `import_lora` reads what they wrote.
-
-A patch and its export hold the same factors. What a LoRA has no place for (category, gate, threshold, licence, hash)
-travels in the file's metadata, so that `import_lora` gives the same patch back, to the last bit. Programs that know
-nothing of it apply the LoRA to every prompt, negative ones too: always on, as `fuse` is.
-"""
+"""A LoRA file as a patch: what `lora_out` wrote as it was, with its gate; anybody else's as a patch without one."""
 
 import base64
 import json
@@ -13,27 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
-from safepatch.artifact.container import raw_bytes
 from safepatch.artifact.info import EXPORTED, PatchInfo
 from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.diffusion import empty_unet, family, fingerprint
-from safepatch.errors import ArtifactError, BaseMismatch, ConfigError, SafepatchError, UnsupportedModel, lookup
-from safepatch.export.names import TEXT_ENCODERS, kohya_name, layers_by_name
-from safepatch.files import replacing, unwritable
+from safepatch.errors import ArtifactError, BaseMismatch, ConfigError, SafepatchError, UnsupportedModel
+from safepatch.export.names import ADAPTER, DIFFUSERS_FILE, EXPORTED_GATE, TEXT_ENCODERS, layers_by_name
 from safepatch.models.checkpoint import CONFIGS
 from safepatch.models.load import unet_config
 from safepatch.models.weights import Weights, open_weights
 from safepatch.patch import LoraPatch
-from safepatch.patch.lora import GATE, linear_layers, updated_weights
+from safepatch.patch.lora import linear_layers
 from safepatch.taxonomy import Category
 
-FORMATS = ("kohya", "diffusers")
-GATES = f"{EXPORTED}.gate"  # metadata: the weights of its gate
-DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
-ADAPTER = "lora_adapter_metadata"  # diffusers' name for PEFT's settings
 PAIRS = (  # suffixes of down and up, of kohya, PEFT, and diffusers before PEFT
     (".lora_down.weight", ".lora_up.weight"),
     (".lora_A.weight", ".lora_B.weight"),
@@ -41,54 +29,8 @@ PAIRS = (  # suffixes of down and up, of kohya, PEFT, and diffusers before PEFT
     ("_lora.down.weight", "_lora.up.weight"),
 )
 FOREIGN = {"dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "hada_": "LoHa", "lokr_": "LoKr", "oft_": "OFT"}
-VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}  # kohya's
-ARCHITECTURES = {
-    "sd1": "stable-diffusion-v1/lora",
-    "sd2": "stable-diffusion-v2-512/lora",
-    "sdxl": "stable-diffusion-xl-v1-base/lora",
-}  # ModelSpec's
 # What reading shapes, numbers and tables that are not what they should be ends in.
 DAMAGES = (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, ZeroDivisionError)
-NOTE = (
-    "A safety patch as a LoRA. In programs that know no gate it acts on every prompt, on the negative one too; "
-    "`safepatch import` makes it the gated patch again."
-)
-
-
-def export(patch: str | Path, out: str | Path, form: str = "kohya") -> Path:
-    """Write a lora patch as a LoRA that other programs load.
-
-    Args:
-        patch: path of a lora patch that has factors, single or merged by cat.
-        out: of `kohya`, a .safetensors file; of `diffusers`, a folder that `load_lora_weights` takes.
-        form: a member of `FORMATS`.
-
-    Returns:
-        The file that was written.
-
-    Raises:
-        UnknownName: for another form.
-        ConfigError: for a patch that has no such form.
-        SafepatchError: when the file cannot be written.
-    """
-    lookup(dict.fromkeys(FORMATS), form, what="format")
-    artifact = PatchArtifact.open(patch)
-    config = _config_of(artifact)
-    factors = {name.removesuffix(".weight"): artifact.factors(f"lora.{name}") for name in updated_weights(artifact)}
-    if form == "kohya":
-        path, tensors = Path(out), _kohya_tensors(factors, config)
-        if path.suffix != ".safetensors":
-            raise ConfigError(f"a kohya LoRA is one .safetensors file, not {path}; choose another -o")
-    else:
-        path, tensors = Path(out) / DIFFUSERS_FILE, _peft_tensors(factors)
-    metadata = _metadata(artifact, path, {name: len(down) for name, (_, down) in factors.items()}, form)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as file:
-            file.write(save(tensors, metadata))
-    except OSError as error:
-        raise unwritable(path, error) from error
-    return path
 
 
 def import_lora(
@@ -144,82 +86,10 @@ def import_lora(
     return PatchArtifact(tensors, info)
 
 
-# ---- out -------------------------------------------------------------------------------------------------------
-
-
-def _config_of(artifact: PatchArtifact) -> Mapping[str, Any]:
-    """The architecture that a patch is for; raises `ConfigError` where there is no such LoRA."""
-    info = artifact.info
-    if info.is_bundle:
-        raise ConfigError("a bundle is several patches; export its parts (safepatch split), or merge them by cat")
-    if info.kind != LoraPatch.kind:
-        raise ConfigError(f"a {info.kind} patch is a network of its own and no LoRA; train one with patch.kind=lora")
-    if dense := [name for name in updated_weights(artifact) if artifact.rank(f"lora.{name}") is None]:
-        raise ConfigError(f"'{dense[0]}' has no factors after this merge; merge by cat, or train one patch")
-    if "cross_attention_dim" not in info.fingerprint:
-        raise ConfigError("only patches for UNets are exported; SD3's and Flux's names are not known here")
-    return info.fingerprint
-
-
-def _kohya_tensors(factors: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Tensor]:
-    tensors = {}
-    for layer, (up, down) in factors.items():
-        name = kohya_name(layer, config)
-        tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
-        tensors[f"{name}.alpha"] = torch.tensor(float(len(down)), dtype=down.dtype)  # its scale is alpha / rank, so 1
-    return tensors
-
-
-def _peft_tensors(factors: Mapping[str, Any]) -> dict[str, Tensor]:
-    tensors = {}
-    for layer, (up, down) in factors.items():
-        tensors |= {f"unet.{layer}.lora_A.weight": down, f"unet.{layer}.lora_B.weight": up}
-    return tensors
-
-
-def _metadata(artifact: PatchArtifact, path: Path, ranks: Mapping[str, int], form: str) -> dict[str, str]:
-    """What programs show and ask for, and all of the patch that a LoRA has no place for."""
-    own, name = artifact.info.to_metadata(), family(artifact.info.fingerprint)
-    usual = max(set(ranks.values()), key=list(ranks.values()).count)
-    gate = {key: tensor for key, tensor in artifact.tensors.items() if key.startswith(GATE)}
-    metadata = {
-        "format": "pt",
-        "modelspec.title": artifact.info.title,
-        "modelspec.license": artifact.info.license,
-        "modelspec.description": NOTE,
-        EXPORTED: json.dumps({"metadata": own, "hash": artifact.content_hash}, sort_keys=True),
-        GATES: json.dumps({key: _packed(tensor) for key, tensor in gate.items()}, sort_keys=True) if gate else "",
-    }
-    if form == "kohya":
-        metadata |= {
-            "modelspec.architecture": ARCHITECTURES.get(name, ""),
-            "ss_base_model_version": VERSIONS.get(name, ""),
-            "ss_v2": str(name == "sd2"),
-            "ss_network_module": "networks.lora",
-            "ss_network_dim": str(usual),
-            "ss_network_alpha": str(usual),
-            "ss_output_name": path.stem,
-        }
-    else:
-        others = {layer: rank for layer, rank in ranks.items() if rank != usual}
-        settings = {"r": usual, "lora_alpha": usual, "rank_pattern": others, "alpha_pattern": others}
-        settings |= {"target_modules": sorted(ranks), "peft_type": "LORA"}
-        metadata[ADAPTER] = json.dumps({f"unet.{key}": value for key, value in settings.items()}, sort_keys=True)
-    return {key: value for key, value in metadata.items() if value}
-
-
-def _packed(tensor: Tensor) -> dict[str, Any]:
-    content = base64.b64encode(bytes(raw_bytes(tensor))).decode()
-    return {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch."), "data": content}
-
-
 def _unpacked(packed: Mapping[str, Any]) -> Tensor:
     content = bytearray(base64.b64decode(packed["data"], validate=True))
     dtype = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}[packed["dtype"]]
     return torch.frombuffer(content, dtype=dtype).reshape(packed["shape"])
-
-
-# ---- in --------------------------------------------------------------------------------------------------------
 
 
 def _exported(weights: Weights) -> PatchArtifact:
@@ -227,7 +97,7 @@ def _exported(weights: Weights) -> PatchArtifact:
     try:
         record = json.loads(weights.metadata[EXPORTED])
         info = PatchInfo.from_metadata(record["metadata"])
-        gate = json.loads(weights.metadata.get(GATES, "{}"))
+        gate = json.loads(weights.metadata.get(EXPORTED_GATE, "{}"))
         tensors = {name: _unpacked(packed) for name, packed in gate.items()}
         layers = {name.removeprefix("lora.").removesuffix(".weight"): shape for name, shape in info.shapes.items()}
         read, _ = _factors(weights, layers_by_name(layers, info.fingerprint), layers, partly=False, dtype=None)
