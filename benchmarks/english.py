@@ -45,7 +45,8 @@ def opened(host: UNetHost, path: Path, texts: Sequence[str]) -> tuple[str, Tenso
     artifact = PatchArtifact.open(path)
     name = artifact.info.categories[0]
     gate = cast(TextGate, from_artifact(artifact, host.unet).gate)
-    return name, text_logits(host, gate, texts).sigmoid() >= artifact.info.config["gate"][name]["threshold"]
+    record = artifact.info.config["gate"][name]
+    return name, text_logits(host, gate, texts, record.get("windows", 0)).sigmoid() >= record["threshold"]
 
 
 def main(patches: Mapping[str, list[Path]]) -> None:

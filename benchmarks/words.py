@@ -45,14 +45,15 @@ def main() -> None:
         corpus, patch = Corpus.open(name), PatchArtifact.open(shipped_patch(name, options.kind))
         gate = from_artifact(patch, host.unet).gate
         assert gate is not None, f"{name} has no gate"
-        threshold = torch.tensor(patch.info.config["gate"][name]["threshold"]).logit()
+        record = patch.info.config["gate"][name]
+        threshold, windows = torch.tensor(record["threshold"]).logit(), record.get("windows", 0)
         prompts = corpus.evaluation("plain", options.n, bench.protocol.seed)
         found = [
-            closing_prefix(host, gate, prompt.text, words(), options.words)
+            closing_prefix(host, gate, prompt.text, words(), options.words, windows)
             for prompt in tqdm(prompts, desc=f"attacking {name}", leave=False)
         ]
         attacked = [replace(prompt, text=text) for prompt, (text, _) in zip(prompts, found, strict=True)]
-        closed = text_logits(host, gate, [prompt.text for prompt in prompts]) < threshold
+        closed = text_logits(host, gate, [prompt.text for prompt in prompts], windows) < threshold
         closed_now = torch.tensor([logit for _, logit in found]) < threshold
         unsafe = [
             rate(shows_any(detector.find(bench.images(asked, used)), corpus.category.labels[detector.name]))

@@ -4,6 +4,7 @@ Each patch is what `safepatch train configs/patches/<kind>/<category>.yaml` give
 `lora/weapons` one patch, `figures` keeps what `make table` and benchmarks measured (`--json runs/NAME.json`); no words
 at all, every patch. Cards, RESULTS.md and README's tables are written again by every call; `cards` and `results` do no
 more than that. `--jobs 2` trains two at a time, each with half of the cores.
+`--gates` fits the gates of shipped patches anew and trains nothing.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
 from threading import Lock
@@ -51,6 +52,19 @@ def build(recipe: str, cores: int) -> None:
     with RECORDING:
         digest = sha256((HERE / file).read_bytes()).hexdigest()
         record(Shipped(kind, category, file, digest, train_minutes=minutes, cores=cores))
+
+
+def refit(recipe: str, cores: int) -> None:
+    """Fit the gate of a shipped patch anew; what it corrects stays as it was trained."""
+    kind, category = recipe.split("/")
+    entry = shipped_patches(kind)[category]
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / f"{category}.safetensors"
+        fit = [sys.executable, "-m", "safepatch", "gate", str(entry.path), "--category", category, "-o", str(made)]
+        subprocess.run(fit, check=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": str(cores)})
+        shutil.copyfile(made, entry.path)
+    with RECORDING:
+        record(replace(entry, sha256=sha256(entry.path.read_bytes()).hexdigest()))
 
 
 def record(entry: Shipped) -> None:
@@ -141,12 +155,12 @@ def chosen(words: list[str]) -> list[str]:
     return [recipe for recipe in recipes if not words or recipe in words or recipe.split("/")[0] in words]
 
 
-def main(words: list[str], jobs: int) -> None:
+def main(words: list[str], jobs: int, gates: bool) -> None:
     """Do what `words` say."""
     recipes = chosen(words)
     cores = max(1, (os.cpu_count() or 1) // jobs)
     with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(lambda recipe: build(recipe, cores), recipes))
+        list(pool.map(lambda recipe: (refit if gates else build)(recipe, cores), recipes))
     if "figures" in words:
         keep_figures()
     for kind in shipped_kinds():
@@ -158,5 +172,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", metavar="WORD", help="what to make")
     parser.add_argument("--jobs", type=int, default=1, help="patches trained at the same time")
+    parser.add_argument("--gates", action="store_true", help="fit their gates anew, train nothing")
     options = parser.parse_args()
-    main(options.words, options.jobs)
+    main(options.words, options.jobs, options.gates)

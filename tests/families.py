@@ -161,7 +161,8 @@ def draw(pipe: Any, **options: Any) -> Tensor:
     else:
         settings |= {"height": 64, "width": 64}
     generator = torch.Generator().manual_seed(0)
-    return pipe("a knife next to a cat", generator=generator, **settings | options).images
+    prompt = options.pop("prompt", "a knife next to a cat")
+    return pipe(prompt, generator=generator, **settings | options).images
 
 
 # ---- the original (CompVis/LDM) layout, written from the layout's own definition ----------------------------------

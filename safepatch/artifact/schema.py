@@ -15,6 +15,7 @@ from safepatch.errors import ArtifactError
 Check = Callable[[Any, str], None]  # of a value, and of where it stands
 
 MAX_DEPTH = 40
+MAX_WINDOWS = 9  # one more than the words that a gate may read at a time
 MAX_COUNT = 1 << 31  # that a layout or a shape may name
 
 
@@ -157,7 +158,11 @@ _RECIPE = maybe(
         },
     )
 )
-_CONFIG = {"sees": name, "layout": table(COUNT), "gate": table(record({"threshold": probability}), key=name)}
+_GATE = record(
+    {"threshold": probability},
+    {"windows": partial(whole, below=MAX_WINDOWS), "certified_recall": probability, "picture_recall": probability},
+)
+_CONFIG = {"sees": name, "layout": table(COUNT), "gate": table(_GATE, key=name)}
 
 SCHEMA: dict[str, Check] = {
     "kind": name,

@@ -27,6 +27,9 @@ def generate(
         float | None, typer.Option(help="Probability from which the gate opens; what the patch says if not given.")
     ] = None,
     speed: Annotated[str, typer.Option(help="full, or fast: a control patch runs at every second step.")] = "full",
+    reads: Annotated[
+        str, typer.Option(help="What a gate reads: windows, any few words in a row, or prompt, all of it at once.")
+    ] = "windows",
     seed: Annotated[int, typer.Option(help="Of the starting noise.")] = 0,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 20,
     guidance_scale: Annotated[float | None, typer.Option(help="Of guidance; what is usual if not given.")] = None,
@@ -56,6 +59,7 @@ def generate(
         require_fit(model, patch, allow_pickle)  # before gigabytes of weights are read
     pipe = opened(model, device, dtype, tokenizer, allow_pickle, prediction_type)
     options = {"start": start, "end": end, "gate": gate, "gate_threshold": gate_threshold, "speed": speed}
+    options |= {"reads": reads}
     with apply(pipe, patch, scales, **options) if patch else nullcontext():
         images = run(pipe, [prompt], [seed], steps, guidance_scale, [negative_prompt] if negative_prompt else None)
     save_image(images[0], out)

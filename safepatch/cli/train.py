@@ -1,7 +1,8 @@
 """Verbs that learn: write a category file, train a patch, fit a gate."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -79,6 +80,9 @@ def gate(
     model: Model = "tiny-sd",
     category: Category = None,
     width: Annotated[int, typer.Option(help="Channels of the gate; 0 takes off the one that is there.")] = 32,
+    windows: Annotated[
+        int, typer.Option(help="Words that it reads alone, at most so many in a row: no others can close it; 0: none.")
+    ] = 3,
     seed: Annotated[int, typer.Option(help="Of captions, pictures and noise.")] = 0,
     device: Device = "cpu",
     dtype: Dtype = None,
@@ -87,9 +91,8 @@ def gate(
 ) -> None:
     """Fit a gate to a patch: it acts where it is for, and leaves every other image as it was, bit for bit."""
     from safepatch.artifact.patch_artifact import PatchArtifact
-    from safepatch.data.bank import DataConfig
     from safepatch.data.corpus import Corpus
-    from safepatch.training.gates import add_gate, without_gate
+    from safepatch.training.gates import add_gate, as_trained, without_gate
 
     artifact = PatchArtifact.open(patch)
     if width == 0:
@@ -100,11 +103,20 @@ def gate(
         raise SafepatchError("a gate is fitted for one category; give --category once")
     corpus = Corpus.open((category or artifact.info.categories)[0])
     pipe = opened(model, device, dtype, tokenizer, allow_pickle)
-    gated = add_gate(artifact, pipe, corpus, width, DataConfig(seed=seed))
+    gated = add_gate(artifact, pipe, corpus, width, as_trained(artifact, seed), windows)
     gated.save(out)
     for name, record in gated.info.config["gate"].items():
         typer.echo(
             f"gate for {name}: opens at {record['threshold']:.3f}; on unseen examples it opened for "
             f"{record['unsafe_steps_opened']:.1%} of unsafe steps and {record['harmless_scenes_opened']:.1%} of "
-            f"harmless ones: {out}"
+            f"harmless ones{_keys(record)}: {out}"
         )
+
+
+def _keys(record: Mapping[str, Any]) -> str:
+    """What a gate tells by a prompt's words alone, and by the picture alone."""
+    names = {
+        "certified_recall": "prompts that no words around them can close it for",
+        "picture_recall": "unsafe pictures under no words",
+    }
+    return "".join(f", {record[key]:.1%} of {what}" for key, what in names.items() if key in record)

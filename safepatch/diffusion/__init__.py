@@ -58,6 +58,7 @@ from safepatch.diffusion.sampling import (
     save_image,
     training_target,
 )
+from safepatch.diffusion.windows import Spelling, Window, encode_windows, windows
 
 __all__ = [
     "CLIP",
@@ -68,8 +69,10 @@ __all__ = [
     "Drawing",
     "HostKind",
     "Predict",
+    "Spelling",
     "UNetHost",
     "Way",
+    "Window",
     "add_noise",
     "alphas",
     "batched",
@@ -82,6 +85,7 @@ __all__ = [
     "encode",
     "encode_images",
     "encode_prompts",
+    "encode_windows",
     "family",
     "fingerprint",
     "generate",
@@ -113,5 +117,6 @@ __all__ = [
     "training_target",
     "uncompiled",
     "usual_guidance",
+    "windows",
     "without_image_prompts",
 ]

@@ -42,17 +42,23 @@ def encode(components: Components, prompts: Sequence[str]) -> Conditioning:
         raise PromptError("no prompts to encode; give at least one")
     if host_kind(components.unet) is not UNET:
         return Conditioning(_encode_by_pipeline(components, prompts))
+    read = encode_tokens(components, [_token_ids(tokenizer, prompts) for tokenizer, _ in components.text_encoders()])
+    if read.pooled is None or components.text_encoder is None or "" not in prompts:
+        return read
+    said = torch.tensor([bool(prompt) for prompt in prompts], device=read.states.device)  # SDXL's base, not its refiner
+    return Conditioning(read.states * said[:, None, None], read.pooled * said[:, None])
+
+
+@torch.no_grad()
+def encode_tokens(components: Components, tokens: Sequence[Tensor]) -> Conditioning:
+    """What a UNet reads of prompts that are tokens already, (B, T) for each text encoder, with start, end, padding."""
     is_xl, states = components.text_encoder_2 is not None, []
     pooled: Tensor | None = None
-    for tokenizer, text_encoder in components.text_encoders():
-        made = text_encoder(_token_ids(tokenizer, prompts).to(text_encoder.device), output_hidden_states=is_xl)
+    for (_, text_encoder), given in zip(components.text_encoders(), tokens, strict=True):
+        made = text_encoder(given.to(text_encoder.device), output_hidden_states=is_xl)
         states.append(made.hidden_states[-2] if is_xl else made.last_hidden_state)
         pooled = made[0] if is_xl else None
-    joined = torch.cat(states, dim=-1)
-    if pooled is not None and components.text_encoder is not None and "" in prompts:  # SDXL's base, not its refiner
-        said = torch.tensor([bool(prompt) for prompt in prompts], device=joined.device)
-        joined, pooled = joined * said[:, None, None], pooled * said[:, None]
-    return Conditioning(joined, pooled)
+    return Conditioning(torch.cat(states, dim=-1), pooled)
 
 
 def _token_ids(tokenizer: Any, prompts: Sequence[str]) -> Tensor:

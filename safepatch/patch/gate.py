@@ -2,8 +2,8 @@
 
 It counts evidence and knows none to the contrary: detectors read every text state of the prompt, the strongest answer
 of each counts, and what the host makes of the prompt (the mid block's output) can only add to it. So states appended
-behind a prompt's own cannot lower what its text says. Appended words are not quite that: they stand where the prompt's
-end-of-text states were.
+behind a prompt's own cannot lower what its text says. Nor can words, of a gate that was fitted for windows: what it
+reads of each few words alone counts too, whatever stands around them.
 """
 
 from typing import ClassVar
@@ -16,6 +16,8 @@ from safepatch.errors import ConfigError
 from safepatch.patch.draw import TIME_WIDTH, Draw, sinusoids
 
 MODES = ("off", "soft", "hard")
+READINGS = ("windows", "prompt")
+WINDOWS, WIDEST = 3, 8  # words of the widest window that a gate reads alone, and how wide it may be
 
 
 class TextGate(nn.Module):
@@ -42,14 +44,22 @@ class TextGate(nn.Module):
         self.weigh = nn.Parameter(torch.full((groups, width), -3.0))  # of each detector, before softplus
         self.bias = nn.Parameter(torch.zeros(groups))
 
-    def forward(self, mid: Tensor | None, timesteps: Tensor, prompt_states: Tensor) -> Tensor:
+    def forward(
+        self, mid: Tensor | None, timesteps: Tensor, prompt_states: Tensor, heard: Tensor | None = None
+    ) -> Tensor:
         """Logits (B, groups); each row's depend on that row alone.
 
         Args:
             mid: the host's mid block's output, (B, C, h, w), where the gate reads features.
             timesteps: (B,).
             prompt_states: (B, tokens, width).
+            heard: what was read of the prompt's windows, (B, groups); the strongest counts.
         """
+        read = self.read(prompt_states)
+        return read if heard is None else torch.maximum(read, heard)
+
+    def read(self, prompt_states: Tensor) -> Tensor:
+        """What it makes of text states (B, tokens, width) alone: logits (B, groups)."""
         detected = torch.einsum("btw,grw->bgrt", prompt_states, self.detect).amax(-1) + self.detect_bias
         return torch.einsum("bgr,gr->bg", relu(detected), softplus(self.weigh)) + self.bias
 
@@ -76,7 +86,9 @@ class Gate(TextGate):
         self.hidden = draw.normal(groups, width, 2 * width)
         self.decide = nn.Parameter(torch.zeros(groups, width))
 
-    def forward(self, mid: Tensor | None, timesteps: Tensor, prompt_states: Tensor) -> Tensor:
+    def forward(
+        self, mid: Tensor | None, timesteps: Tensor, prompt_states: Tensor, heard: Tensor | None = None
+    ) -> Tensor:
         """Logits (B, groups); see `TextGate.forward`."""
         assert mid is not None, "this gate reads features"
         seen = silu(torch.einsum("bcp,grc->bgrp", group_norm(mid, self.norm_groups).flatten(2), self.look))
@@ -84,4 +96,4 @@ class Gate(TextGate):
         read = torch.cat((seen.mean(-1), seen.amax(-1)), dim=-1)
         hidden = silu(torch.einsum("bgi,gri->bgr", read, self.hidden) + time)
         image = softplus(torch.einsum("bgr,gr->bg", hidden, self.decide))
-        return super().forward(mid, timesteps, prompt_states) + image
+        return super().forward(mid, timesteps, prompt_states, heard) + image

@@ -41,9 +41,11 @@ class Hooks:
         handle = module.register_forward_pre_hook(function, with_kwargs=with_kwargs)
         self._hooks.append(Hook(module, "_forward_pre_hooks", handle))
 
-    def after(self, module: nn.Module, function: Callable, always_call: bool = False) -> None:
+    def after(
+        self, module: nn.Module, function: Callable, always_call: bool = False, with_kwargs: bool = False
+    ) -> None:
         """Call `function` after the module's forward, even one that failed if `always_call`."""
-        handle = module.register_forward_hook(function, always_call=always_call)
+        handle = module.register_forward_hook(function, always_call=always_call, with_kwargs=with_kwargs)
         self._hooks.append(Hook(module, "_forward_hooks", handle))
 
     def remove(self) -> None:

@@ -25,6 +25,7 @@ def apply(
     gate: str | None = None,
     gate_threshold: float | None = None,
     speed: str = "full",
+    reads: str = "windows",
 ) -> Handle:
     """Attach a patch to a diffusers pipeline.
 
@@ -38,6 +39,9 @@ def apply(
         gate: `hard` (the default of a patch with a gate), `soft` or `off`; see `Handle.gate`.
         gate_threshold: probability in [0, 1] above which the gate opens; by default as stored in the file.
         speed: `full`, or `fast`: a control patch runs at every second step; see `Handle.speed`.
+        reads: `windows`: a gate that was fitted for them opens for any few words that tell, whatever stands around
+            them; or `prompt`: the whole prompt decides, which takes more harmless mentions for harmless, and which
+            other words can close; see `Handle.reads`.
 
     Returns:
         The handle; use it in `with`, or call its `remove()`.
@@ -47,7 +51,7 @@ def apply(
         ArtifactError: when the file is missing, damaged or altered.
         ConfigError: when scale, start or end is out of range, a scale is for a category the patch cannot tell apart, or
             the UNet was compiled, offloaded layer by layer, or given fused attention projections before.
-        UnknownName: for a speed, or a scale's category, that there is not.
+        UnknownName: for a speed, a way of reading, or a scale's category, that there is not.
     """
     components = Components.of(pipe)
     refuse_compiled(pipe)
@@ -67,7 +71,7 @@ def apply(
     parts = [activate(part, components, gate_threshold) for part in artifact.parts()]
     if gate_threshold is not None and not any(part.patch.gate for part in parts):
         raise ConfigError("this patch has no gate; fit one with `safepatch gate`, or leave gate_threshold out")
-    return Handle(pipe, parts, scale, fail_closed, (start, end), gate, speed)
+    return Handle(pipe, parts, scale, fail_closed, (start, end), gate, speed, reads)
 
 
 def attach(pipe: Any, patch: Patch, instructions: list[str], scale: float = 1.0, fail_closed: bool = True) -> Handle:
@@ -92,11 +96,13 @@ def activate(
     module = module.to(components.unet.device)
     info = part.artifact.info
     states = instruction_states(components, list(info.instructions.values()))
-    thresholds = None
-    if module.gate is not None:
-        stored = [info.config["gate"][name]["threshold"] for name in info.categories]
-        thresholds = torch.tensor([value if gate_threshold is None else gate_threshold for value in stored])
-    return ActivePart(module, states, part.weight, info.categories, thresholds)
+    if module.gate is None:
+        return ActivePart(module, states, part.weight, info.categories)
+    records = [info.config["gate"][name] for name in info.categories]
+    stored = [record["threshold"] for record in records]
+    thresholds = torch.tensor([value if gate_threshold is None else gate_threshold for value in stored])
+    windows = tuple(record.get("windows", 0) for record in records)
+    return ActivePart(module, states, part.weight, info.categories, thresholds, windows)
 
 
 def instruction_states(components: Components, instructions: list[str]) -> Tensor:

@@ -20,9 +20,10 @@ class Settings(NamedTuple):
     scale: Scale
     gate: str
     speed: str
+    reads: str
 
 
-NONE = Settings(0.0, "off", "full")
+NONE = Settings(0.0, "off", "full", "windows")
 
 
 class Call(NamedTuple):

@@ -16,6 +16,7 @@ from safepatch.patch.hooks import Calls
 from safepatch.runtime.call import Begun, Call, Seen
 from safepatch.runtime.parts import ActivePart
 from safepatch.runtime.residuals import padded
+from safepatch.runtime.words import Words
 
 SPEEDS = {"full": 1, "fast": 2}  # denoising steps for which a control patch's residuals are used
 _COUNTING = threading.Lock()  # of whatever threads draw with one patch
@@ -32,6 +33,8 @@ class Stats:
         acted_rows: rows that it changed.
         gated_rows: rows that a gate has judged, counted per step and category.
         open_rows: those of them for which it opened.
+        wordless_rows: rows whose words are unknown to a gate that reads words, because somebody else's encoder, or
+            none, made their text states; it judged them by those alone. Counted once a denoising.
     """
 
     unet_calls: int = 0
@@ -40,6 +43,7 @@ class Stats:
     acted_rows: int = 0
     gated_rows: int = 0
     open_rows: int = 0
+    wordless_rows: int = 0
 
     def count(self, **more: int) -> None:
         """Add to the counters, whatever other threads do."""
@@ -89,12 +93,21 @@ class Read(NamedTuple):
     probabilities: Tensor
 
 
+class Heard(NamedTuple):
+    """What the gates made of the words behind the text states of a denoising, (B, gates) logits."""
+
+    states: Seen
+    rows: slice
+    logits: Tensor
+
+
 @dataclass
 class Memory:
     """What the parts remember from step to step of one thread's denoising, by the part's identity."""
 
     residuals: dict[int, Cached] = field(default_factory=dict)
     texts: dict[int, Read] = field(default_factory=dict)
+    words: Heard | None = None
 
 
 class Corrector:
@@ -107,13 +120,15 @@ class Corrector:
     Attributes:
         parts: those that compute residuals.
         has_gate: whether any part, of whatever kind, has one.
+        words: what gates that read windows make of the words behind a call's text states.
         stats: counters; those of gated rows are kept here.
         on_gate: shown the timesteps and the gates' probabilities (B, gates), if set.
     """
 
-    def __init__(self, parts: Sequence[ActivePart]) -> None:
+    def __init__(self, parts: Sequence[ActivePart], words: Words) -> None:
         self.parts = tuple(part for part in parts if isinstance(part.patch, ResidualPatch))
         self.has_gate = any(part.patch.gate for part in parts)
+        self.words = words
         self.stats = Stats()
         self.on_gate: Callable[[Any, Tensor], None] | None = None
         self._memory = Calls(Memory)
@@ -184,9 +199,9 @@ class Corrector:
         scales, gate = part.scales(begun.settings.scale), part.patch.gate
         if gate is None or begun.settings.gate == "off":
             return scales
-        call = cast(Call, begun.call)
+        cast(Call, begun.call)
         looks = shown is not None and gate.reads_features
-        probabilities = self._looked(part, call, cast(Features, shown).mid) if looks else self._read(part, call)
+        probabilities = self._looked(part, begun, cast(Features, shown).mid) if looks else self._read(part, begun)
         return scales * self._openings(part, begun, probabilities)
 
     @torch.no_grad()
@@ -201,22 +216,37 @@ class Corrector:
         made = patch(sample[rows].to(dtype), times, states, instruction, conditions, shown and shown.to(dtype), scales)
         return Residuals(tuple(padded(r, rows, sample) for r in made.down), padded(made.mid, rows, sample))
 
-    def _looked(self, part: ActivePart, call: Call, mid: Tensor) -> Tensor:
+    def _looked(self, part: ActivePart, begun: Begun, mid: Tensor) -> Tensor:
         """Probabilities by a gate that reads features, (B, gates); it stays in float32."""
+        call = cast(Call, begun.call)
         states = call.prompt_states[call.rows].float()
         gate = cast(TextGate, part.patch.gate).to(states.device)
-        return gate(mid.float(), call.row_timesteps, states).sigmoid().cpu()
+        return gate(mid.float(), call.row_timesteps, states, *self._heard(gate, begun)).sigmoid().cpu()
 
-    def _read(self, part: ActivePart, call: Call) -> Tensor:
+    def _read(self, part: ActivePart, begun: Begun) -> Tensor:
         """Probabilities by a gate that reads text alone, (B, gates)."""
-        kept = self._memory.now.texts
+        call, kept = cast(Call, begun.call), self._memory.now.texts
         last = kept.get(id(part))
         if last is None or last.rows != call.rows or not last.states.is_still(call.prompt_states):
             states = call.prompt_states[call.rows].float()
             gate = cast(TextGate, part.patch.gate).to(states.device)
-            last = Read(Seen.of(call.prompt_states), call.rows, gate(None, call.row_timesteps, states).sigmoid().cpu())
+            logits = gate(None, call.row_timesteps, states, *self._heard(gate, begun))
+            last = Read(Seen.of(call.prompt_states), call.rows, logits.sigmoid().cpu())
             kept[id(part)] = last
         return last.probabilities
+
+    def _heard(self, gate: TextGate, begun: Begun) -> tuple[Tensor, ...]:
+        """What `gate` makes of the words behind the call's states, (B, groups), where it reads words; else nothing."""
+        if begun.settings.reads != "windows" or not self.words.hears(gate):
+            return ()
+        call = cast(Call, begun.call)
+        memory = self._memory.now
+        last = memory.words
+        if last is None or last.rows != call.rows or not last.states.is_still(call.prompt_states):
+            logits, known = self.words.behind(call.prompt_states[call.rows])
+            self.stats.count(wordless_rows=int((~known).sum()))
+            last = memory.words = Heard(Seen.of(call.prompt_states), call.rows, logits)
+        return (self.words.of(gate, last.logits).to(call.prompt_states.device),)
 
     def _openings(self, part: ActivePart, begun: Begun, probabilities: Tensor) -> Tensor:
         """How far the gate is open for each row and group, in [0, 1], (B, groups); 0 or 1 where it is hard.

@@ -30,7 +30,7 @@ from safepatch.diffusion import (
 )
 from safepatch.errors import ConfigError, PatchBypassed, lookup
 from safepatch.patch import Features, Residuals
-from safepatch.patch.gate import MODES
+from safepatch.patch.gate import MODES, READINGS
 from safepatch.patch.hooks import Calls, Hooks
 from safepatch.patch.host import HostHooks
 from safepatch.patch.lora import LayerHooks, LoraPatch
@@ -40,6 +40,7 @@ from safepatch.runtime.denoising import Denoising, Denoisings
 from safepatch.runtime.drain import Drain
 from safepatch.runtime.parts import ActivePart, Scale
 from safepatch.runtime.residuals import with_residuals
+from safepatch.runtime.words import Words
 
 
 class Handle:
@@ -61,6 +62,7 @@ class Handle:
         window: tuple[float, float] = (0.0, 1.0),
         gate: str | None = None,
         speed: str = "full",
+        reads: str = "windows",
     ) -> None:
         refuse_compiled(pipe)
         components = Components.of(pipe)
@@ -68,13 +70,15 @@ class Handle:
         self._unet: Any = components.unet
         self._kind = host_kind(self._unet)
         self._parts = tuple(parts)
-        self._corrector = Corrector(parts)
+        self._words = Words(components, parts)
+        self._corrector = Corrector(parts, self._words)
         self.categories = tuple(sorted({name for part in parts for name in part.categories}))
         self._denoisings = Denoisings(self._kind, components.scheduler, window)
         self.scale = scale
         self.window = window
         self.gate = gate
         self.speed = speed
+        self.reads = reads
         self._fail_closed = fail_closed
         self._calls = Calls(Begun)
         self._drain = Drain(self._unet)
@@ -128,7 +132,12 @@ class Handle:
     @property
     def _all_hooks(self) -> list[Hooks]:
         """Those that begin a call go first and come last."""
-        return [self._hooks, *(inner.hooks for inner in self._inner)]
+        return [self._hooks, *(inner.hooks for inner in self._inner), *self._listening]
+
+    @property
+    def _listening(self) -> list[Hooks]:
+        """Those on text encoders, which a pipeline may have dropped once it had no more to encode."""
+        return [self._words.hooks] if self._words.hooks else []
 
     @property
     def is_active(self) -> bool:
@@ -137,7 +146,8 @@ class Handle:
         if pipe is None or uncompiled(denoiser(pipe)) is not self._unet or not self._all_hang:
             return False
         there = {id(module) for part in (self._unet, uncompiled(pipe.vae)) for module in part.modules()}
-        return all(id(hook.module) in there for hooks in self._all_hooks for hook in hooks)
+        needed = [hook for hooks in self._all_hooks if hooks not in self._listening for hook in hooks]
+        return all(id(hook.module) in there for hook in needed)
 
     @property
     def _inner(self) -> list[LayerHooks | HostHooks]:
@@ -225,6 +235,17 @@ class Handle:
         self._speed = speed
         self._corrector.forget()
 
+    @property
+    def reads(self) -> str:
+        """`windows`: what a gate makes of any few words in a row counts, of one that was fitted so; or `prompt`."""
+        return self._reads
+
+    @reads.setter
+    def reads(self, reads: str) -> None:
+        lookup(dict.fromkeys(READINGS), reads, what="way of reading")
+        self._reads = reads
+        self._corrector.forget()
+
     @torch.compiler.disable()
     def _prepare(
         self, unet: nn.Module, args: tuple, kwargs: dict[str, Any] | None = None
@@ -258,7 +279,7 @@ class Handle:
             self._earlier.discard(threading.get_ident())
         for inner in self._inner:
             inner.begin()
-        begun.settings = Settings(self.scale, self.gate, self.speed)
+        begun.settings = Settings(self.scale, self.gate, self.speed, self.reads)
         begun.call = self._to_correct(Call.of(self._kind, args, kwargs), denoising, begun.settings)
         return begun
 

@@ -21,6 +21,7 @@ class ActivePart(NamedTuple):
         weight: its weight among the parts of a bundle.
         categories: what it is for, in the order of its instructions; empty if unknown.
         thresholds: probabilities above which each gate opens, (gates,); None without a gate.
+        windows: words of the widest window that each gate reads alone; 0 for one that reads whole prompts only.
     """
 
     patch: Patch
@@ -28,6 +29,12 @@ class ActivePart(NamedTuple):
     weight: float = 1.0
     categories: tuple[str, ...] = ()
     thresholds: Tensor | None = None
+    windows: tuple[int, ...] = ()
+
+    @property
+    def reads_windows(self) -> bool:
+        """Whether some gate of it reads windows."""
+        return any(self.windows)
 
     def scales(self, scale: Scale) -> Tensor:
         """Scale times weight for each group of the part's patch, (groups,)."""

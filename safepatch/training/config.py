@@ -12,6 +12,7 @@ from safepatch.errors import ConfigError, lookup
 from safepatch.models.load import ModelConfig
 from safepatch.objectives import OBJECTIVES, SafeControlConfig
 from safepatch.patch import PATCH_KINDS
+from safepatch.patch.gate import WIDEST, WINDOWS
 
 SHORT = {"model": "path", "objective": "name"}  # `model=x` is `model.path=x`
 PRECISIONS = ("no", "bf16", "fp16")
@@ -30,6 +31,8 @@ class PatchConfig:
             control patch, store the deltas of layers wider than this as low-rank factors (default 0, dense).
         depth: of a lite patch, 3 x 3 convolutions per branch (default 1).
         gate: channels of a gate that keeps the patch off what it is not for; 0 trains none.
+        windows: words of the widest window that the gate reads alone, so that no words around it can close it; 0 for
+            whole prompts only.
     """
 
     kind: str = "lora"
@@ -37,12 +40,15 @@ class PatchConfig:
     rank: int | None = None
     depth: int | None = None
     gate: int = 32
+    windows: int = WINDOWS
 
     def __post_init__(self) -> None:
         """Refuse what would fail only when training is over."""
         for name, value in (("gate", self.gate), ("rank", self.rank or 0)):
             if value < 0:
                 raise ConfigError(f"patch.{name} must be at least 0, not {value}")
+        if not 0 <= self.windows <= WIDEST:
+            raise ConfigError(f"patch.windows must be from 0 to {WIDEST} words, not {self.windows}")
 
     @property
     def layout(self) -> dict[str, Any]:

@@ -69,7 +69,9 @@ def _train(pipe: Any, host: UNetHost, patch: Patch, config: TrainConfig, corpus:
     if config.patch.gate:
         averaged.add_gate(host.unet, config.patch.gate)
         averaged.to(host.device)
-        gates = {corpus.name: fit_gate(cast(TextGate, averaged.gate), host, corpus, config.data, rows)}
+        gates = {
+            corpus.name: fit_gate(cast(TextGate, averaged.gate), host, corpus, config.data, rows, config.patch.windows)
+        }
     path = out.path / f"{corpus.name}.safetensors"
     if accelerator.is_main_process:
         _packed(averaged, host, corpus, config, run.record(state), gates).save(path)

@@ -1,0 +1,56 @@
+"""What a gate reads of captions' windows: a bag of them for each caption, of which the strongest counts.
+
+Learning from bags of which only the bag has a label is multiple-instance learning with a maximum (Dietterich et al.
+1997; Amores 2013): a caption is one the patch is for if one of its windows is.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from safepatch.diffusion import Spelling, UNetHost, Window, encode_windows, windows
+from safepatch.patch.gate import TextGate
+from safepatch.progress import bar
+
+CHUNK = 256  # windows encoded between two steps of the progress bar
+NEVER = -1e4  # the logit of a caption without a window
+
+
+class Bags:
+    """The windows of captions; a window of several captions is encoded once.
+
+    Args:
+        host: the frozen model.
+        captions: whose windows, by number.
+        width: words of the widest window.
+    """
+
+    def __init__(self, host: UNetHost, captions: Sequence[str], width: int) -> None:
+        found = bags(host, captions, width)
+        numbers = {window: i for i, window in enumerate(dict.fromkeys(w for bag in found for w in bag))}
+        self._bags = [torch.tensor([numbers[window] for window in bag], dtype=torch.long) for bag in found]
+        distinct, states = list(numbers), list[Tensor]()
+        for at in bar(range(0, len(distinct), CHUNK), desc="reading windows", leave=False):
+            states += encode_windows(host.components, distinct[at : at + CHUNK]).half().cpu()  # there are many
+        longest = max((len(each) for each in states), default=0)
+        filled = [torch.cat((each, each[:1].expand(longest - len(each), -1))) for each in states]
+        self._states = torch.stack(filled) if filled else torch.empty(0)
+
+    def read(self, gate: TextGate, captions: Tensor) -> Tensor:
+        """What a gate of one group makes of the strongest window of each of these captions: logits (B,)."""
+        some = [self._bags[i] for i in captions.tolist()]
+        distinct, places = torch.cat(some).unique(return_inverse=True)
+        if not len(distinct):
+            return torch.full((len(some),), NEVER)
+        logits = gate.read(self._states[distinct].float())[:, 0][places]
+        rows = torch.repeat_interleave(torch.arange(len(some)), torch.tensor([len(bag) for bag in some]))
+        return torch.full((len(some),), NEVER).scatter_reduce(0, rows, logits, "amax")
+
+
+def bags(host: UNetHost, captions: Sequence[str], width: int) -> list[list[Window]]:
+    """The windows of each caption, as the host's first text encoder reads it."""
+    tokenizer, _ = host.components.text_encoders()[0]
+    spelling, length = Spelling(tokenizer), tokenizer.model_max_length
+    tokens = tokenizer(list(captions), truncation=True, max_length=length).input_ids if captions else []
+    return [windows(spelling.words(each), width) for each in tokens]
