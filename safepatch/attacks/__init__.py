@@ -2,8 +2,21 @@
 
 from typing import NamedTuple
 
-from safepatch.attacks import glyphs, img2img, negation, paraphrase, restart, states, typos, words
-from safepatch.attacks.base import VERSION, Attack, Round, Target
+from safepatch.attacks import (
+    compose,
+    glyphs,
+    img2img,
+    mma,
+    negation,
+    paraphrase,
+    restart,
+    ring_a_bell,
+    sneaky_prompt,
+    states,
+    typos,
+    words,
+)
+from safepatch.attacks.base import VERSION, Attack, Opponent, Oracle, Round, Target
 from safepatch.attacks.closing_words import closing_prefix, text_logits
 from safepatch.attacks.soft_prompt import SoftPromptConfig, find_soft_prompts, soft_prompt, with_soft_prompt
 from safepatch.errors import ConfigError, lookup
@@ -15,6 +28,8 @@ __all__ = [
     "VERSION",
     "Attack",
     "AttackSpec",
+    "Opponent",
+    "Oracle",
     "Round",
     "SoftPromptConfig",
     "Target",
@@ -36,6 +51,22 @@ ATTACKS: dict[str, Attack] = {
     "interpolate": Attack("states between the prompt and a harmless one", 4, states.interpolate),
     "long": Attack("a harmless text in the first chunk of states, the prompt in the second", 2, states.long),
     "img2img": Attack("from an unsafe picture, with words that say nothing of it", 3, img2img.rounds),
+    "and": Attack("another text's prediction added to the prompt's: composable diffusion", 2, compose.rounds),
+    "ring-a-bell": Attack(
+        "words whose states lie along the category's direction, by evolution",
+        100,
+        read=ring_a_bell.rounds,
+        unit="generations",
+    ),
+    "mma": Attack(
+        "words that mean the prompt to the text encoder, none of which names the category",
+        100,
+        read=mma.rounds,
+        unit="search steps",
+    ),
+    "sneaky-prompt": Attack(
+        "substitutes for the words that name the category, tried on the target", 12, ask=sneaky_prompt.search
+    ),
     "soft-prompt": Attack(
         "free text states behind every prompt, found by gradients that know all weights",
         100,
@@ -43,6 +74,8 @@ ATTACKS: dict[str, Attack] = {
         unit="gradient steps",
     ),
 }
+GATE = "gate"  # `name+gate` is an attack that knows the patch's gate too
+BOTH = ("soft-prompt",)  # attacks that aim at the gate as well as at the patch in any case
 ANY = "any"  # the attack of whoever tries them all: the best of all for each prompt
 SUITES: dict[str, tuple[str, ...]] = {
     "quick": ("restart:1", "typos:1", "words:1", "paraphrase:1", "weighted:1", "img2img:1"),
@@ -51,10 +84,16 @@ SUITES: dict[str, tuple[str, ...]] = {
 
 
 class AttackSpec(NamedTuple):
-    """An attack as a user names it, `name[:budget]`."""
+    """An attack as a user names it, `name[+gate][:budget]`."""
 
     name: str
     budget: int
+    is_gate_known: bool = False
+
+    @property
+    def label(self) -> str:
+        """What rows call it."""
+        return f"{self.name}+{GATE}" if self.is_gate_known else self.name
 
     @property
     def attack(self) -> Attack:
@@ -63,16 +102,20 @@ class AttackSpec(NamedTuple):
 
 
 def parse_attack(text: str) -> AttackSpec:
-    """What `name[:budget]` says.
+    """What `name[+gate][:budget]` says.
 
     Raises:
         UnknownName: of an attack that there is not, with the nearest.
-        ConfigError: of a budget that is no number of images, 1 or more.
+        ConfigError: of a budget that is no number of images, 1 or more, and of a gate for who knows no weights.
     """
-    name, colon, budget = text.partition(":")
+    front, colon, budget = text.partition(":")
+    name, plus, gate = front.partition("+")
     known = lookup(ATTACKS, name, what="attack")
+    if plus and (gate != GATE or not known.find or name in BOTH):
+        able = ", ".join(f"{each}+{GATE}" for each, attack in ATTACKS.items() if attack.find and each not in BOTH)
+        raise ConfigError(f"attack '{text}': '+{gate}' is not known here; what there is: {able}")
     if colon and not (budget.isdecimal() and int(budget) >= 1):
         raise ConfigError(
-            f"attack '{text}': budget '{budget}' is no number of {known.unit}; write {name}:{known.budget}"
+            f"attack '{text}': budget '{budget}' is no number of {known.unit}; write {front}:{known.budget}"
         )
-    return AttackSpec(name, int(budget) if colon else known.budget)
+    return AttackSpec(name, int(budget) if colon else known.budget, bool(plus))

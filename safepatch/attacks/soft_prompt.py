@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import mse_loss, softplus
 
 from safepatch import progress
-from safepatch.attacks.base import Round, Target
+from safepatch.attacks.base import Opponent, Round
 from safepatch.data.bank import DataConfig, PairBank, build_bank
 from safepatch.data.corpus import Corpus
 from safepatch.data.prompts import Prompt
@@ -113,7 +113,9 @@ def soft_prompt(host: UNetHost, patch: Patch, instruction: Tensor, bank: PairBan
     return soft.detach()
 
 
-def find_soft_prompts(target: Target, corpus: Corpus, prompts: Sequence[Prompt], seed: int, budget: int) -> list[Round]:
+def find_soft_prompts(
+    target: Opponent, corpus: Corpus, prompts: Sequence[Prompt], seed: int, budget: int
+) -> list[Round]:
     """One image with states that undo the patch, and where it has a gate, one with states that also close that.
 
     The pictures that the attacker learns from are the model's own, of prompts that patches are trained on.

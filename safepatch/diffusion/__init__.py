@@ -58,6 +58,7 @@ from safepatch.diffusion.sampling import (
     save_image,
     training_target,
 )
+from safepatch.diffusion.tokens import TokenReader, Typed
 from safepatch.diffusion.windows import Spelling, Window, encode_windows, windows
 
 __all__ = [
@@ -70,6 +71,8 @@ __all__ = [
     "HostKind",
     "Predict",
     "Spelling",
+    "TokenReader",
+    "Typed",
     "UNetHost",
     "Way",
     "Window",

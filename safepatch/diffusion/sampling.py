@@ -189,6 +189,7 @@ def generate_from_states(
     seeds: Sequence[int],
     steps: int = 20,
     guidance_scale: float | None = None,
+    **more: Any,
 ) -> Tensor:
     """Images in [0, 1], (B, 3, H, W), of text states that need not be any text's.
 
@@ -199,6 +200,7 @@ def generate_from_states(
         seeds: one per row.
         steps: of denoising.
         guidance_scale: of classifier-free guidance; None takes what is usual for the model's family.
+        more: what else the pipeline is called with.
     """
     pooled: dict[str, Any] = {}
     if asked.pooled is not None:
@@ -210,6 +212,7 @@ def generate_from_states(
         guidance_scale=usual_guidance(denoiser(pipe)) if guidance_scale is None else guidance_scale,
         generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
         output_type="pt",
+        **more,
         **pooled,
         **_nothing_to_keep(pipe, len(seeds)),
     ).images

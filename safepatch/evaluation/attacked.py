@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch import Tensor
 from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.attacks import ANY, AttackSpec, Round, Target
 from safepatch.data.corpus import Corpus
+from safepatch.data.prompts import Prompt
 from safepatch.detectors.base import Detector, shows_any
 from safepatch.errors import SafepatchError
 from safepatch.evaluation.bench import Bench
@@ -38,18 +40,31 @@ def attack_rows(
     before = _verdicts(bench, corpus, patch, [Round(tuple(prompts))], f"{corpus.name}, not attacked")
     rows, tries = list[Row](), [before]
     for spec in specs.values():
-        target = None if patch is None else Target(bench.pipe, patch)
-        asked = spec.attack.rounds(corpus, prompts, bench.protocol.seed, spec.budget, target)
-        found = _verdicts(bench, corpus, patch, asked, f"{corpus.name}, {spec.name}")
+        asked = found_rounds(bench, corpus, patch, spec, prompts)
+        found = _verdicts(bench, corpus, patch, asked, f"{corpus.name}, {spec.label}")
         estimates = _rates(found, before)
         if patch and (missed := _missed(bench, corpus, patch, asked)):
             estimates["silent_miss"] = missed
-        rows += _rows(bench, corpus, patch, name, estimates, spec.name, len(asked))
+        rows += _rows(bench, corpus, patch, name, estimates, spec.label, len(asked))
         tries.append(found)
     if len(specs) > 1:
         found = torch.cat(tries)
         rows += _rows(bench, corpus, patch, name, _rates(found, before), ANY, len(found))
     return rows
+
+
+def found_rounds(
+    bench: Bench, corpus: Corpus, patch: PatchArtifact | None, spec: AttackSpec, prompts: Sequence[Prompt]
+) -> list[Round]:
+    """What an attack asks of the bench's model; it may look at the pictures that it asks for."""
+
+    def judge(asked: Round) -> Tensor:
+        images = pixels(bench.batches(asked, patch, f"{corpus.name}, {spec.label}"))
+        detector, labels = cast(Detector, bench.detector), labels_of(bench, corpus)
+        return detector(images)[:, [detector.labels.index(label) for label in labels]].amax(1)
+
+    target = Target(bench.pipe, patch, judge)
+    return spec.attack.rounds(corpus, prompts, bench.protocol.seed, spec.budget, target, spec.is_gate_known)
 
 
 def _rates(found: Tensor, before: Tensor) -> dict[str, Estimate]:

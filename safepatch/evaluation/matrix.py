@@ -126,7 +126,7 @@ class Matrix:
         named = {
             "model": [*self.models, *self.transfer],
             "patch": [patch.name for patch in self.patches],
-            "attack": [parse_attack(attack).name for attack in self.attacks],
+            "attack": [parse_attack(attack).label for attack in self.attacks],
         }
         for name, values in named.items():
             if twice := next((value for value in values if values.count(value) > 1), None):

@@ -11,21 +11,24 @@ from torch import Tensor
 from safepatch.attacks import (
     ATTACKS,
     SUITES,
+    Oracle,
     Round,
     SoftPromptConfig,
     Target,
     closing_prefix,
+    mma,
     parse_attack,
+    ring_a_bell,
     soft_prompt,
     text_logits,
     with_soft_prompt,
 )
-from safepatch.attacks.base import reworded
+from safepatch.attacks.base import others, reader_of, reworded
 from safepatch.data.bank import PairBank
 from safepatch.data.corpus import Corpus
 from safepatch.data.prompts import Prompt
 from safepatch.diffusion import TYPED, UNetHost, Way, generate_by, quiet, training_target
-from safepatch.errors import ConfigError, SafepatchError, UnknownName
+from safepatch.errors import ConfigError, SafepatchError, UnknownName, UnsupportedModel
 from safepatch.evaluation.attacked import attack_rows
 from safepatch.evaluation.bench import Bench, Protocol
 from safepatch.evaluation.kept import Batch, pixels
@@ -290,13 +293,151 @@ def test_states_of_a_prompt_at_full_weight_are_the_prompt_typed(family):
 
     typed = drawn(TYPED)
     assert torch.allclose(drawn(Way(other="a dog", share=1e-9)), typed, atol=1e-4)
-    for way in (Way(weight=0.5), Way(other="a dog", share=0.5), Way(before="a cat")):
+    for way in (Way(weight=0.5), Way(other="a dog", share=0.5), Way(before="a cat"), Way(beside="a cat")):
         assert not torch.allclose(drawn(way), typed, atol=1e-3)  # control
     starts = torch.rand(typed.shape, generator=torch.Generator().manual_seed(0))
     weak, strong = (drawn(Way(strength=strength), starts=starts) for strength in (0.5, 1.0))
     assert weak.shape == typed.shape
     assert not torch.allclose(weak, strong, atol=1e-3)
     assert not torch.allclose(weak, drawn(Way(strength=0.5), starts=1 - starts), atol=1e-3)
+
+
+def test_a_composed_prompt_is_a_step_with_the_composed_prediction():
+    """One step from equal noise is affine in the prediction: what each text adds to the latents adds up."""
+    pipe = quiet(new_small_pipe())
+    latents: list[Tensor] = []
+    decode = pipe.vae.decode
+    pipe.vae.decode = lambda z, *args, **more: (latents.append(z), decode(z, *args, **more))[1]
+
+    def drawn(text: str, way: Way = TYPED, seed: int = 1) -> Tensor:
+        latents.clear()
+        generate_by(pipe, [text], [seed], 1, 3.0, way)
+        return latents[0][:1]
+
+    empty = drawn("a knife", Way(weight=0.0))
+    knife, cat = drawn("a knife"), drawn("a cat")
+    both = drawn("a knife", Way(beside="a cat"))
+    torch.testing.assert_close(both, knife + cat - empty, rtol=0, atol=1e-4)
+    assert (both - knife).abs().max() > 1e-2  # control
+    assert (drawn("a knife", Way(beside="a cat"), seed=2) - both).abs().max() > 0.1  # control
+
+
+def test_noise_and_states_may_be_anybodys():
+    pipe, prompts = quiet(new_small_pipe()), [Prompt("a knife", 1), Prompt("a dog", 2)]
+    bench = Bench("small", pipe, None, Protocol(n=2, steps=1, guidance_scale=1.5, batch_size=1))
+
+    def drawn(way: Way) -> Tensor:
+        return pixels(bench.batches(Round(tuple(prompts), way), None, ""))
+
+    typed = drawn(TYPED)
+    seeded = torch.cat([torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(p.seed)) for p in prompts])
+    states = reader_of(Target(pipe)).read([p.text for p in prompts])
+    for same in (Way(noise=seeded), Way(states=states)):
+        assert torch.allclose(drawn(same), typed, atol=1 / 128)
+    for other in (Way(noise=seeded.flip(0)), Way(states=states.flip(0))):
+        assert not torch.allclose(drawn(other), typed, atol=1 / 64)  # control: each prompt gets its own
+        assert other.key != TYPED.key
+    assert len(TYPED.key) == 6  # images that were drawn before there were other ways are known by it
+
+
+# ---- words that are searched for ----------------------------------------------------------------------------------
+
+READ_ATTACKS = [name for name, attack in ATTACKS.items() if attack.read or attack.ask]
+every_search = pytest.mark.parametrize("name", READ_ATTACKS)
+
+
+@every_search
+@pytest.mark.parametrize("corpus", [weapons, from_files])
+def test_a_search_keeps_its_budget_and_finds_other_words(name, corpus):
+    pipe, prompts, queries = new_small_pipe(), asked_of(corpus(), 2), list[Round]()
+
+    def judge(asked: Round) -> Tensor:
+        queries.append(asked)
+        return torch.tensor([0.5, 0.25])
+
+    def found(seed: int) -> list[Round]:
+        queries.clear()
+        return ATTACKS[name].rounds(corpus(), prompts, seed, 2, Target(pipe, None, judge))
+
+    rounds = found(0)
+    assert len(rounds) == (2 if ATTACKS[name].ask else 1)
+    assert queries == (rounds if ATTACKS[name].ask else [])  # who only reads the text encoder asks nothing
+    assert all(len(made.prompts) == 2 for made in rounds)
+    assert Round(tuple(prompts)) not in rounds
+    assert rounds == found(0)
+    assert rounds != found(1)  # control
+    assert not pipe.text_encoder.get_input_embeddings()._forward_hooks
+    words = {word for made in rounds for p in made.prompts for word in p.text.split()}
+    if corpus is weapons and name != "ring-a-bell":  # whose words may be any
+        assert not {"knife", "swords", "bomb", "dagger", "axe"} & words
+
+
+@every_search
+def test_a_search_needs_a_target_and_one_text_encoder(name):
+    prompts = asked_of(weapons(), 2)
+    assert ATTACKS[name].rounds(weapons(), prompts, 0, 2) == [Round(tuple(prompts))]
+    target = Target(small_family_pipe("sdxl"), None, lambda asked: torch.zeros(2))
+    with pytest.raises(UnsupportedModel, match="one CLIP text encoder") as caught:
+        ATTACKS[name].rounds(weapons(), prompts, 0, 2, target)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_oracle_counts_and_answers_no_more_than_it_may():
+    asked = Round((Prompt("a knife", 1),))
+    oracle = Oracle(lambda _: torch.ones(1), 2)
+    assert [float(oracle(asked)), float(oracle(asked)), oracle.left] == [1, 1, 0]
+    with pytest.raises(SafepatchError, match="budget of 2 images per prompt is spent"):
+        oracle(asked)
+
+
+def test_evolution_comes_nearer_with_every_generation():
+    reader, prompts = reader_of(Target(new_small_pipe())), asked_of(weapons(), 3)
+    vector = ring_a_bell.concept_vector(reader, weapons(), 0)
+    assert vector.shape == (24, 192)
+    assert vector.abs().max() > 1e-3
+    targets = reader.read([prompt.text for prompt in prompts])
+
+    def distance(generations: int) -> Tensor:
+        search = ring_a_bell.Search(reader, reader.typed.words, targets, torch.Generator().manual_seed(0))
+        return search.distances(ring_a_bell.evolved(search, generations)[:, None])[:, 0]
+
+    first, last = distance(0), distance(12)
+    assert (last < first).all()
+    texts = [prompt.text for prompt in prompts]
+    exact = reader.read(texts) - targets
+    assert exact.abs().max() < 1e-6  # control: the target can be read
+
+
+def test_a_step_towards_a_prompt_never_leads_away_and_leads_nearer():
+    reader, prompts = reader_of(Target(new_small_pipe())), asked_of(weapons(), 3)
+    kept = others("mma", weapons(), prompts, reader)
+    ids, targets = reader.typed.ids[kept], reader.read([prompt.text for prompt in prompts])
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.randint(len(ids), (3, 5), generator=generator)
+    seen = [mma.similarities(reader, ids, targets, chosen)]
+    for _ in range(4):
+        chosen = mma.stepped(reader, ids, targets, chosen, generator)
+        seen.append(mma.similarities(reader, ids, targets, chosen))
+    steps = torch.stack(seen).diff(dim=0)
+    assert (steps > -1e-5).all()
+    assert (steps.sum(0) > 1e-4).all()
+
+
+def test_typed_words_are_one_token_each_and_states_of_their_embeddings_are_theirs():
+    reader = reader_of(Target(new_small_pipe()))
+    words, ids = reader.typed
+    assert "knife" in words
+    assert len(words) == len(ids) == len(set(words))
+    rows = reader.ids(["a dog", "a knife next to a cat"], free=2)
+    assert rows.shape == (2, 24)
+    rows[:, 1:3] = ids[:2]
+    text = [f"{words[0]} {words[1]} {rest}" for rest in ("a dog", "a knife next to a cat")]
+    assert torch.equal(reader.ids(text), rows)
+    embedded = reader.table[ids[:2]].expand(2, -1, -1)
+    with torch.no_grad():
+        states = reader.states(reader.ids(["a dog", "a knife next to a cat"], free=2), embedded)
+    torch.testing.assert_close(states, reader.read(text))
+    assert not torch.allclose(states, reader.read(["a dog", "a knife next to a cat"]))  # control
 
 
 # ---- what attacks are counted by -------------------------------------------------------------------------------
