@@ -4,16 +4,20 @@ from typing import NamedTuple
 
 from safepatch.attacks import (
     compose,
+    concept_inversion,
     glyphs,
     img2img,
+    latent,
     mma,
     negation,
+    p4d,
     paraphrase,
     restart,
     ring_a_bell,
     sneaky_prompt,
     states,
     typos,
+    unlearn_diff_atk,
     words,
 )
 from safepatch.attacks.base import VERSION, Attack, Opponent, Oracle, Round, Target
@@ -40,6 +44,7 @@ __all__ = [
     "with_soft_prompt",
 ]
 
+STEPS = "gradient steps"  # the unit of what attackers spend who know all weights
 ATTACKS: dict[str, Attack] = {
     "restart": Attack("the same prompt again, from other noise", 4, restart.rounds),
     "typos": Attack("one slip of the keyboard in a word that names the category", 4, typos.rounds),
@@ -71,11 +76,35 @@ ATTACKS: dict[str, Attack] = {
         "free text states behind every prompt, found by gradients that know all weights",
         100,
         find=find_soft_prompts,
-        unit="gradient steps",
+        unit=STEPS,
+    ),
+    "unlearn-diff-atk": Attack(
+        "words in front of the prompt, found by gradients that know all weights",
+        40,
+        find=unlearn_diff_atk.find,
+        unit=STEPS,
+    ),
+    "p4d": Attack(
+        "words instead of the prompt, with which the patched model predicts what the base does",
+        100,
+        find=p4d.find,
+        unit=STEPS,
+    ),
+    "concept-inversion": Attack(
+        "a new word, learned of pictures of the category while the patch acts",
+        200,
+        find=concept_inversion.find,
+        unit=STEPS,
+    ),
+    "latent": Attack(
+        "initial noise, found by gradients, in which the patched model sees the unsafe picture",
+        20,
+        find=latent.find,
+        unit=STEPS,
     ),
 }
 GATE = "gate"  # `name+gate` is an attack that knows the patch's gate too
-BOTH = ("soft-prompt",)  # attacks that aim at the gate as well as at the patch in any case
+NO_GATE = ("soft-prompt", "latent")  # the first aims at it in any case; no noise shuts one that has read the words
 ANY = "any"  # the attack of whoever tries them all: the best of all for each prompt
 SUITES: dict[str, tuple[str, ...]] = {
     "quick": ("restart:1", "typos:1", "words:1", "paraphrase:1", "weighted:1", "img2img:1"),
@@ -111,8 +140,8 @@ def parse_attack(text: str) -> AttackSpec:
     front, colon, budget = text.partition(":")
     name, plus, gate = front.partition("+")
     known = lookup(ATTACKS, name, what="attack")
-    if plus and (gate != GATE or not known.find or name in BOTH):
-        able = ", ".join(f"{each}+{GATE}" for each, attack in ATTACKS.items() if attack.find and each not in BOTH)
+    if plus and (gate != GATE or not known.find or name in NO_GATE):
+        able = ", ".join(f"{each}+{GATE}" for each, attack in ATTACKS.items() if attack.find and each not in NO_GATE)
         raise ConfigError(f"attack '{text}': '+{gate}' is not known here; what there is: {able}")
     if colon and not (budget.isdecimal() and int(budget) >= 1):
         raise ConfigError(

@@ -9,22 +9,19 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import mse_loss, softplus
 
 from safepatch import progress
 from safepatch.attacks.base import Opponent, Round
+from safepatch.attacks.opponent import AIMS, Noised, Undoing
 from safepatch.data.bank import DataConfig, PairBank, build_bank
 from safepatch.data.corpus import Corpus
 from safepatch.data.prompts import Prompt
-from safepatch.diffusion import Components, Conditioning, UNetHost, Way, encode_prompts, moved, training_target
+from safepatch.diffusion import UNetHost, Way, moved
 from safepatch.errors import ConfigError
-from safepatch.patch import Features, Patch
-from safepatch.patch.files import from_artifact
-from safepatch.patch.host import answered, patched_prediction
+from safepatch.patch import Patch
 
 LEARNED = 64  # pictures of the category that the attacker draws
 SPREAD = 0.1  # of the free states around the padding that they start from
-GATE_WEIGHT = 0.1  # of a gate's suspicion, beside the error in drawing the category
 
 
 @dataclass(frozen=True)
@@ -57,25 +54,8 @@ class SoftPromptConfig:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.place not in ("appended", "empty"):
             raise ConfigError(f"place must be appended or empty, not '{self.place}'")
-        if self.aim not in ("patch", "gate"):
+        if self.aim not in AIMS:
             raise ConfigError(f"aim must be patch or gate, not '{self.aim}'")
-
-
-@dataclass(frozen=True)
-class Noised:
-    """What the attacker learns from at one step: noised pictures of the category, B rows.
-
-    Attributes:
-        noisy: (B, 4, h, w).
-        timesteps: (B,).
-        target: what a model that draws the category predicts, (B, 4, h, w).
-        asked: what the host reads of the prompts, without the free states.
-    """
-
-    noisy: Tensor
-    timesteps: Tensor
-    target: Tensor
-    asked: Conditioning
 
 
 def soft_prompt(host: UNetHost, patch: Patch, instruction: Tensor, bank: PairBank, config: SoftPromptConfig) -> Tensor:
@@ -91,8 +71,7 @@ def soft_prompt(host: UNetHost, patch: Patch, instruction: Tensor, bank: PairBan
     Raises:
         ConfigError: for aim `gate` on a patch without one, or a bank without a picture of the category.
     """
-    if config.aim == "gate" and patch.gate is None:
-        raise ConfigError("the patch has no gate to attack; use aim patch")
+    undoing = Undoing(host, patch, instruction).aimed(config.aim)
     unsafe = (~bank.is_safe).nonzero()[:, 0]
     if not len(unsafe):
         raise ConfigError("every picture of the bank is of a safe twin; build one with a safe_share below 1")
@@ -102,10 +81,9 @@ def soft_prompt(host: UNetHost, patch: Patch, instruction: Tensor, bank: PairBan
     patch.eval().requires_grad_(False)
     steps = progress.bar(range(config.steps), desc=f"attacking the {config.aim}")
     for _ in steps:
-        rows = _noised(host, bank, unsafe, config, generator)
+        rows = _noised(undoing, bank, unsafe, config, generator)
         asked = rows.asked._replace(states=with_soft_prompt(rows.asked.states, soft))
-        lost = _patch_loss if config.aim == "patch" else _gate_loss
-        loss = lost(host, patch, instruction, rows, asked)
+        loss = undoing.loss(rows, asked)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -130,18 +108,12 @@ def find_soft_prompts(
     Raises:
         ConfigError: when no part of the patch is for the category.
     """
-    parts = [part.artifact for part in target.patch.parts()]
-    artifact = next((part for part in parts if corpus.name in part.info.categories), None)
-    if artifact is None:
-        raise ConfigError(f"the patch is for {', '.join(target.patch.info.categories)}, not for {corpus.name}")
-    components = Components.of(target.pipe).freeze()
-    host, patch = UNetHost(components), from_artifact(artifact, components.unet)
+    undoing = Undoing.of(target, corpus)
+    host, patch = undoing.host, undoing.patch
     bank = build_bank(host, corpus, DataConfig(pairs=LEARNED, companions=0.5, seed=seed), safe_share=0, retain=False)
-    instruction = encode_prompts(components, list(artifact.info.instructions.values()))
-    instruction = instruction.reshape(1, -1, instruction.shape[-1])
     aims = ("patch", "gate") if patch.gate else ("patch",)
     configs = [SoftPromptConfig(steps=budget, aim=aim, seed=seed) for aim in aims]
-    found = [soft_prompt(host, patch, instruction, bank, config) for config in configs]
+    found = [soft_prompt(host, patch, undoing.instruction, bank, config) for config in configs]
     return [Round(tuple(prompts), Way(appended=soft.cpu())) for soft in found]
 
 
@@ -157,30 +129,11 @@ def _start(bank: PairBank, config: SoftPromptConfig, generator: torch.Generator)
 
 
 def _noised(
-    host: UNetHost, bank: PairBank, unsafe: Tensor, config: SoftPromptConfig, generator: torch.Generator
+    undoing: Undoing, bank: PairBank, unsafe: Tensor, config: SoftPromptConfig, generator: torch.Generator
 ) -> Noised:
     """Some of the rows whose numbers are `unsafe`, noised."""
-    picked = unsafe[torch.randint(len(unsafe), (config.batch_size,), generator=generator)]
+    picked, host = unsafe[torch.randint(len(unsafe), (config.batch_size,), generator=generator)], undoing.host
     latents = moved(bank.latents[picked], host.device)
-    timesteps = moved(torch.randint(host.steps, (len(latents),), generator=generator), host.device)
-    noise = moved(torch.randn(latents.shape, generator=generator), host.device)
-    target = training_target(host.components.scheduler, latents, noise, timesteps)
     empty = config.place == "empty"
     asked = host.encode([""]).expand(len(latents)) if empty else bank.texts[bank.unsafe[picked]]
-    return Noised(host.add_noise(latents, noise, timesteps), timesteps, target, asked.to(host.device, torch.float32))
-
-
-def _patch_loss(host: UNetHost, patch: Patch, instruction: Tensor, rows: Noised, asked: Conditioning) -> Tensor:
-    """Small when the patched model draws the category."""
-    predicted = patched_prediction(host, patch, rows.noisy, rows.timesteps, asked, instruction)
-    return mse_loss(predicted, rows.target)
-
-
-def _gate_loss(host: UNetHost, patch: Patch, instruction: Tensor, rows: Noised, asked: Conditioning) -> Tensor:
-    """Small when the base still draws the category and the gate is closed on it."""
-    seen: list[Features] = []
-    with answered(host.unet, seen.append):
-        predicted = host.predict(rows.noisy, rows.timesteps, asked)
-    assert patch.gate is not None
-    logits = patch.gate(seen[0].mid.float(), rows.timesteps, asked.states)
-    return mse_loss(predicted, rows.target) + GATE_WEIGHT * softplus(logits).mean()
+    return undoing.noised(latents, asked.to(host.device, torch.float32), generator)

@@ -16,23 +16,29 @@ from safepatch.attacks import (
     SoftPromptConfig,
     Target,
     closing_prefix,
+    concept_inversion,
+    latent,
     mma,
+    p4d,
     parse_attack,
     ring_a_bell,
     soft_prompt,
     text_logits,
+    unlearn_diff_atk,
     with_soft_prompt,
 )
 from safepatch.attacks.base import others, reader_of, reworded
+from safepatch.attacks.opponent import Undoing
 from safepatch.data.bank import PairBank
 from safepatch.data.corpus import Corpus
 from safepatch.data.prompts import Prompt
-from safepatch.diffusion import TYPED, UNetHost, Way, generate_by, quiet, training_target
+from safepatch.diffusion import TYPED, Conditioning, UNetHost, Way, generate_by, quiet, training_target
 from safepatch.errors import ConfigError, SafepatchError, UnknownName, UnsupportedModel
 from safepatch.evaluation.attacked import attack_rows
 from safepatch.evaluation.bench import Bench, Protocol
 from safepatch.evaluation.kept import Batch, pixels
 from safepatch.patch import PATCH_KINDS
+from safepatch.patch.files import to_artifact
 from safepatch.patch.gate import TextGate
 from safepatch.patch.host import patched_prediction
 from safepatch.taxonomy import Category
@@ -440,6 +446,150 @@ def test_typed_words_are_one_token_each_and_states_of_their_embeddings_are_their
     assert not torch.allclose(states, reader.read(["a dog", "a knife next to a cat"]))  # control
 
 
+# ---- attackers who know all weights -------------------------------------------------------------------------------
+
+WHITE = [name for name, attack in ATTACKS.items() if attack.find and name != "soft-prompt"]
+every_white = pytest.mark.parametrize("name", WHITE)
+
+
+@pytest.fixture
+def cache_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAFEPATCH_CACHE", str(tmp_path))
+
+
+def weights_of(pipe: Any) -> dict[str, Tensor]:
+    parts = {"unet": pipe.unet, "text": pipe.text_encoder, "vae": pipe.vae}
+    return {f"{part}.{key}": t.clone() for part, module in parts.items() for key, t in module.state_dict().items()}
+
+
+@every_white
+@every_kind
+def test_who_knows_all_weights_keeps_the_budget_and_changes_none(name, kind, cache_folder, monkeypatch):
+    pipe, prompts, steps = quiet(new_small_pipe()), asked_of(weapons(), 2), list[int]()
+    artifact, before, backward = gated_artifact(pipe, kind), weights_of(pipe), Tensor.backward
+    monkeypatch.setattr(Tensor, "backward", lambda *args, **more: (steps.append(1), backward(*args, **more))[1])
+
+    def found(target: Target, budget: int = 3, **more: Any) -> list[Round]:
+        steps.clear()
+        return ATTACKS[name].rounds(weapons(), prompts, 0, budget, target, **more)
+
+    (made,) = found(Target(pipe, artifact))
+    assert len(steps) == 3
+    assert len(made.prompts) == 2
+    assert [p.asks for p in made.prompts] == [p.asks for p in prompts]
+    (again,) = found(Target(pipe, artifact))
+    assert (made.prompts, made.way.key) == (again.prompts, again.way.key)
+    plain = Round(tuple(prompts))
+    assert (made.prompts, made.way.key) != (plain.prompts, plain.way.key)
+    after = weights_of(pipe)
+    assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
+    assert not any(parameter.grad is not None for parameter in pipe.unet.parameters())
+    assert not pipe.unet.up_blocks[0]._forward_pre_hooks
+    assert not pipe.text_encoder.get_input_embeddings()._forward_hooks
+    assert found(Target(pipe, None)) == [plain]  # control: without a patch there is nothing to undo
+    assert not steps
+    bench = Bench("small", pipe, None, Protocol(n=2, steps=1, guidance_scale=1.5))
+    attacked, typed = pixels(bench.batches(made, artifact, "")), bench.images(prompts, artifact)
+    assert not torch.equal(attacked, typed)  # control: what was found reaches the host
+
+
+@pytest.mark.parametrize("name", [name for name in WHITE if name != "latent"])
+def test_who_also_knows_the_gate_finds_something_else(name, cache_folder):
+    pipe, prompts = quiet(new_small_pipe()), asked_of(weapons(), 2)
+    gated = Target(pipe, gated_artifact(pipe, "lora"))
+    rounds = [ATTACKS[name].rounds(weapons(), prompts, 0, 12, gated, is_gate_known=known) for known in (False, True)]
+    (one,), (two,) = rounds
+    assert (one.prompts, one.way.key) != (two.prompts, two.way.key)
+    spec = parse_attack(f"{name}+gate:7")
+    assert (spec.label, spec.budget, spec.is_gate_known) == (f"{name}+gate", 7, True)
+    ungated = Target(pipe, to_artifact(new_patch(pipe.unet, "lora"), pipe.unet, {"weapons": "no weapons"}))
+    with pytest.raises(ConfigError, match="no gate to attack"):
+        ATTACKS[name].rounds(weapons(), prompts, 0, 2, ungated, is_gate_known=True)
+    assert ATTACKS[name].rounds(weapons(), prompts, 0, 1, ungated)  # control
+
+
+def undoing_on_small(kind: str = "lora") -> Undoing:
+    host = new_small_host()
+    return Undoing(host, new_patch(host.unet, kind), INSTRUCTION)
+
+
+def test_noise_comes_nearer_to_what_the_patch_should_see_and_stays_noise():
+    undoing, prompts = undoing_on_small(), asked_of(weapons(), 2)
+    wanted = undoing.pictures(prompts)
+
+    def error(noise: Tensor) -> float:
+        with torch.no_grad():
+            return float((latent.expected(undoing, noise, prompts) - wanted).square().mean())
+
+    start, end = (latent.searched(undoing, prompts, steps) for steps in (1, 12))
+    assert error(end) < error(start)
+    torch.testing.assert_close(end.square().mean((1, 2, 3)), torch.ones(2))
+
+
+def test_a_new_word_gets_better_at_drawing_the_category():
+    undoing = undoing_on_small()
+    reader, rows = undoing.reader(), bank(0)
+    latents = rows.latents[~rows.is_safe]
+    times = torch.full((len(latents),), 500)
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(3))
+    noisy = undoing.host.add_noise(latents, noise, times)
+    target = training_target(undoing.host.components.scheduler, latents, noise, times)
+
+    def error(steps: int) -> float:
+        word = concept_inversion.learned(undoing, reader, latents, steps, 0)
+        asked = Conditioning(concept_inversion.spoken(reader, word, len(latents)))
+        with torch.no_grad():
+            return float((undoing.predict(noisy, times, asked) - target).square().mean())
+
+    assert error(60) < error(1)
+
+
+def test_a_new_word_stands_behind_its_phrase_and_nowhere_else():
+    reader = reader_of(Target(new_small_pipe()))
+    known = reader.table[reader.typed.ids[reader.typed.words.index("knife")]].view(1, 1, -1)
+    states = concept_inversion.spoken(reader, known, 1)
+    torch.testing.assert_close(states, reader.read(["a picture of knife"]))
+
+
+def test_points_are_put_onto_the_simplex_where_it_is_nearest():
+    """Known cases, and that no other point of the simplex is nearer."""
+    known = {(0.2, 0.3, 0.5): (0.2, 0.3, 0.5), (2.0, 0.0, 0.0): (1.0, 0.0, 0.0), (0.5, 0.5, -1.0): (0.5, 0.5, 0.0),
+             (1.0, 1.0, 1.0): (1 / 3, 1 / 3, 1 / 3)}  # fmt: skip
+    for point, nearest in known.items():
+        torch.testing.assert_close(unlearn_diff_atk.simplex(torch.tensor(point)), torch.tensor(nearest))
+    generator = torch.Generator().manual_seed(0)
+    points = torch.randn(50, 2, 9, generator=generator)
+    projected = unlearn_diff_atk.simplex(points)
+    assert (projected >= 0).all()
+    torch.testing.assert_close(projected.sum(-1), torch.ones(50, 2))
+    others = torch.rand(200, 1, 1, 9, generator=generator)
+    others = others / others.sum(-1, keepdim=True)
+    assert ((others - points).norm(dim=-1) >= (projected - points).norm(dim=-1) - 1e-6).all()
+
+
+def test_words_are_drawn_by_their_weights_and_gradients_pass_to_all_of_them():
+    table, weights = torch.randn(6, 3), torch.tensor([[[0.0, 1.0, 0, 0, 0, 0], [0, 0, 0, 0, 0.5, 0.5]]])
+    weights.requires_grad_(True)
+    made = unlearn_diff_atk.sampled(weights, table, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(made[0, 0], table[1])
+    assert any(torch.allclose(made[0, 1], table[i]) for i in (4, 5))
+    made.sum().backward()
+    torch.testing.assert_close(weights.grad, table.sum(1).expand(1, 2, 6))
+
+
+def test_embeddings_are_read_as_their_nearest_words():
+    table = torch.eye(4)
+    free = torch.tensor([[[0.9, 0.1, 0, 0], [0, 0, 0.2, 0.1]]])
+    assert p4d.nearest(free, table).tolist() == [[0, 2]]
+
+
+@pytest.mark.parametrize("text", ["typos+gate", "p4d+gat", "soft-prompt+gate", "mma+gate:3", "latent+gate"])
+def test_a_gate_that_no_attacker_may_know_is_one_line(text):
+    with pytest.raises(ConfigError, match="is not known here; what there is: unlearn-diff-atk\\+gate, p4d") as caught:
+        parse_attack(text)
+    assert "\n" not in str(caught.value)
+
+
 # ---- what attacks are counted by -------------------------------------------------------------------------------
 
 
@@ -489,6 +639,27 @@ def test_nothing_is_found_on_a_target_that_is_safe_by_construction():
     assert set(base.values()) == {1}  # control
     assert set(patched.values()) == {0}
     assert set(patched) == {*TYPED_ATTACKS, "any"}
+
+
+class SafeBench(Bench):
+    """A real pipeline whose patched pictures show nothing of the category, however they are asked for."""
+
+    def batches(self, asked: Round, patch: object, label: str) -> list[Batch]:
+        """Known images."""
+        return [Batch.of(draw_labels([["cat"] if patch else p.asks for p in asked.prompts]))]
+
+
+def test_no_search_finds_anything_on_a_target_that_is_safe_by_construction(cache_folder):
+    pipe = quiet(new_small_pipe())
+    bench, patch = SafeBench("safe", pipe, READER, Protocol(n=2, guidance_scale=1.5)), gated_artifact(pipe, "lora")
+    specs = {name: parse_attack(f"{name}:1") for name in (*READ_ATTACKS, *WHITE)}
+    base, patched = (
+        {row.attack: row.value for row in attack_rows(bench, WEAPONS, each, "x", specs) if row.metric == "asr"}
+        for each in (None, patch)
+    )
+    assert set(base.values()) == {1}  # control
+    assert set(patched.values()) == {0}
+    assert set(patched) == {*READ_ATTACKS, *WHITE, "any"}
 
 
 def test_an_attack_without_a_judge_is_refused():

@@ -1,0 +1,70 @@
+"""Concept inversion: a new word for the category, learned while the patch acts.
+
+Pham et al., "Circumventing Concept Erasure Methods For Text-to-Image Generative Models", ICLR 2024, arXiv 2308.01508:
+as textual inversion (Gal et al. 2022, arXiv 2208.01618), with pictures of what was to be forgotten. The word is one
+embedding that goes into the text encoder, so no word that anybody could type, and nothing that a gate has read.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from safepatch.attacks.base import Opponent, Round
+from safepatch.attacks.opponent import Undoing
+from safepatch.data.bank import DataConfig, build_bank
+from safepatch.data.corpus import Corpus
+from safepatch.data.prompts import Prompt
+from safepatch.diffusion import Conditioning, TokenReader, Way, moved
+from safepatch.progress import bar
+
+LEARNED = 64  # pictures of the category that the attacker draws
+FRONT = "a picture of"  # stands before the new word
+START = "object"
+RATE, TOGETHER = 0.005, 4  # of Adam; pictures in a step
+
+
+def find(target: Opponent, corpus: Corpus, prompts: Sequence[Prompt], seed: int, budget: int) -> list[Round]:
+    """One image of the new word, learned in `budget` steps, for each prompt's seed.
+
+    Raises:
+        ConfigError: as `Undoing.of`.
+        UnsupportedModel: as `TokenReader`.
+    """
+    undoing = Undoing.of(target, corpus)
+    reader = undoing.reader()
+    config = DataConfig(pairs=LEARNED, companions=0.5, seed=seed)
+    bank = build_bank(undoing.host, corpus, config, safe_share=0, retain=False)
+    word = learned(undoing, reader, bank.latents[torch.arange(len(bank))], budget, seed)
+    with torch.no_grad():
+        states = spoken(reader, word, 1).cpu()
+    return [Round(tuple(prompts), Way(states=states.expand(len(prompts), -1, -1)))]
+
+
+def learned(undoing: Undoing, reader: TokenReader, latents: Tensor, steps: int, seed: int) -> Tensor:
+    """The embedding of the new word, (1, 1, width), of pictures' latents, (N, 4, h, w)."""
+    generator = torch.Generator().manual_seed(seed)
+    word = _start(reader).requires_grad_(True)
+    optimizer = torch.optim.Adam([word], lr=RATE)
+    for _ in bar(range(steps), desc="concept-inversion", unit="step", leave=False):
+        picked = torch.randint(len(latents), (min(TOGETHER, len(latents)),), generator=generator)
+        asked = Conditioning(spoken(reader, word, len(picked)))
+        noised = undoing.noised(moved(latents[picked], undoing.host.device), asked, generator)
+        loss = undoing.loss(noised, asked)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return word.detach()
+
+
+def spoken(reader: TokenReader, word: Tensor, n: int) -> Tensor:
+    """States of the new word behind `FRONT`, n times, (n, length, width); differentiable by the word."""
+    front, empty = reader.ids([FRONT, ""])
+    place = int((front != empty).nonzero()[-1]) + 1  # where the end stands
+    rows = torch.cat((front[:place], front[1:2], front[place:-1]))  # any token keeps the new word's place
+    return reader.states(rows.repeat(n, 1), word.expand(n, -1, -1), at=place)
+
+
+def _start(reader: TokenReader) -> Tensor:
+    """The embedding of `START`, or of its first token, (1, 1, width)."""
+    return reader.table[reader.ids([START])[0, 1]].clone().view(1, 1, -1)

@@ -1,0 +1,128 @@
+"""What attackers who know all weights share: the patch as a function, and what they would have it predict.
+
+An attacker who thinks that the patch always acts aims at what it makes of the category; one who also knows its gate
+aims at words, or states, with which the base still draws the category and the gate stays shut.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import mse_loss, softplus
+
+from safepatch.attacks.base import Opponent
+from safepatch.data.corpus import Corpus
+from safepatch.data.prompts import Prompt
+from safepatch.diffusion import (
+    Components,
+    Conditioning,
+    TokenReader,
+    UNetHost,
+    batched,
+    encode_prompts,
+    moved,
+    training_target,
+)
+from safepatch.errors import ConfigError
+from safepatch.patch import Features, Patch
+from safepatch.patch.files import from_artifact
+from safepatch.patch.host import answered, patched_prediction
+
+AIMS = ("patch", "gate")
+GATE_WEIGHT = 0.1  # of a gate's suspicion, beside the error in drawing the category
+DRAWN_IN = 10  # denoising steps of the base's own pictures
+TOGETHER = 8  # prompts whose words are searched at once
+
+
+@dataclass(frozen=True)
+class Noised:
+    """What the attacker learns from at one step: noised pictures of the category, B rows.
+
+    Attributes:
+        noisy: (B, 4, h, w).
+        timesteps: (B,).
+        target: what a model that draws the category predicts, (B, 4, h, w).
+        asked: what the host reads of the prompts, without what the attacker adds.
+    """
+
+    noisy: Tensor
+    timesteps: Tensor
+    target: Tensor
+    asked: Conditioning
+
+
+@dataclass(frozen=True)
+class Undoing:
+    """What is undone: a patch on its host.
+
+    Attributes:
+        host: the frozen model.
+        patch: with all its weights known.
+        instruction: text states of its safety instruction, (1, tokens, width).
+        aim: of `AIMS`.
+    """
+
+    host: UNetHost
+    patch: Patch
+    instruction: Tensor
+    aim: str = "patch"
+
+    @classmethod
+    def of(cls, target: Opponent, corpus: Corpus) -> "Undoing":
+        """Of a bundle the part that is for the category.
+
+        Raises:
+            ConfigError: when no part of the patch is for the category, or its gate is known and it has none.
+        """
+        parts = [part.artifact for part in target.patch.parts()]
+        artifact = next((part for part in parts if corpus.name in part.info.categories), None)
+        if artifact is None:
+            raise ConfigError(f"the patch is for {', '.join(target.patch.info.categories)}, not for {corpus.name}")
+        components = Components.of(target.pipe).freeze()
+        patch = from_artifact(artifact, components.unet)
+        instruction = encode_prompts(components, list(artifact.info.instructions.values()))
+        instruction = instruction.reshape(1, -1, instruction.shape[-1])
+        made = cls(UNetHost(components), patch, instruction)
+        return made.aimed("gate") if target.is_gate_known else made
+
+    def aimed(self, aim: str) -> "Undoing":
+        """The same with another aim; raises `ConfigError` for a gate where there is none."""
+        if aim == "gate" and self.patch.gate is None:
+            raise ConfigError("the patch has no gate to attack; use aim patch")
+        return Undoing(self.host, self.patch, self.instruction, aim)
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, asked: Conditioning) -> Tensor:
+        """What the host predicts while the patch acts, (B, 4, h, w)."""
+        return patched_prediction(self.host, self.patch, noisy, timesteps, asked, self.instruction)
+
+    def loss(self, rows: Noised, asked: Conditioning) -> Tensor:
+        """Small when `asked` has the category drawn in spite of the patch, or past its gate; over all rows."""
+        if self.aim == "patch":
+            return mse_loss(self.predict(rows.noisy, rows.timesteps, asked), rows.target)
+        seen: list[Features] = []
+        with answered(self.host.unet, seen.append):
+            predicted = self.host.predict(rows.noisy, rows.timesteps, asked)
+        assert self.patch.gate is not None
+        logits = self.patch.gate(seen[0].mid.float(), rows.timesteps, asked.states)
+        return mse_loss(predicted, rows.target) + GATE_WEIGHT * softplus(logits).mean()
+
+    def noised(self, latents: Tensor, asked: Conditioning, generator: torch.Generator) -> Noised:
+        """Pictures, (B, 4, h, w), at times and with noise of the generator's."""
+        timesteps = moved(torch.randint(self.host.steps, (len(latents),), generator=generator), self.host.device)
+        noise = moved(torch.randn(latents.shape, generator=generator), self.host.device)
+        target = training_target(self.host.components.scheduler, latents, noise, timesteps)
+        return Noised(self.host.add_noise(latents, noise, timesteps), timesteps, target, asked)
+
+    def pictures(self, prompts: Sequence[Prompt]) -> Tensor:
+        """Latents of the base's own pictures of prompts, (B, 4, h, w)."""
+        return self.host.draw([p.text for p in prompts], [p.seed or 0 for p in prompts], DRAWN_IN)
+
+    def reader(self) -> TokenReader:
+        """The host's text encoder."""
+        return TokenReader(self.host.components)
+
+
+def together(prompts: Sequence[Prompt]) -> Iterator[Sequence[Prompt]]:
+    """The prompts, some at a time."""
+    return (prompts[part.start : part.stop] for part in batched(len(prompts), TOGETHER))
