@@ -59,6 +59,17 @@ METRICS: dict[str, Metric] = {
     "lookalike_identical": Metric(
         "share of images of harmless things that resemble the category left as they were, bit for bit", percent=True
     ),
+    "unsafe_change": Metric(
+        "by how much the patch changes the share of unsafe images, over pairs of equal prompt and seed; lower is safer",
+        percent=True,
+    ),
+    "clip_score": Metric("mean cosine of benign prompts and their images, by CLIP; higher is better", percent=False),
+    "kid": Metric(
+        "distance of benign images from the base's own of other seeds, by the detector's features; nearer the base's "
+        "own figure is better",
+        percent=False,
+    ),
+    "fid": Metric("the same by FID, which is larger for fewer images; lower is better", percent=False),
     "retention": Metric(
         "share of a single patch's corrections that a merged patch keeps; higher is better", percent=True
     ),

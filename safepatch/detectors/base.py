@@ -23,6 +23,8 @@ class Detector:
         version: which weights or build this is, for people.
         sha256: of the weights' file, empty where there is none.
         device: where `probabilities` runs; images come from anywhere.
+        features: images on its device to what it sees in them, (B, D), for distances between sets; not all have them.
+        similarity: images on its device, and as many texts, to cosines (B,); not all know texts.
     """
 
     name: str
@@ -32,6 +34,8 @@ class Detector:
     version: str = ""
     sha256: str = ""
     device: str | torch.device = "cpu"
+    features: Callable[[Tensor], Tensor] | None = None
+    similarity: Callable[[Tensor, Sequence[str]], Tensor] | None = None
 
     def __call__(self, images: Tensor) -> Tensor:
         """Probabilities in [0, 1], float32, (B, labels), of images in [0, 1] of any dtype, (B, 3, H, W).
@@ -44,6 +48,33 @@ class Detector:
         require_finite(images)
         chunks = (chunk.to(self.device, torch.float32) for chunk in images.split(BATCH))
         return torch.cat([self.probabilities(chunk) for chunk in chunks]).to(images.device)
+
+    def describe(self, images: Tensor) -> Tensor:
+        """Features of images in [0, 1], (B, 3, H, W), float32, (B, D), on the CPU.
+
+        Raises:
+            ConfigError: when it has none, or an image is not finite.
+        """
+        if self.features is None:
+            raise ConfigError(f"detector '{self.name}' gives no features of pictures; name one that does, such as clip")
+        require_finite(images)
+        chunks = (chunk.to(self.device, torch.float32) for chunk in images.split(BATCH))
+        return torch.cat([self.features(chunk).float().cpu() for chunk in chunks])
+
+    def compare(self, images: Tensor, texts: Sequence[str]) -> Tensor:
+        """Cosines of images in [0, 1], (B, 3, H, W), with as many texts, (B,), on the CPU.
+
+        Raises:
+            ConfigError: when it knows no texts, or an image is not finite.
+        """
+        if self.similarity is None:
+            raise ConfigError(
+                f"detector '{self.name}' compares no texts with pictures; name one that does, such as clip"
+            )
+        require_finite(images)
+        parts = [slice(first, first + BATCH) for first in range(0, len(images), BATCH)]
+        moved = (images[part].to(self.device, torch.float32) for part in parts)
+        return torch.cat([self.similarity(one, texts[part]).cpu() for one, part in zip(moved, parts, strict=True)])
 
     def find(self, images: Tensor) -> list[frozenset[str]]:
         """The labels shown by each image."""

@@ -60,15 +60,30 @@ def clip_detector(
     labels = label_texts(categories)
     weights = find_weights(source or SOURCE, NAME)
     model = load_model(CLIPModel, weights, device)
-    texts = encode_texts(model, _tokenizer(weights), [*labels, *NEUTRAL])
+    tokenizer = _tokenizer(weights)
+    texts = encode_texts(model, tokenizer, [*labels, *NEUTRAL])
 
     @torch.no_grad()
-    def probabilities(images: Tensor) -> Tensor:
+    def features(images: Tensor) -> Tensor:
         pixels = clip_pixels(images, model.config.vision_config.image_size)
-        logits = model.logit_scale.exp() * normalize(model.get_image_features(pixels).pooler_output) @ texts.T
-        return against_neutral(logits, len(labels))
+        return normalize(model.get_image_features(pixels).pooler_output)
 
-    return Detector(NAME, labels, probabilities, version=weights.version, sha256=weights.sha256, device=device)
+    def probabilities(images: Tensor) -> Tensor:
+        return against_neutral(model.logit_scale.exp() * features(images) @ texts.T, len(labels))
+
+    def similarity(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return (features(images) * encode_texts(model, tokenizer, prompts, is_cut=True)).sum(1)
+
+    return Detector(
+        NAME,
+        labels,
+        probabilities,
+        version=weights.version,
+        sha256=weights.sha256,
+        device=device,
+        features=features,
+        similarity=similarity,
+    )
 
 
 def label_texts(categories: Sequence[Category]) -> tuple[str, ...]:
@@ -95,20 +110,21 @@ def against_neutral(logits: Tensor, labels: int) -> Tensor:
 
 
 @torch.no_grad()
-def encode_texts(model: CLIPModel, tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
-    """CLIP's embeddings of unit length, (len(texts), D).
+def encode_texts(model: CLIPModel, tokenizer: CLIPTokenizer, texts: Sequence[str], is_cut: bool = False) -> Tensor:
+    """CLIP's embeddings of unit length, (len(texts), D); long texts are cut where that is allowed.
 
     Raises:
-        ConfigError: for a text that would be cut.
+        ConfigError: for a text that would be cut, unless `is_cut`.
         UnsupportedModel: when the tokenizer is not the model's.
     """
     known, longest = model.config.text_config.vocab_size, model.config.text_config.max_position_embeddings
     if len(tokenizer) > known:
         raise UnsupportedModel(f"the tokenizer has {len(tokenizer)} tokens, its CLIP knows {known}: save the right one")
-    for text in texts:
+    for text in () if is_cut else texts:
         if len(tokenizer(text).input_ids) > longest:
             raise ConfigError(f"label '{text}' of detector 'clip' has more than {longest} tokens; shorten it")
-    inputs = tokenizer(list(texts), padding=True, return_tensors="pt").to(model.device)
+    cut = {"truncation": True, "max_length": longest}
+    inputs = tokenizer(list(texts), padding=True, return_tensors="pt", **cut).to(model.device)
     return normalize(model.get_text_features(**inputs).pooler_output)
 
 

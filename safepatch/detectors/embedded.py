@@ -16,4 +16,9 @@ def embedded_detector() -> Detector:
     def probabilities(images: Tensor) -> Tensor:
         return torch.sigmoid(classifier(images))
 
-    return Detector("embedded", tuple(CONCEPTS), probabilities, version="tiny-sd's own classifier")
+    @torch.no_grad()
+    def features(images: Tensor) -> Tensor:
+        maps = classifier.features(images * 2 - 1)
+        return torch.cat((maps.mean((2, 3)), maps.amax((2, 3))), dim=1)
+
+    return Detector("embedded", tuple(CONCEPTS), probabilities, version="tiny-sd's own classifier", features=features)

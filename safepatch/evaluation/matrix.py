@@ -14,7 +14,7 @@ from safepatch.data.corpus import Corpus
 from safepatch.detectors import Pictures, misfit, parse_detector
 from safepatch.errors import ConfigError, lookup
 from safepatch.evaluation.bench import Protocol
-from safepatch.evaluation.suite import MEASURES
+from safepatch.evaluation.suite import MEASURES, USUAL
 from safepatch.merging import MergeRecipe
 from safepatch.models.load import MODELS, ModelConfig, dtype_of
 from safepatch.results import NONE, TOY
@@ -88,7 +88,7 @@ class Matrix:
         transfer: further models, on which only `unsafe_rate` is measured.
         patches: what is put on them.
         categories: names of shipped ones or files; by default those that the patches are for.
-        metrics: keys of `MEASURES`; all by default.
+        metrics: keys of `MEASURES`; the usual ones by default.
         detectors: `name[:threshold][@weights]`; by default `embedded` on embedded models, and no detector on others.
         attacks: `name[:budget]`, on `models`; a detector judges them.
         protocol: how images are made.
@@ -134,7 +134,7 @@ class Matrix:
 
     def metrics_on(self, model: str) -> tuple[str, ...]:
         """What is measured on a model."""
-        metrics = tuple(self.metrics) or tuple(MEASURES)
+        metrics = tuple(self.metrics) or USUAL
         return tuple(name for name in metrics if name == "unsafe_rate") if model in self.transfer else metrics
 
     def detectors_on(self, model: str) -> tuple[str, ...]:

@@ -1,7 +1,8 @@
 """Metrics are pure functions of flags or images; every one returns its value with a 95 % interval and its n.
 
 Proportions carry the score interval of Wilson, "Probable inference, the law of succession, and statistical
-inference" (1927); means carry the normal approximation over images.
+inference" (1927); means carry the normal approximation over images; differences of pairs carry percentiles of the
+bootstrap, Efron, "Bootstrap methods: another look at the jackknife" (1979).
 """
 
 import math
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from safepatch.errors import SafepatchError
 
+RESAMPLED = 2000  # draws of the bootstrap
 Z95 = 1.959963984540054  # Φ⁻¹(0.975): two-sided 95 %
 
 
@@ -27,7 +29,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A measured value in [0, 1], its 95 % interval, and the number of cases behind it."""
+    """A measured value, mostly in [0, 1], its 95 % interval, and the number of cases behind it."""
 
     value: float
     low: float
@@ -96,6 +98,36 @@ def retention(base: Tensor, single: Tensor, merged: Tensor) -> Estimate:
     if not corrected.any():
         raise SafepatchError("retention needs a single patch that corrects at least one image; this one corrects none")
     return rate(~merged[corrected])
+
+
+def paired_difference(before: Tensor, after: Tensor, seed: int = 0) -> Estimate:
+    """The mean of `after - before`, in [-1, 1]: by how much a rate rises, over cases that are paired.
+
+    Pairs, the same prompt and seed on both sides, are what is drawn again, so what both have in common does not widen
+    the interval. Equal inputs and seeds, equal intervals.
+
+    Args:
+        before, after: bool or float in [0, 1], shape (N,), N >= 1.
+        seed: of the bootstrap's draws.
+    """
+    if before.shape != after.shape or before.ndim != 1 or not len(before):
+        raise SafepatchError(f"pairs must be two (N,) with N >= 1, got {_describe(before)}, {_describe(after)}")
+    changes = after.double() - before.double()
+    generator = torch.Generator().manual_seed(seed)
+    picks = torch.randint(len(changes), (RESAMPLED, len(changes)), generator=generator)
+    means, value = changes[picks].mean(1), float(changes.mean())
+    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=means.dtype)).tolist()
+    return Estimate(value, min(low, value), max(high, value), len(changes))
+
+
+def mean(values: Tensor) -> Estimate:
+    """The mean of values (N,), with the normal approximation; one value alone bounds nothing within [-1, 1]."""
+    known = values.double().tolist()
+    if not known:
+        raise SafepatchError("no mean of 0 values; measure at least one case")
+    average, n = statistics.fmean(known), len(known)
+    half = Z95 * statistics.stdev(known) / math.sqrt(n) if n > 1 else 1.0
+    return Estimate(average, average - half, average + half, n)
 
 
 def benign_drift(base: Tensor, patched: Tensor) -> Estimate:

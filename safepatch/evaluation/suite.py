@@ -5,6 +5,7 @@ has no such words, where there is no detector, or where the detector has no labe
 """
 
 from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -15,12 +16,15 @@ from safepatch.data.prompts import Prompt
 from safepatch.detectors.base import shows_all, shows_any
 from safepatch.errors import SafepatchError, lookup
 from safepatch.evaluation.bench import Bench, Protocol, patch_hash
-from safepatch.evaluation.metrics import Estimate, benign_drift, rate
+from safepatch.evaluation.distances import Distance, fid, jackknifed, kid
+from safepatch.evaluation.metrics import Estimate, benign_drift, mean, paired_difference, rate
 from safepatch.results import NONE, Row
 
 __all__ = ["MEASURES", "Bench", "Measure", "Protocol", "evaluate", "labels_of", "row"]
 
 Found = Sequence[frozenset[str]]
+FEWEST = 4  # images that a distance can be told of
+APART = 9_000_011  # between the seeds of what is measured and of its reference
 
 
 def unsafe_rate(bench: Bench, corpus: Corpus, patch: PatchArtifact | None, heldout: bool = False) -> Estimate | None:
@@ -85,6 +89,46 @@ def other_unsafe_rate(bench: Bench, corpus: Corpus, patch: PatchArtifact | None)
     return rate(torch.cat(flags)) if flags else None
 
 
+def unsafe_change(bench: Bench, corpus: Corpus, patch: PatchArtifact | None) -> Estimate | None:
+    """By how much the patch changes `unsafe_rate`, over pairs of images of equal prompts and seeds."""
+    labels, prompts = labels_of(bench, corpus), _prompts(bench, corpus, "plain") if patch else []
+    if not labels or not prompts:
+        return None
+    before, after = (shows_any(_found(bench, prompts, each, corpus.name), labels) for each in (None, patch))
+    return paired_difference(before, after)
+
+
+def distance(bench: Bench, corpus: Corpus, patch: PatchArtifact | None, of: Distance = kid) -> Estimate | None:
+    """How far images of benign prompts are from the base's own of the same prompts and other seeds.
+
+    The base's images are the fixed reference, so its own figure is what chance makes of the distance.
+    """
+    prompts = _prompts(bench, corpus, "benign")
+    if bench.detector is None or bench.detector.features is None or len(prompts) < FEWEST:
+        return None
+    others = [replace(prompt, seed=(prompt.seed or 0) + APART) for prompt in prompts]
+    reference = bench.detector.describe(bench.images(others, None, "benign, reference"))
+    features = bench.detector.describe(bench.images(prompts, patch, "benign, patched" if patch else "benign"))
+    return jackknifed(of, features, reference)
+
+
+def frechet_distance(bench: Bench, corpus: Corpus, patch: PatchArtifact | None) -> Estimate | None:
+    """The same by `fid`."""
+    return distance(bench, corpus, patch, fid)
+
+
+def clip_score(bench: Bench, corpus: Corpus, patch: PatchArtifact | None) -> Estimate | None:
+    """Mean cosine, at least 0, of benign prompts and their images, by a detector that knows texts.
+
+    Hessel et al., "CLIPScore", 2021, arXiv 2104.08718, without its factor of 2.5.
+    """
+    prompts = _prompts(bench, corpus, "benign")
+    if bench.detector is None or bench.detector.similarity is None or not prompts:
+        return None
+    images = bench.images(prompts, patch, "benign, patched" if patch else "benign")
+    return mean(bench.detector.compare(images, [prompt.text for prompt in prompts]).clamp(min=0))
+
+
 def drift(bench: Bench, corpus: Corpus, patch: PatchArtifact | None, prompts: str = "benign") -> Estimate | None:
     """Mean absolute pixel change that the patch makes to images of a set of harmless prompts."""
     asked = _prompts(bench, corpus, prompts) if patch else []
@@ -119,12 +163,14 @@ class Measure(NamedTuple):
         metric: `metric` of its rows.
         prompt_set: `prompt_set` of its rows.
         judged: whether it takes a detector.
+        usual: whether it is measured when none is named.
     """
 
     run: Callable[[Bench, Corpus, PatchArtifact | None], Estimate | None]
     metric: str
     prompt_set: str
     judged: bool = True
+    usual: bool = True
 
 
 MEASURES: dict[str, Measure] = {
@@ -138,11 +184,16 @@ MEASURES: dict[str, Measure] = {
     "benign_identical": Measure(identical, "benign_identical", "benign", judged=False),
     "lookalike_drift": Measure(lookalike_drift, "lookalike_drift", "lookalike", judged=False),
     "lookalike_identical": Measure(lookalike_identical, "lookalike_identical", "lookalike", judged=False),
+    "unsafe_change": Measure(unsafe_change, "unsafe_change", "plain", usual=False),
+    "clip_score": Measure(clip_score, "clip_score", "benign", usual=False),
+    "kid": Measure(distance, "kid", "benign", usual=False),
+    "fid": Measure(frechet_distance, "fid", "benign", usual=False),
 }
+USUAL = tuple(name for name, measure in MEASURES.items() if measure.usual)
 
 
 def evaluate(
-    bench: Bench, corpus: Corpus, patch: PatchArtifact | None, name: str = NONE, measures: Iterable[str] = MEASURES
+    bench: Bench, corpus: Corpus, patch: PatchArtifact | None, name: str = NONE, measures: Iterable[str] = USUAL
 ) -> list[Row]:
     """The figures of one patch, called `name`, for one category; what cannot be measured is left out."""
     chosen = [lookup(MEASURES, measure, what="metric") for measure in measures]

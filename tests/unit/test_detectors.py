@@ -201,6 +201,18 @@ def test_texts_that_clip_cannot_use_are_one_line(clip, texts, said):
         open_detector(DetectorSpec("clip", source=str(clip)), [])
 
 
+def test_features_and_cosines_are_clips_own(clip):
+    model, tokenizer, pictures = CLIPModel.from_pretrained(clip), CLIPTokenizer.from_pretrained(clip), new_pictures(3)
+    detector, prompts = opened("clip", clip), ["a cat", "a dog " * 40, "a knife"]
+    inputs = tokenizer(prompts, padding=True, truncation=True, max_length=24, return_tensors="pt")
+    with torch.no_grad():
+        made = model(pixel_values=clip_pixels(pictures, SIZE), **inputs)
+    torch.testing.assert_close(detector.describe(pictures), made.image_embeds, rtol=0, atol=1e-5)
+    expected = (made.image_embeds * made.text_embeds).sum(1)
+    torch.testing.assert_close(detector.compare(pictures, prompts), expected, rtol=0, atol=1e-5)
+    assert not torch.allclose(detector.compare(pictures, prompts[::-1]), expected, atol=1e-3)  # control
+
+
 # --- preprocessing ---
 
 
