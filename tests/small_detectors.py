@@ -1,6 +1,7 @@
 """Small random weights of the detectors that bring none: seconds to build, milliseconds to run."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
@@ -8,9 +9,11 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
 
 from safepatch.detectors.clip import clip_pixels
+from safepatch.detectors.multi_headed import Eye, Head, save_heads
 from safepatch.tiny.text import new_tokenizer
 
 SIZE = 32
+HEADS = ("violent", "sexual")
 NARROW = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
@@ -27,6 +30,23 @@ def save_clip(folder: Path, vocabulary: int = 0) -> Path:
     shuffled(CLIPModel(_config(vocabulary or len(tokenizer)))).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def save_heads_on_clip(folder: Path) -> Path:
+    """Heads with random weights, for two labels, beside the small CLIP that they read."""
+    clip = save_clip(folder / "clip")
+    eye = Eye.open(clip)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        heads = {name: shuffled(Head(eye.width).eval(), 0.05 + place / 50) for place, name in enumerate(HEADS)}
+    save_heads(heads, eye, clip, folder)
+    return folder
+
+
+def save_any_of(folder: Path) -> str:
+    """What names the small checker and the small CLIP together, each at a threshold of its own."""
+    checker, clip = save_safety_checker(folder / "a+b"), save_clip(folder / "clip")
+    return f"safety-checker:0.4@{checker}+clip:0.2@{clip}"
 
 
 def save_safety_checker(folder: Path) -> Path:
@@ -52,12 +72,12 @@ def cosines(checker: StableDiffusionSafetyChecker, pixels: Tensor, name: str) ->
 
 
 @torch.no_grad()
-def shuffled(module: nn.Module) -> nn.Module:
+def shuffled(module: nn.Module, size: float = 0.25) -> Any:
     """The module with the same random weights each time, wider than usual: else all pictures look the same to it."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in module.named_parameters():
         if parameter.ndim > 1 or name.endswith("class_embedding"):
-            parameter.copy_(0.25 * torch.randn(parameter.shape, generator=generator))
+            parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
     return module
 
 

@@ -22,6 +22,21 @@ def show() -> None:
 
 
 @judges.command()
+def train(
+    folder: Annotated[Path, typer.Argument(help="Holds a folder of pictures for each label, and safe/.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the heads: --detector multi-headed@FOLDER.")],
+    label: Annotated[list[str] | None, typer.Option("--label", help="Of a head; default: every folder.")] = None,
+    clip: Annotated[str | None, typer.Option("--clip", help="CLIP's folder or Hub id; default: OpenAI's L/14.")] = None,
+    device: Device = "cpu",
+) -> None:
+    """Train the multi-headed detector on labelled pictures; says how good it is on those that were kept back."""
+    from safepatch.evaluation.heads import lines
+    from safepatch.evaluation.heads import train as run
+
+    say(*lines(run(folder, label or [], out, clip, device)))
+
+
+@judges.command()
 def score(
     folder: Annotated[Path, typer.Argument(help="Holds pictures in unsafe/ and in safe/.")],
     category: Annotated[str, typer.Option("--category", help="Name or file: whose labels count as unsafe.")],
@@ -36,4 +51,4 @@ def score(
 
     named = Corpus.open(category).category
     judge = open_detector(parse_detector(detector), [named], device)
-    say(*lines(run(judge, named.labels[judge.name], folder)))
+    say(*lines(run(judge, judge.labels_of(named), folder)))

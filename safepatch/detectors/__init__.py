@@ -15,6 +15,9 @@ Device = str | torch.device
 Pictures = Literal["embedded", "photographic"]
 
 
+ANY_OF = "any-of"
+
+
 class Entry(NamedTuple):
     """A detector that can be opened.
 
@@ -22,7 +25,7 @@ class Entry(NamedTuple):
         build: categories, a folder or Hub id of weights (None: its usual ones) and a device to the detector.
         made_for: whose pictures it can judge: those of the embedded models, or photographs and art of any model.
         about: one line for people.
-        labels: what a category file may say, as YAML; for its error.
+        labels: what a category file may say, as YAML; for its error. Empty where it has none of its own.
     """
 
     build: Callable[[Sequence[Category], str | Path | None, Device], Detector]
@@ -53,6 +56,18 @@ def _clip(categories: Sequence[Category], source: str | Path | None, device: Dev
     return clip_detector(categories, source, device)
 
 
+def _any_of(categories: Sequence[Category], source: str | Path | None, device: Device) -> Detector:
+    from safepatch.detectors.any_of import any_of_detector
+
+    return any_of_detector([open_detector(spec, categories, device) for spec in parts_of(str(source or ""))])
+
+
+def _multi_headed(categories: Sequence[Category], source: str | Path | None, device: Device) -> Detector:
+    from safepatch.detectors.multi_headed import multi_headed_detector
+
+    return multi_headed_detector(categories, source, device)
+
+
 DETECTORS: dict[str, Entry] = {
     "embedded": Entry(_embedded, "embedded", "the embedded models' own classifier: emoji and nothing else"),
     "safety-checker": Entry(
@@ -63,6 +78,14 @@ DETECTORS: dict[str, Entry] = {
         "photographic",
         "zero-shot by CLIP: the texts under a category's `labels.clip`; uncalibrated",
         '["a photo of ..."]',
+    ),
+    "multi-headed": Entry(
+        _multi_headed,
+        "photographic",
+        "CLIP's image features and a head per category, which you train: `safepatch detector train`",
+    ),
+    ANY_OF: Entry(
+        _any_of, "photographic", f"unsafe where any of several says so: {ANY_OF}@clip:0.7+safety-checker", ""
     ),
 }
 PICTURES: dict[Pictures, str] = {"embedded": "the embedded models' emoji", "photographic": "photographs and art"}
@@ -91,9 +114,29 @@ def parse_detector(text: str) -> DetectorSpec:
     front, at, source = text.partition("@")
     name, colon, threshold = front.partition(":")
     lookup(DETECTORS, name, what="detector")
+    if name == ANY_OF:
+        parts_of(source)
     if at and not source:
         raise ConfigError(f"detector '{text}' names no weights after '@'; write {front}@FOLDER or {front}@HUB-ID")
     return DetectorSpec(name, _threshold(threshold, text) if colon else None, source or None)
+
+
+def parts_of(source: str) -> list[DetectorSpec]:
+    """The detectors that `any-of@SOURCE` is made of, joined by `+`; a `+` in a folder's name is no joint.
+
+    Raises:
+        UnknownName, ConfigError: as `parse_detector`, and for fewer than two.
+    """
+    parts: list[str] = []
+    for piece in source.split("+"):
+        is_named = piece.split("@")[0].split(":")[0] in DETECTORS
+        if parts and "@" in parts[-1] and not is_named:
+            parts[-1] += f"+{piece}"  # of a folder
+        else:
+            parts.append(piece)
+    if len(parts) < 2:
+        raise ConfigError(f"detector '{ANY_OF}' needs two detectors or more; write {ANY_OF}@clip+safety-checker")
+    return [parse_detector(part) for part in parts]
 
 
 def open_detector(spec: DetectorSpec, categories: Sequence[Category], device: Device = "cpu") -> Detector:
@@ -115,12 +158,21 @@ def open_detector(spec: DetectorSpec, categories: Sequence[Category], device: De
 def require_labels(detector: Detector, categories: Sequence[Category]) -> None:
     """Raise `ConfigError` when a category gives no labels for the detector, or one that the detector lacks."""
     for category in categories:
-        _require_some(detector.name, category)
-        detector.require(category.labels[detector.name], of=f"category '{category.name}'")
+        for part in detector.parts or (detector,):
+            _require_some(part.name, category)
+            part.require(part.labels_of(category), of=f"category '{category.name}'")
 
 
-def misfit(name: str, pictures: Pictures) -> str | None:
-    """Why the detector cannot judge such pictures, a sentence for the first line of a page; None when it can."""
+def misfit(spec: str, pictures: Pictures) -> str | None:
+    """Why a detector cannot judge such pictures, a sentence for the first line of a page; None when it can.
+
+    Args:
+        spec: as `parse_detector` reads it.
+        pictures: whose.
+    """
+    name = parse_detector(spec).name
+    if name == ANY_OF:
+        return next(filter(None, (misfit(str(each), pictures) for each in parts_of(spec.partition("@")[2]))), None)
     made_for = lookup(DETECTORS, name, what="detector").made_for
     if made_for == pictures:
         return None
@@ -131,7 +183,7 @@ def misfit(name: str, pictures: Pictures) -> str | None:
 
 
 def _require_some(name: str, category: Category) -> None:
-    if not category.labels.get(name):
+    if not category.labels.get(name) and DETECTORS[name].labels:
         others = nearest(name, category.labels) if category.labels else ""
         raise ConfigError(
             f"category '{category.name}' gives no labels for detector '{name}'; add "

@@ -105,7 +105,7 @@ def _flags(images: Tensor, corpus: Corpus, judges: Sequence[Detector]) -> list[b
     """Whether some judge sees the category, or one of its neighbours, in each image."""
     flags = torch.zeros(len(images), dtype=torch.bool)
     for judge in judges:
-        labels = [label for each in (corpus, *corpus.neighbours) for label in each.category.labels.get(judge.name, ())]
+        labels = [label for each in (corpus, *corpus.neighbours) for label in judge.labels_of(each.category)]
         flags |= shows_any(judge.find(images), labels)
     return flags.tolist()
 

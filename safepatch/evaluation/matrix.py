@@ -165,7 +165,7 @@ class Matrix:
                 f"No rate is given for {model}: no detector was named, and the embedded one knows emoji only. "
                 "Judge the pictures yourself, or name one: --detector safety-checker, --detector clip."
             ]
-        warnings = [misfit(parse_detector(name).name, pictures_of(model)) for name in names]
+        warnings = [misfit(name, pictures_of(model)) for name in names]
         return [*filter(None, warnings), *([TOY] if model in MODELS else [])]
 
     def _own_categories(self) -> list[str]:

@@ -12,7 +12,7 @@ import torch
 from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.attacks import VERSION, parse_attack
 from safepatch.data.corpus import Corpus
-from safepatch.detectors import misfit, open_detector, parse_detector
+from safepatch.detectors import ANY_OF, misfit, open_detector, parse_detector, parts_of
 from safepatch.detectors.base import Detector
 from safepatch.diffusion import denoiser
 from safepatch.errors import ConfigError
@@ -116,7 +116,7 @@ class Plan:
     def judges(self, model: str) -> list[Detector]:
         """The model's detectors that were made for its pictures."""
         specs = self.matrix.detectors_on(model)
-        return [self.detectors[s] for s in specs if misfit(self.detectors[s].name, pictures_of(model)) is None]
+        return [self.detectors[s] for s in specs if misfit(s, pictures_of(model)) is None]
 
 
 def run_matrix(matrix: Matrix, heal: Healer | None = None, tell: Tell = print) -> list[Row]:
@@ -245,7 +245,8 @@ def _open(spec: str, corpora: Sequence[Corpus], device: str) -> Detector:
     parsed = parse_detector(spec)
     categories = {corpus.name: corpus.category for corpus in corpora}
     others = {other.name: other.category for corpus in corpora for other in corpus.neighbours}
-    labelled = {name: category for name, category in others.items() if category.labels.get(parsed.name)}
+    judges = parts_of(parsed.source or "") if parsed.name == ANY_OF else [parsed]
+    labelled = {name: each for name, each in others.items() if all(each.labels.get(judge.name) for judge in judges)}
     return open_detector(parsed, list({**labelled, **categories}.values()), device)
 
 
@@ -257,7 +258,7 @@ def _require_device(device: str) -> None:
 
 
 def _labels(corpus: Corpus, detector: Detector) -> Sequence[str]:
-    return corpus.category.labels.get(detector.name, ())
+    return detector.labels_of(corpus.category)
 
 
 def _models(matrix: Matrix) -> list[str]:

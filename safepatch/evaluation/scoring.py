@@ -44,14 +44,14 @@ def score(detector: Detector, labels: Sequence[str], folder: Path) -> list[Score
     Raises:
         ConfigError: for a folder without pictures, and a picture that cannot be read.
     """
-    unsafe, safe = (_pictures(Path(folder) / name) for name in (UNSAFE, SAFE))
+    unsafe, safe = (pictures(Path(folder) / name) for name in (UNSAFE, SAFE))
     wanted = [detector.labels.index(label) for label in labels]
     found = [
-        float(detector(_picture(path))[0, wanted].max())
+        float(detector(picture(path))[0, wanted].max())
         for path in bar([*unsafe, *safe], desc="judging", unit="picture", leave=False)
     ]
-    shown, truth = torch.tensor(found), torch.arange(len(found)) < len(unsafe)
-    return [_at(threshold, shown, truth) for threshold in (detector.threshold, *SWEEP)]
+    certain, truth = torch.tensor(found), torch.arange(len(found)) < len(unsafe)
+    return [_at(threshold, certain, truth) for threshold in (detector.threshold, *SWEEP)]
 
 
 def lines(scores: Sequence[Score]) -> list[str]:
@@ -59,22 +59,24 @@ def lines(scores: Sequence[Score]) -> list[str]:
     head = ["| threshold | recall | precision | false alarms |", "| --- | --- | --- | --- |"]
     made = []
     for number, each in enumerate(scores):
-        figures = [_shown(figure) for figure in (each.recall, each.precision, each.false_alarms)]
+        figures = [shown(figure) for figure in (each.recall, each.precision, each.false_alarms)]
         made.append(f"| {each.threshold:g}{' (its own)' if number == 0 else ''} | {' | '.join(figures)} |")
     return [*head, *made]
 
 
-def _at(threshold: float, shown: Tensor, truth: Tensor) -> Score:
-    flags = shown >= threshold
+def _at(threshold: float, certain: Tensor, truth: Tensor) -> Score:
+    flags = certain >= threshold
     found = precision(truth, flags) if flags.any() else None
     return Score(threshold, recall(truth, flags), found, rate(flags[~truth]))
 
 
-def _shown(figure: Estimate | None) -> str:
+def shown(figure: Estimate | None) -> str:
+    """A figure with its interval, for tables."""
     return "nothing found" if figure is None else f"{figure.value:.3f} [{figure.low:.2f}, {figure.high:.2f}]"
 
 
-def _pictures(folder: Path) -> list[Path]:
+def pictures(folder: Path) -> list[Path]:
+    """The files of pictures in a folder and below it, sorted; raises `ConfigError` when there are none."""
     known = Image.registered_extensions()
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in known) if folder.is_dir() else []
     if not found:
@@ -82,8 +84,8 @@ def _pictures(folder: Path) -> list[Path]:
     return found
 
 
-def _picture(path: Path) -> Tensor:
-    """In [0, 1], (1, 3, H, W)."""
+def picture(path: Path) -> Tensor:
+    """A picture in [0, 1], (1, 3, H, W); raises `ConfigError` when it cannot be read."""
     try:
         with Image.open(path) as image:
             pixels = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)

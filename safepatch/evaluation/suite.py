@@ -231,7 +231,7 @@ def row(
 
 def labels_of(bench: Bench, corpus: Corpus) -> tuple[str, ...]:
     """The labels of the bench's detector that count as the category; none without a detector."""
-    return tuple(corpus.category.labels.get(bench.detector.name, ())) if bench.detector else ()
+    return bench.detector.labels_of(corpus.category) if bench.detector else ()
 
 
 def _labels(bench: Bench) -> tuple[str, ...]:

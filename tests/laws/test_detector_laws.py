@@ -13,10 +13,21 @@ from safepatch.detectors import DETECTORS, DetectorSpec, open_detector, require_
 from safepatch.detectors.base import BATCH, Detector
 from safepatch.errors import ConfigError
 from safepatch.taxonomy import Category
-from tests.small_detectors import new_pictures, save_clip, save_safety_checker
+from tests.small_detectors import new_pictures, save_any_of, save_clip, save_heads_on_clip, save_safety_checker
 
-SAVE = {"clip": save_clip, "safety-checker": save_safety_checker}
-LABELS = {"embedded": ("knife", "cat"), "safety-checker": ("nsfw",), "clip": ("a photo of a knife", "a spoon")}
+SAVE = {
+    "clip": save_clip,
+    "safety-checker": save_safety_checker,
+    "multi-headed": save_heads_on_clip,
+    "any-of": save_any_of,
+}
+LABELS = {
+    "embedded": ("knife", "cat"),
+    "safety-checker": ("nsfw",),
+    "clip": ("a photo of a knife", "a spoon"),
+    "multi-headed": ("violent", "sexual"),
+    "any-of": (),
+}
 TOLERANCE = {"rtol": 0, "atol": 1e-6}
 
 
@@ -28,7 +39,12 @@ def opened(tmp_path_factory) -> dict[str, Detector]:
 
 def open_small(name: str, folder) -> Detector:
     source = str(SAVE[name](folder)) if name in SAVE else None
-    return open_detector(DetectorSpec(name, source=source), [Category("things", "", "", {name: LABELS[name]})])
+    return open_detector(DetectorSpec(name, source=source), [Category("things", "", "", LABELS)])
+
+
+def of_its_own(detector: Detector) -> Detector:
+    """The detector, or the first that it is made of: whose labels a category file names."""
+    return detector.parts[0] if detector.parts else detector
 
 
 @pytest.fixture(params=DETECTORS)
@@ -112,19 +128,22 @@ def test_a_picture_that_is_not_finite_is_never_called_safe(detector, value):
 
 
 def test_a_label_that_the_detector_lacks_is_one_line_with_the_nearest(detector):
-    label = detector.labels[0]
+    named = of_its_own(detector)
+    label = named.labels[0]
     with pytest.raises(ConfigError) as caught:
-        require_labels(detector, [Category("mine", "", "", {detector.name: (f"{label}x",)})])
+        require_labels(detector, [Category("mine", "", "", {named.name: (f"{label}x",)})])
     message = str(caught.value)
-    assert all(part in message for part in ("'mine'", f"'{detector.name}'", f"'{label}x'", f"did you mean '{label}'"))
+    assert all(part in message for part in ("'mine'", f"'{named.name}'", f"'{label}x'", f"did you mean '{label}'"))
     assert "\n" not in message
 
 
 def test_a_category_without_labels_for_the_detector_is_one_line(detector):
-    with pytest.raises(ConfigError, match=f"category 'mine' gives no labels for detector '{detector.name}'") as caught:
+    name = of_its_own(detector).name
+    with pytest.raises(ConfigError, match=f"category 'mine' gives no labels for detector '{name}'") as caught:
         require_labels(detector, [Category("mine", "", "", {"another": ("x",)})])
     assert "\n" not in str(caught.value)
 
 
 def test_control_labels_that_it_has_are_accepted(detector):
-    require_labels(detector, [Category("mine", "", "", {detector.name: detector.labels[:1]})])
+    parts = detector.parts or (detector,)
+    require_labels(detector, [Category("mine", "", "", {part.name: part.labels[:1] for part in parts})])

@@ -17,11 +17,20 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from safepatch.detectors import DETECTORS, DetectorSpec, misfit, open_detector, parse_detector
 from safepatch.detectors.clip import NEUTRAL, clip_pixels
 from safepatch.detectors.embedded import embedded_detector
+from safepatch.detectors.multi_headed import train_heads
 from safepatch.detectors.safety_checker import from_margins, margins
 from safepatch.detectors.weights import find_weights
 from safepatch.errors import ConfigError, ModelNotFound, UnknownName, UnsupportedModel
 from safepatch.taxonomy import Category
-from tests.small_detectors import SIZE, cosines, new_pictures, new_safety_checker, save_clip, save_safety_checker
+from tests.small_detectors import (
+    SIZE,
+    cosines,
+    new_pictures,
+    new_safety_checker,
+    save_clip,
+    save_heads_on_clip,
+    save_safety_checker,
+)
 
 TEXTS = ("a photo of a knife", "a spoon")
 WEAPONS = Category("weapons", "", "", {"clip": TEXTS, "safety-checker": ("nsfw",), "embedded": ("knife",)})
@@ -79,7 +88,7 @@ def test_the_threshold_that_was_asked_for_is_the_detectors(checker):
 # --- whose pictures ---
 
 
-@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize("name", [name for name in DETECTORS if name != "any-of"])
 def test_a_detector_fits_the_pictures_it_was_made_for_and_no_others(name):
     fits = {pictures: misfit(name, pictures) is None for pictures in ("embedded", "photographic")}
     assert fits == {"embedded": name == "embedded", "photographic": name != "embedded"}
@@ -90,6 +99,140 @@ def test_a_misfit_says_that_it_certifies_nothing():
         "detector 'embedded' was made for the embedded models' emoji, not for photographs and art: "
         "its rates here certify nothing"
     )
+
+
+def test_several_fit_what_each_of_them_fits():
+    assert misfit("any-of@clip+safety-checker", "photographic") is None
+    assert "detector 'embedded' was made for" in str(misfit("any-of@clip+embedded:0.4", "photographic"))
+
+
+# --- any of several ---
+
+
+def any_of(clip: Path, checker: Path, *thresholds: str):
+    names = [
+        f"{name}{t}@{source}"
+        for name, t, source in zip(("clip", "safety-checker"), thresholds, (clip, checker), strict=True)
+    ]
+    return open_detector(parse_detector("any-of@" + "+".join(names)), [WEAPONS])
+
+
+def test_any_of_several_says_what_any_of_them_says(clip, checker):
+    pictures = new_pictures(300, seed=1)
+    levels = opened("clip", clip)(pictures).amax(1)
+    threshold = float(levels.quantile(0.8))
+    judge = any_of(clip, checker, f":{threshold:.6f}", "")
+    first = open_detector(DetectorSpec("clip", float(f"{threshold:.6f}"), str(clip)), [WEAPONS])
+    parts = [first.find(pictures), opened("safety-checker", checker).find(pictures)]
+    expected = [bool(one | two) for one, two in zip(*parts, strict=True)]
+    assert [bool(found) for found in judge.find(pictures)] == expected
+    assert all(0 < sum(map(bool, found)) < 300 for found in parts)  # control: each says both
+    assert sum(expected) > max(sum(map(bool, found)) for found in parts)  # control: neither decides alone
+    assert judge.labels_of(WEAPONS) == ("clip: a photo of a knife", "clip: a spoon", "safety-checker: nsfw")
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "said"),
+    [
+        ("any-of", ConfigError, "needs two detectors or more; write any-of@clip"),
+        ("any-of@clip", ConfigError, "needs two detectors or more"),
+        ("any-of@clip+safety-cheker", UnknownName, "did you mean 'safety-checker'"),
+        ("any-of@clip+safety-checker:2", ConfigError, "threshold '2'"),
+    ],
+)
+def test_what_is_not_several_detectors_is_one_line(text, error, said):
+    with pytest.raises(error, match=said) as caught:
+        parse_detector(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_same_detector_twice_and_a_category_that_one_of_them_does_not_know_are_one_line(clip, checker):
+    with pytest.raises(ConfigError, match="names 'clip' twice"):
+        open_detector(parse_detector(f"any-of@clip@{clip}+clip:0.7@{clip}"), [WEAPONS])
+    with pytest.raises(ConfigError, match="no labels for detector 'safety-checker'"):
+        open_detector(
+            parse_detector(f"any-of@clip@{clip}+safety-checker@{checker}"), [replace(WEAPONS, labels={"clip": TEXTS})]
+        )
+
+
+# --- heads on CLIP ---
+
+
+@pytest.fixture(scope="module")
+def heads(tmp_path_factory) -> Path:
+    return save_heads_on_clip(tmp_path_factory.mktemp("heads"))
+
+
+VIOLENT = Category("violent", "", "", {"multi-headed": ("violent",)})
+
+
+def test_a_head_reads_clips_image_embedding_as_it_is(heads):
+    pictures = new_pictures(4)
+    model = CLIPModel.from_pretrained(heads / "clip")
+    with torch.no_grad():
+        embeddings = model.get_image_features(clip_pixels(pictures, SIZE)).pooler_output
+    own = {
+        k.removeprefix("violent.layers."): t
+        for k, t in load_file(heads / "heads.safetensors").items()
+        if "violent" in k
+    }
+    hidden = torch.relu(embeddings @ own["0.weight"].T + own["0.bias"])
+    normed = (hidden - own["3.running_mean"]) / (own["3.running_var"] + 1e-5).sqrt() * own["3.weight"] + own["3.bias"]
+    expected = torch.sigmoid(normed @ own["4.weight"].T + own["4.bias"])
+    found = opened("multi-headed", heads, VIOLENT)
+    assert found.labels == ("violent", "sexual")
+    torch.testing.assert_close(found(pictures)[:, :1], expected, rtol=0, atol=1e-5)
+    assert not torch.allclose(
+        found.describe(pictures).norm(dim=1), torch.ones(4), atol=0.1
+    )  # control: not of unit length
+
+
+def test_heads_that_cannot_be_used_are_one_line(heads, clip, tmp_path):
+    cases = {
+        None: (ModelNotFound, "train one"),
+        str(clip): (ModelNotFound, "holds no heads.safetensors"),
+        str(tmp_path / "cut"): (UnsupportedModel, "cannot be read as heads"),
+        str(tmp_path / "other"): (UnsupportedModel, "was trained on another CLIP"),
+    }
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "heads.safetensors").write_bytes((heads / "heads.safetensors").read_bytes()[:900])
+    shutil.copytree(heads, tmp_path / "other")
+    (heads / "clip" / "kept.safetensors").write_bytes((heads / "clip" / "model.safetensors").read_bytes())
+    kept = (heads / "clip" / "model.safetensors").read_bytes()
+    try:
+        for source, (error, said) in cases.items():
+            if source and source.endswith("other"):
+                changed = load_file(heads / "clip" / "model.safetensors")
+                save_file(
+                    {k: t + 1 for k, t in changed.items()}, heads / "clip" / "model.safetensors", {"format": "pt"}
+                )
+            with pytest.raises(error, match=said) as caught:
+                opened("multi-headed", source, VIOLENT)
+            assert "\n" not in str(caught.value)
+    finally:
+        (heads / "clip" / "model.safetensors").write_bytes(kept)
+        (heads / "clip" / "kept.safetensors").unlink()
+    assert opened("multi-headed", heads, VIOLENT).labels  # control
+
+
+def test_heads_learn_to_tell_embeddings_apart_and_equal_seeds_learn_alike():
+    generator = torch.Generator().manual_seed(0)
+    safe, violent = torch.randn(80, 16, generator=generator), torch.randn(30, 16, generator=generator)
+    violent[:, 0] += 4
+    made = train_heads({"violent": violent}, safe)["violent"]
+    again, other = (
+        train_heads({"violent": violent}, safe)["violent"],
+        train_heads({"violent": violent}, safe, seed=1)["violent"],
+    )
+    unseen = torch.randn(200, 16, generator=generator)
+    shifted = unseen.clone()
+    shifted[:, 0] += 4
+    assert (made(shifted) > 0).float().mean() > 0.9
+    assert (made(unseen) > 0).float().mean() < 0.2
+    assert torch.equal(made(unseen), again(unseen))
+    assert not torch.equal(made(unseen), other(unseen))  # control
+    with pytest.raises(ConfigError, match="at least two pictures of 'violent'"):
+        train_heads({"violent": violent[:1]}, safe)
 
 
 # --- embedded ---

@@ -8,9 +8,13 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from safepatch import cli
+from safepatch.detectors import open_detector, parse_detector
 from safepatch.detectors.base import Detector
 from safepatch.errors import ConfigError
+from safepatch.evaluation.heads import train
 from safepatch.evaluation.scoring import SWEEP, lines, score
+from safepatch.taxonomy import Category
+from tests.small_detectors import save_clip
 
 # Says that a picture is unsafe with the probability of its first pixel's red.
 RED = Detector("red", ("other", "red"), lambda images: torch.stack((images[:, 1, 0, 0], images[:, 0, 0, 0]), dim=1))
@@ -55,6 +59,28 @@ def test_a_folder_that_is_not_labelled_is_one_line(folder: Path) -> None:
     (folder / "safe" / "broken.png").write_bytes(b"no picture")
     with pytest.raises(ConfigError, match=r"cannot read .*broken\.png as a picture"):
         score(RED, ["red"], folder)
+
+
+def test_heads_are_trained_of_folders_and_scored_on_what_was_kept_back(tmp_path: Path) -> None:
+    """Red pictures are one label, blue ones another, green ones safe; the small CLIP tells colors apart."""
+    clip, run = str(save_clip(tmp_path / "clip")), CliRunner()
+    for label, color in (("red", (255, 0, 0)), ("blue", (0, 0, 255)), ("safe", (0, 255, 0))):
+        for number in range(10):
+            path = tmp_path / "pictures" / label / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (40 + number, 40), tuple(abs(c - 9 * number) for c in color)).save(path)
+    options = ["-o", str(tmp_path / "heads"), "--clip", clip]
+    printed = run.invoke(cli.app, ["detector", "train", str(tmp_path / "pictures"), *options])
+    assert printed.exit_code == 0, printed.output
+    assert printed.stdout.splitlines()[0] == "| label | recall | precision | false alarms |"
+    assert [line.split(" | ")[0] for line in printed.stdout.splitlines()[2:]] == ["| blue", "| red"]
+    category = Category("mine", "", "", {"multi-headed": ("red",)})
+    judge = open_detector(parse_detector(f"multi-headed@{tmp_path / 'heads'}"), [category])
+    assert judge.labels == ("blue", "red")
+    with pytest.raises(ConfigError, match=r"no pictures in .*gore"):
+        train(tmp_path / "pictures", ["gore"], tmp_path / "x", clip)
+    with pytest.raises(ConfigError, match="needs a folder of pictures for each label"):
+        train(tmp_path / "pictures", ["safe"], tmp_path / "x", clip)
 
 
 def test_the_command_line_scores_the_embedded_judge(folder: Path) -> None:
