@@ -96,6 +96,7 @@ def _section(
         "title": ", ".join([category, *([] if name == "plain" else [name]), *([model] if many else [])]),
         "note": SETS[name].format(name=category, definition=corpus.category.definition.rstrip(".")) + unjudged,
         "unsafe": name == "plain",
+        "category": category,
         "columns": ["base" if patch == NONE else patch for patch in by_patch],
         "rows": rows,
     }

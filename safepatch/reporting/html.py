@@ -1,4 +1,7 @@
-"""`build_report(folder)`: one self-contained index.html; nothing is loaded from anywhere, nothing is scripted."""
+"""`build_report(folder)`: one self-contained index.html; nothing is loaded from anywhere, nothing is scripted.
+
+What is shown can be narrowed by links, and every picture has an address of its own: see `filters`.
+"""
 
 import base64
 import json
@@ -10,10 +13,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from safepatch.errors import SafepatchError
 from safepatch.files import write_text
+from safepatch.reporting.filters import filters, slugs
 from safepatch.reporting.plots import attack_charts, unsafe_rate_charts
 from safepatch.results import FILES, METRICS, TOY, Row, read_rows
 
 SECTION_FIELDS: dict[str, type] = {"title": str, "note": str, "unsafe": bool, "columns": list, "rows": list}
+VERDICTS = {"unsafe": "prompts with an image flagged unsafe", "safe": "prompts without one"}
 ROW_FIELDS: dict[str, type] = {"prompt": str, "images": list, "unsafe": list}
 
 
@@ -34,15 +39,28 @@ class Comparison:
     prompt: str
     pictures: tuple[Picture, ...]
 
+    @property
+    def verdict(self) -> str:
+        """Whether some image was flagged unsafe, one of `VERDICTS`."""
+        return "unsafe" if any(picture.unsafe for picture in self.pictures) else "safe"
+
 
 @dataclass(frozen=True)
 class Section:
-    """Comparisons under one heading; `unsafe` says that its prompts ask for unsafe content."""
+    """Comparisons under one heading.
+
+    Attributes:
+        title, note: for people.
+        unsafe: whether its prompts ask for unsafe content.
+        comparisons: prompts.
+        category: whose prompts they are; empty in older folders, which do not say.
+    """
 
     title: str
     note: str
     unsafe: bool
     comparisons: tuple[Comparison, ...]
+    category: str = ""
 
 
 @dataclass(frozen=True)
@@ -87,17 +105,33 @@ def _render(run: Run) -> str:
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["number"] = _number
+    categories = slugs([*(s.category for s in run.sections if s.category), *sorted({row.category for row in run.rows})])
+    attacks = slugs(dict.fromkeys(row.attack for row in run.rows))
+    verdicts = {name: name for name in VERDICTS if run.sections}
     return environment.get_template("page.html.j2").render(
         charts={
             "Unsafe rate, base against patched": unsafe_rate_charts(run.rows),
             "Attacks: what comes through": attack_charts(run.rows),
         },
         categories=_by_category(run.rows),
+        filters=filters({"category": categories, "attack": attacks, "verdict": verdicts}),
+        slugs={"category": categories, "attack": attacks},
+        places=_places([section.title for section in run.sections]),
+        verdicts=VERDICTS,
         metrics={name: METRICS[name].meaning for name in sorted({row.metric for row in run.rows}) if name in METRICS},
         notices=run.notices,
         protocol=run.protocol,
         sections=run.sections,
     )
+
+
+def _places(titles: Sequence[str]) -> list[str]:
+    """Where each section is found, by its title; equal ones are numbered."""
+    numbered = [
+        f"{title} {titles[:i].count(title) + 1}" if title in titles[:i] else title for i, title in enumerate(titles)
+    ]
+    known = slugs(numbered)
+    return [known[name] for name in numbered]
 
 
 def _by_category(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -144,7 +178,8 @@ def _section(folder: Path, record: object, where: str) -> Section:
         _comparison(folder, row, [str(column) for column in fields["columns"]], f"{where} row {number}")
         for number, row in enumerate(fields["rows"], 1)
     )
-    return Section(fields["title"], fields["note"], fields["unsafe"], comparisons)
+    category = record.get("category", "") if isinstance(record, dict) else ""
+    return Section(fields["title"], fields["note"], fields["unsafe"], comparisons, str(category))
 
 
 def _comparison(folder: Path, record: object, columns: list[str], where: str) -> Comparison:

@@ -126,6 +126,60 @@ def test_only_images_flagged_unsafe_are_blurred_and_every_one_can_be_shown(folde
     assert len(page.attributes("input")) == 2  # this image, and all
 
 
+def narrowed(page: Page) -> dict[str, list[str]]:
+    """Of each address that a filter of the page links to, what its rule hides: attribute and value that stay."""
+    rules = re.findall(
+        r'body:has\(\[id="([^"]+)"\]:target\) \[data-([a-z]+)\]:not\(\[data-([a-z]+)="([^"]+)"\]\) \{ display: none',
+        page.source,
+    )
+    return {target: [hidden, kept, value] for target, hidden, kept, value in rules}
+
+
+def test_a_page_is_narrowed_by_links_alone(folder: Path) -> None:
+    """Every filter has a target, a rule, and something that stays; what it hides is of its own kind only."""
+    sections = json.loads((folder / "images.json").read_text())
+    sections = [{**sections[0], "category": name, "title": name} for name in ("weapons", "gore")]
+    (folder / "images.json").write_text(json.dumps(sections))
+    page = Page(build_report(folder))
+    rules, ids = narrowed(page), [attrs["id"] for _, attrs in page.tags if "id" in attrs]
+    links = {attrs["href"].removeprefix("#") for name, attrs in page.tags if name == "a"}
+    assert set(rules) == {
+        "category=weapons", "category=gore", "category=b-benign-b", "category=benign", "attack=none", "attack=soft",
+        "verdict=unsafe", "verdict=safe"
+    }  # fmt: skip
+    for target, (hidden, kept, value) in rules.items():
+        assert (hidden, kept, f"{kept}={value}") == (target.partition("=")[0], hidden, target)
+        carried = [attrs[f"data-{hidden}"] for _, attrs in page.tags if f"data-{hidden}" in attrs]
+        assert value in carried or target == "verdict=safe"
+        assert set(carried) - {value} or hidden == "verdict"  # control: there is something to hide
+    assert links <= set(ids)
+    assert {"everything", *rules} <= links
+    assert all(ids.count(link) == 1 for link in links)
+
+
+def test_every_section_and_every_comparison_has_an_address(folder: Path) -> None:
+    section = json.loads((folder / "images.json").read_text())[0]
+    (folder / "images.json").write_text(json.dumps([section, section]))
+    page = Page(build_report(folder))
+    links = [attrs["href"] for name, attrs in page.tags if name == "a" and attrs.get("class") == "link"]
+    assert {"#images.weapons", "#images.weapons.1", "#images.weapons-2.1", "#rows.gore"} <= set(links)
+    assert len(links) == len(set(links))
+    assert [a["data-verdict"] for a in page.attributes("div") if "data-verdict" in a] == ["unsafe", "unsafe"]
+    assert not any(
+        "data-category" in a for a in page.attributes("section") if a["id"].startswith("images")
+    )  # an older folder
+
+
+def test_names_cannot_reach_into_the_style_sheet(folder: Path) -> None:
+    hostile = '"]:target){}</style><script>'
+    append_rows(folder / "rows.jsonl", [Row("mine", "tiny-sd", hostile, hostile, "asr", 0.5, 0.4, 0.6, 4, 0, "probe")])
+    page = Page(build_report(folder))
+    assert hostile in page.text  # control: it is on the page, as text
+    assert hostile not in page.source
+    assert "script" not in {name for name, _ in page.tags}
+    assert {"attack=target-style-script", "category=target-style-script"} <= set(narrowed(page))
+
+
 def test_texts_are_escaped_and_images_described(folder: Path) -> None:
     """Control: the hostile prompt is on the page, as text."""
     page = Page(build_report(folder))
