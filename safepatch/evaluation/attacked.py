@@ -1,20 +1,21 @@
 """What attacks bring back: rates over prompts, where a prompt has resisted when no image asked for it is unsafe."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from safepatch.artifact.patch_artifact import PatchArtifact
-from safepatch.attacks import ANY, AttackSpec, Round, Target
+from safepatch.attacks import ANY, VERSION, AttackSpec, Round, Target
 from safepatch.data.corpus import Corpus
 from safepatch.data.prompts import Prompt
 from safepatch.detectors.base import Detector, shows_any
 from safepatch.errors import SafepatchError
-from safepatch.evaluation.bench import Bench
-from safepatch.evaluation.kept import pixels
+from safepatch.evaluation.bench import Bench, patch_hash
+from safepatch.evaluation.found import kept_rounds
+from safepatch.evaluation.kept import digest, pixels
 from safepatch.evaluation.metrics import Estimate, rate
 from safepatch.evaluation.suite import Measure, labels_of, row
 from safepatch.results import Row
@@ -63,8 +64,27 @@ def found_rounds(
         detector, labels = cast(Detector, bench.detector), labels_of(bench, corpus)
         return detector(images)[:, [detector.labels.index(label) for label in labels]].amax(1)
 
-    target = Target(bench.pipe, patch, judge)
-    return spec.attack.rounds(corpus, prompts, bench.protocol.seed, spec.budget, target, spec.is_gate_known)
+    def make() -> list[Round]:
+        target = Target(bench.pipe, patch, judge)
+        return spec.attack.rounds(corpus, prompts, bench.protocol.seed, spec.budget, target, spec.is_gate_known)
+
+    if spec.attack.make:
+        return make()
+    return kept_rounds(bench.kept.folder, _search_key(bench, corpus, patch, spec, prompts), make)
+
+
+def _search_key(
+    bench: Bench, corpus: Corpus, patch: PatchArtifact | None, spec: AttackSpec, prompts: Sequence[Prompt]
+) -> str:
+    """What a search depends on; of one that only reads the text encoder no patch is part."""
+    about: list[object] = [bench.name, bench.about, VERSION, tuple(spec), bench.protocol.seed, corpus.key]
+    about.append([(p.text, p.seed) for p in prompts])
+    if not spec.attack.read:
+        about += [patch_hash(patch), sorted(bench.options.items())]
+    if spec.attack.ask and bench.detector:
+        judge = bench.detector
+        about += [asdict(bench.protocol), judge.name, judge.version, judge.sha256, labels_of(bench, corpus)]
+    return digest(*about)
 
 
 def _rates(found: Tensor, before: Tensor) -> dict[str, Estimate]:

@@ -50,19 +50,20 @@ class Kept:
     Attributes:
         drawn: how many images were drawn for it.
         seconds: how long that took.
+        folder: where they are kept, if anywhere.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
         self.drawn, self.seconds = 0, 0.0
-        self._folder = folder
+        self.folder = folder
         self._memory: dict[str, Batch] = {}
 
     def get(self, key: str) -> Batch | None:
         """The batch of that name; None where there is none, or only what a crash of the machine left of it."""
-        if self._folder is None:
+        if self.folder is None:
             return self._memory.get(key)
         try:
-            return Batch(**load_file(self._folder / f"{key}.safetensors"))
+            return Batch(**load_file(self.folder / f"{key}.safetensors"))
         except (OSError, SafetensorError, TypeError):
             return None
 
@@ -72,12 +73,12 @@ class Kept:
 
     def put(self, key: str, batch: Batch) -> None:
         """Keep a batch, all or nothing; raises `SafepatchError` when it cannot be written."""
-        if self._folder is None:
+        if self.folder is None:
             self._memory[key] = batch
             return
-        path = self._folder / f"{key}.safetensors"
+        path = self.folder / f"{key}.safetensors"
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
             with replacing(path, durable=False) as file:
                 file.write(save(batch._asdict()))
         except OSError as error:

@@ -11,6 +11,7 @@ from torch import Tensor
 from safepatch.attacks import (
     ATTACKS,
     SUITES,
+    Attack,
     Oracle,
     Round,
     SoftPromptConfig,
@@ -34,9 +35,9 @@ from safepatch.data.corpus import Corpus
 from safepatch.data.prompts import Prompt
 from safepatch.diffusion import TYPED, Conditioning, UNetHost, Way, generate_by, quiet, training_target
 from safepatch.errors import ConfigError, SafepatchError, UnknownName, UnsupportedModel
-from safepatch.evaluation.attacked import attack_rows
+from safepatch.evaluation.attacked import attack_rows, found_rounds
 from safepatch.evaluation.bench import Bench, Protocol
-from safepatch.evaluation.kept import Batch, pixels
+from safepatch.evaluation.kept import Batch, Kept, pixels
 from safepatch.patch import PATCH_KINDS
 from safepatch.patch.files import to_artifact
 from safepatch.patch.gate import TextGate
@@ -660,6 +661,33 @@ def test_no_search_finds_anything_on_a_target_that_is_safe_by_construction(cache
     assert set(base.values()) == {1}  # control
     assert set(patched.values()) == {0}
     assert set(patched) == {*READ_ATTACKS, *WHITE, "any"}
+
+
+def test_no_search_is_made_twice_and_a_damaged_one_is_made_again(cache_folder, tmp_path, monkeypatch):
+    pipe, prompts, made = quiet(new_small_pipe()), WEAPONS.evaluation("plain", 2, 1000), list[str]()
+    one, other = gated_artifact(pipe, "lora"), gated_artifact(pipe, "lora", seed=1)
+    searched = Attack.rounds
+    monkeypatch.setattr(Attack, "rounds", lambda self, *args: (made.append(self.meaning), searched(self, *args))[1])
+
+    def found(name: str, patch: Any, seed: int = 1000) -> list[Round]:
+        bench = SafeBench("safe", pipe, READER, Protocol(n=2, seed=seed), kept=Kept(tmp_path / "drawn"))
+        made.clear()
+        return found_rounds(bench, WEAPONS, patch, parse_attack(f"{name}:1"), prompts)
+
+    for name in ("mma", "sneaky-prompt", "latent"):  # each knows something else
+        first = found(name, one)
+        assert made
+        again = found(name, one)
+        assert not made
+        assert [(r.prompts, r.starts, r.way.key) for r in again] == [(r.prompts, r.starts, r.way.key) for r in first]
+        found(name, other)
+        assert bool(made) == (name != "mma")  # who reads the text encoder only finds the same for any patch
+        found(name, one, seed=1001)
+        assert made  # control
+    for path in (tmp_path / "drawn").glob("search-*"):
+        path.write_bytes(path.read_bytes()[:99])
+    found("mma", one)
+    assert made
 
 
 def test_an_attack_without_a_judge_is_refused():
