@@ -67,7 +67,7 @@ def evaluate(
     if not patch:
         raise ConfigError("nothing to measure; give a matrix (.yaml), or --patch FILE")
     lists = {"models": model or ["tiny-sd"], "categories": category, "detectors": detector, "attacks": attacks}
-    measure(_matrix(patch, lists, overrides))
+    measure(matrix_of(patch, lists, overrides))
 
 
 @app.command()
@@ -99,7 +99,7 @@ def attack(
     given |= {"tokenizer": tokenizer, "allow_pickle": allow_pickle or None}
     lists = {"models": model or ["tiny-sd"], "categories": category, "detectors": detector}
     lists |= {"attacks": names or list(ATTACKS), "metrics": ["unsafe_rate"]}
-    measure(_matrix(patch, lists, [f"{name}={value}" for name, value in given.items() if value is not None]))
+    measure(matrix_of(patch, lists, [f"{name}={value}" for name, value in given.items() if value is not None]))
 
 
 def _attacks(names: list[str], suite: str | None) -> list[str]:
@@ -111,7 +111,7 @@ def _attacks(names: list[str], suite: str | None) -> list[str]:
     return list(dict.fromkeys([*names, *lookup(SUITES, suite, what="suite")]))
 
 
-def _matrix(patches: list[Path], lists: dict[str, list[str] | None], overrides: list[str]) -> "Matrix":
+def matrix_of(patches: list[Path], lists: dict[str, list[str] | None], overrides: list[str]) -> "Matrix":
     """The matrix that the options describe; `lists` are fields of it."""
     from dataclasses import replace
 
