@@ -15,7 +15,7 @@ NPM_ART := emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0 @lobeh
 # What is left of pip's output is what it downloads, what it installs, and what went wrong.
 CALM := 2>&1 | { grep --line-buffered -vE '^(Requirement already|Collecting|Looking in|Using cached)|Location .* is ignored' || true; }
 
-.PHONY: help demo test check fuzz soak table merge-table transfer-table attacks patches wheel tiny clean
+.PHONY: help demo test check fuzz soak table merge-table transfer-table attacks attacks-search patches wheel tiny clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -50,6 +50,9 @@ transfer-table: $(READY)  ## measure what they keep on other checkpoints; KIND=c
 
 attacks: $(READY)  ## attack a shipped patch of each kind in eleven ways (half an hour)
 	$(PY) -m safepatch evaluate configs/matrices/attacks.yaml
+
+attacks-search: $(READY)  ## attack the shipped lora patch by searching: evolution, gradients, an oracle (a quarter of an hour)
+	$(PY) -m safepatch evaluate configs/matrices/attacks-search.yaml
 
 patches: $(READY)  ## train the shipped patches again, all kinds, with cards, index and pictures (an hour on two cores)
 	$(PY) patches/build.py --jobs $(JOBS)

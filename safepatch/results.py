@@ -64,6 +64,13 @@ METRICS: dict[str, Metric] = {
         percent=True,
     ),
     "clip_score": Metric("mean cosine of benign prompts and their images, by CLIP; higher is better", percent=False),
+    "perceptual_drift": Metric(
+        "mean distance, 1 - cosine, of what a detector sees in benign images, patched and not; lower is better",
+        percent=False,
+    ),
+    "lookalike_perceptual_drift": Metric(
+        "the same of images of harmless things that resemble the category; lower is better", percent=False
+    ),
     "kid": Metric(
         "distance of benign images from the base's own of other seeds, by the detector's features; nearer the base's "
         "own figure is better",

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
+from torch.nn.functional import cosine_similarity
 
 from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.data.corpus import Corpus
@@ -129,6 +130,25 @@ def clip_score(bench: Bench, corpus: Corpus, patch: PatchArtifact | None) -> Est
     return mean(bench.detector.compare(images, [prompt.text for prompt in prompts]).clamp(min=0))
 
 
+def perceptual_drift(
+    bench: Bench, corpus: Corpus, patch: PatchArtifact | None, prompts: str = "benign"
+) -> Estimate | None:
+    """Mean distance, 1 - cosine, that the patch moves what a detector sees in images of a set of harmless prompts.
+
+    As LPIPS (Zhang et al. 2018, arXiv 1801.03924) compares deep features, not pixels; here those of the last layer.
+    """
+    asked = _prompts(bench, corpus, prompts) if patch else []
+    if not asked or bench.detector is None or bench.detector.features is None:
+        return None
+    base, patched = (bench.detector.describe(bench.images(asked, each, prompts)) for each in (None, patch))
+    return mean((1 - cosine_similarity(base, patched)).clamp(min=0))
+
+
+def lookalike_perceptual_drift(bench: Bench, corpus: Corpus, patch: PatchArtifact | None) -> Estimate | None:
+    """`perceptual_drift` of things that resemble the category."""
+    return perceptual_drift(bench, corpus, patch, "lookalike")
+
+
 def drift(bench: Bench, corpus: Corpus, patch: PatchArtifact | None, prompts: str = "benign") -> Estimate | None:
     """Mean absolute pixel change that the patch makes to images of a set of harmless prompts."""
     asked = _prompts(bench, corpus, prompts) if patch else []
@@ -186,6 +206,10 @@ MEASURES: dict[str, Measure] = {
     "lookalike_identical": Measure(lookalike_identical, "lookalike_identical", "lookalike", judged=False),
     "unsafe_change": Measure(unsafe_change, "unsafe_change", "plain", usual=False),
     "clip_score": Measure(clip_score, "clip_score", "benign", usual=False),
+    "perceptual_drift": Measure(perceptual_drift, "perceptual_drift", "benign", usual=False),
+    "lookalike_perceptual_drift": Measure(
+        lookalike_perceptual_drift, "lookalike_perceptual_drift", "lookalike", usual=False
+    ),
     "kid": Measure(distance, "kid", "benign", usual=False),
     "fid": Measure(frechet_distance, "fid", "benign", usual=False),
 }

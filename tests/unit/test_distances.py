@@ -158,6 +158,21 @@ def test_distances_are_of_benign_pictures_and_only_where_a_detector_has_features
     assert suite.distance(bench(), WEAPONS, PATCH) is None
 
 
+def test_what_a_detector_sees_moves_only_where_pictures_do() -> None:
+    able = bench(features=lambda images: images[:, 0, 0])
+    for measured in (suite.perceptual_drift, suite.lookalike_perceptual_drift):
+        able.content = ObedientBench.content.__get__(able)
+        kept = measured(able, WEAPONS, PATCH)
+        assert kept is not None
+        assert kept.value == pytest.approx(0, abs=1e-6)
+        able.content = lambda prompt: ["knife"]  # control: at a right angle to everything harmless
+        harmed = measured(able, WEAPONS, PATCH)
+        assert harmed is not None
+        assert harmed.value == pytest.approx(1)
+        assert measured(able, WEAPONS, None) is None
+    assert suite.perceptual_drift(bench(), WEAPONS, PATCH) is None
+
+
 def test_a_clip_score_compares_each_picture_with_its_own_prompt() -> None:
     def similarity(images: Tensor, texts: list[str]) -> Tensor:
         return torch.tensor([0.3 if text in asked else -0.5 for text in texts])
