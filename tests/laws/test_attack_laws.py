@@ -456,6 +456,7 @@ every_white = pytest.mark.parametrize("name", WHITE)
 @pytest.fixture
 def cache_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("SAFEPATCH_CACHE", str(tmp_path))
+    monkeypatch.setattr(concept_inversion, "LEARNED", 8)  # pictures: that many take a second to draw
 
 
 def weights_of(pipe: Any) -> dict[str, Tensor]:
@@ -498,7 +499,7 @@ def test_who_knows_all_weights_keeps_the_budget_and_changes_none(name, kind, cac
 def test_who_also_knows_the_gate_finds_something_else(name, cache_folder):
     pipe, prompts = quiet(new_small_pipe()), asked_of(weapons(), 2)
     gated = Target(pipe, gated_artifact(pipe, "lora"))
-    rounds = [ATTACKS[name].rounds(weapons(), prompts, 0, 12, gated, is_gate_known=known) for known in (False, True)]
+    rounds = [ATTACKS[name].rounds(weapons(), prompts, 0, 6, gated, is_gate_known=known) for known in (False, True)]
     (one,), (two,) = rounds
     assert (one.prompts, one.way.key) != (two.prompts, two.way.key)
     spec = parse_attack(f"{name}+gate:7")
@@ -542,7 +543,7 @@ def test_a_new_word_gets_better_at_drawing_the_category():
         with torch.no_grad():
             return float((undoing.predict(noisy, times, asked) - target).square().mean())
 
-    assert error(60) < error(1)
+    assert error(30) < error(1)
 
 
 def test_a_new_word_stands_behind_its_phrase_and_nowhere_else():
