@@ -164,7 +164,8 @@ def _choose(config: DictConfig, key: str, table: Mapping[str, type], sources: Se
         if found and not isinstance(node, Mapping):
             raise ConfigError(f"{source.where}: {_is(key, node)}, expected a mapping with a name: {', '.join(table)}")
         if found and "name" in node:
-            name, where = node["name"], source.where
+            cast(dict, node)["name"] = name = _spelled(table, node["name"])
+            where = source.where
     if name is None and mentioned:
         raise ConfigError(f"no value for '{key}.name'; known: {', '.join(table)}")
     if name is not None:
@@ -176,6 +177,12 @@ def _named(table: Mapping[str, type], name: object, key: str, where: str) -> typ
         return lookup(table, str(name), what=key)
     except UnknownName as error:
         raise ConfigError(f"{where}: {error}") from None
+
+
+def _spelled(table: Mapping[str, type], name: object) -> object:
+    """`adv-unlearn` as the table has it, `adv_unlearn`."""
+    plain = str(name).replace("-", "_")
+    return plain if plain in table else name
 
 
 def _dig(values: object, key: str) -> tuple[bool, Any]:

@@ -79,6 +79,7 @@ class PairBank:
         rewrite: where the safe twins come from.
         retained: what must be preserved, if anything.
         away, towards: numbers of the prompts between which a guided teacher is pushed, (N,); None if it is not.
+        shows_pairs: whether these are the corpus's own pairs with pictures of them.
     """
 
     latents: Latents
@@ -90,6 +91,7 @@ class PairBank:
     retained: Retained | None = None
     away: Tensor | None = None
     towards: Tensor | None = None
+    shows_pairs: bool = True
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -124,8 +126,8 @@ def build_bank(
     pairs = corpus.pairs(config.pairs, config.seed, config.companions)
     is_safe = torch.rand(len(pairs), generator=torch.Generator().manual_seed(config.seed)) < safe_share
     guides = [guide for pair in pairs if (guide := corpus.guide(pair))]
-    sides = [[getattr(guide, side) for guide in guides] for side in ("away", "towards")]
-    texts = Texts(host, [*(member.text for pair in pairs for member in pair), *sides[0], *sides[1]], config)
+    away, towards = [guide.away for guide in guides], [guide.towards for guide in guides]
+    texts = Texts(host, [*(member.text for pair in pairs for member in pair), *away, *towards], config)
     members = zip(pairs, is_safe.tolist(), strict=True)
     drawn = [_drawing(corpus, pair, i, config, safe) for i, (pair, safe) in enumerate(members)]
     return PairBank(
@@ -136,7 +138,8 @@ def build_bank(
         texts.numbers([pair.safe.text for pair in pairs]),
         corpus.rewrite,
         build_retained(host, corpus, config.pairs, config) if retain else None,
-        *(texts.numbers(side) if guides else None for side in sides),
+        texts.numbers(away) if guides else None,
+        texts.numbers(towards) if guides else None,
     )
 
 
@@ -144,7 +147,7 @@ def build_retained(host: UNetHost, corpus: Corpus, n: int, config: DataConfig) -
     """Draw and read `n` prompts that must stay as they are."""
     prompts = corpus.retain(n, config.seed)
     texts = Texts(host, [prompt.text for prompt in prompts], config)
-    drawn = [_plain_drawing(prompt, i, config) for i, prompt in enumerate(prompts, start=config.pairs)]
+    drawn = [plain_drawing(prompt, i, config) for i, prompt in enumerate(prompts, start=config.pairs)]
     latents = Latents(host, drawn, config, "drawing what must stay")
     return Retained(latents, texts, texts.numbers([prompt.text for prompt in prompts]))
 
@@ -153,11 +156,12 @@ def _drawing(corpus: Corpus, pair: Pair, i: int, config: DataConfig, safe: bool)
     """Of one member of a pair; both would start from the same noise."""
     guide = corpus.guide(pair) if safe and not pair.safe.image else None
     if guide:  # the teacher's answer to the prompt itself
-        return replace(_plain_drawing(pair.unsafe, i, config), guide=guide, image=None)
-    return _plain_drawing(pair.safe if safe else pair.unsafe, i, config, seed=pair.unsafe.seed)
+        return replace(plain_drawing(pair.unsafe, i, config), guide=guide, image=None)
+    return plain_drawing(pair.safe if safe else pair.unsafe, i, config, seed=pair.unsafe.seed)
 
 
-def _plain_drawing(prompt: Prompt, i: int, config: DataConfig, seed: int | None = None) -> Drawing:
+def plain_drawing(prompt: Prompt, i: int, config: DataConfig, seed: int | None = None) -> Drawing:
+    """Of one prompt, from its own seed, else from `seed`, else from the i-th of the configuration's."""
     seed = prompt.seed if seed is None else seed
     chosen = config.seed * 1_000_003 + i if seed is None else seed
     return Drawing(prompt.text, chosen, prompt.guidance, image=prompt.image)

@@ -2,13 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from safepatch.data.bank import DataConfig
 from safepatch.diffusion import UNetHost
+from safepatch.errors import ConfigError
+from safepatch.patch import Patch
 
 Losses = dict[str, Tensor]
 
@@ -62,15 +64,33 @@ class Turn:
 
 
 class Objective(Protocol):
-    """What a patch is trained for; a typed configuration of this kind is one line of `OBJECTIVES`."""
+    """What a patch is trained for; a typed configuration of this kind is one line of `OBJECTIVES`.
+
+    Attributes:
+        has_steps: whether it learns step by step, by `players` and `loss`; else `solve` is all there is.
+    """
+
+    has_steps: ClassVar[bool]
 
     @property
     def name(self) -> str:
         """Its key in `OBJECTIVES`."""
         ...
 
+    def suited(self, patch: Patch) -> Patch:
+        """A fresh patch, cut down to what the objective trains of it; before anything is drawn.
+
+        Raises:
+            ConfigError: when it cannot train a patch of that kind.
+        """
+        ...
+
     def prepare(self, host: UNetHost, corpus: Any, data: DataConfig) -> Rows:
         """Everything that is learned from, made once; of a `Corpus`, or of several where the objective is for more."""
+        ...
+
+    def solve(self, host: UNetHost, patch: Patch, rows: Any) -> Mapping[str, float]:
+        """Compute the patch's weights at once; returns what is to be logged."""
         ...
 
     def players(self, patch: Player, rows: Any) -> list[Player]:
@@ -80,3 +100,37 @@ class Objective(Protocol):
     def loss(self, player: Player, turn: Turn) -> Losses:
         """The total `loss` of a player, and its parts, scalars."""
         ...
+
+
+class Usual:
+    """What most objectives do: they train all of a patch, of any kind, step by step, and nobody else learns.
+
+    Attributes:
+        kinds: of patches that it can train.
+        has_steps: whether it learns step by step.
+    """
+
+    kinds: ClassVar[tuple[str, ...]] = ("control", "lite", "lora")
+    has_steps: ClassVar[bool] = True
+    name: str
+
+    @property
+    def rows_per_pair(self) -> int:
+        """Rows of the patched host that each pair of a batch takes."""
+        return 1
+
+    def suited(self, patch: Patch) -> Patch:
+        """All of it; raises `ConfigError` for a kind that is none of `kinds`."""
+        if patch.kind not in self.kinds:
+            raise ConfigError(
+                f"objective={self.name} cannot train a {patch.kind} patch; set patch.kind={' or '.join(self.kinds)}"
+            )
+        return patch
+
+    def solve(self, host: UNetHost, patch: Patch, rows: Any) -> Mapping[str, float]:
+        """Nothing: it takes steps."""
+        raise NotImplementedError(f"objective={self.name} learns step by step")
+
+    def players(self, patch: Player, rows: Any) -> list[Player]:
+        """The patch alone."""
+        return [patch]

@@ -16,8 +16,8 @@ from safepatch.data.bank import DataConfig, Drawing, Latents, Texts
 from safepatch.data.corpus import Corpus
 from safepatch.diffusion import Conditioning, UNetHost, moved
 from safepatch.errors import MergeError
-from safepatch.objectives.base import Losses, Player, Turn
-from safepatch.objectives.safe_control import draw_timesteps
+from safepatch.objectives.base import Losses, Player, Turn, Usual
+from safepatch.objectives.noising import draw_timesteps
 from safepatch.patch import Residuals
 from safepatch.patch.host import answered
 from safepatch.runtime.parts import ActivePart
@@ -70,7 +70,7 @@ class MatchRows:
 
 
 @dataclass(frozen=True)
-class MatchBundle:
+class MatchBundle(Usual):
     """Predict with one merged control patch as with its sources side by side.
 
     Attributes:

@@ -16,17 +16,18 @@ from torch.nn.functional import mse_loss
 from safepatch.data.bank import SAFE_SHARE, Batch, DataConfig, PairBank, build_bank
 from safepatch.data.corpus import Corpus
 from safepatch.data.guided import push
-from safepatch.diffusion import Conditioning, UNetHost, joined, moved, training_target
+from safepatch.diffusion import Conditioning, UNetHost, joined, training_target
 from safepatch.errors import ConfigError
 from safepatch.objectives.adversary import AdversaryConfig, SoftPrompts, adversary, padding
-from safepatch.objectives.base import Losses, Player, Turn
+from safepatch.objectives.base import Losses, Player, Turn, Usual
+from safepatch.objectives.noising import noised
 from safepatch.patch.host import patched_prediction
 
 SUPERVISION = ("distilled", "paired")
 
 
 @dataclass(frozen=True)
-class SafeControlConfig:
+class SafeControlConfig(Usual):
     """Answer an unsafe prompt as the frozen base answers its safe rewrite, and every other prompt as before.
 
     Attributes:
@@ -63,6 +64,11 @@ class SafeControlConfig:
         if self.timestep_power <= 0:
             raise ConfigError(f"objective.timestep_power must be above 0, not {self.timestep_power}")
 
+    @property
+    def rows_per_pair(self) -> int:
+        """Two where something is preserved."""
+        return 2 if self.preservation > 0 else 1
+
     def prepare(self, host: UNetHost, corpus: Corpus, data: DataConfig) -> PairBank:
         """Latents of one member of each pair, and of what is preserved."""
         safe_share = 1.0 if self.supervision == "paired" else self.safe_share
@@ -76,10 +82,7 @@ class SafeControlConfig:
         """The patch's `loss`, its part `correct` and, where something is preserved, its part `preserve`."""
         batch, n = cast(Batch, turn.batch), len(turn.batch.latents)
         latents = batch.latents if batch.retain_latents is None else torch.cat((batch.latents, batch.retain_latents))
-        timesteps = draw_timesteps(len(latents), turn.host.steps, self.timestep_power, turn.generator)
-        timesteps = moved(timesteps, latents.device)
-        noise = moved(torch.randn(latents.shape, generator=turn.generator), latents.device)
-        noisy = turn.host.add_noise(latents, noise, timesteps)
+        noisy, timesteps, noise = noised(turn, latents, self.timestep_power)
         retain = [] if batch.retain is None else [batch.retain]
         target = self._target(turn.host, batch, noisy, timesteps)
         if self.supervision == "paired":
@@ -115,9 +118,3 @@ class SafeControlConfig:
 
     def _padded(self, states: Tensor) -> Tensor:
         return torch.cat((states, padding(states, self.adversary.tokens)), dim=1)
-
-
-def draw_timesteps(n: int, total: int, power: float, generator: torch.Generator) -> Tensor:
-    """Integer timesteps (n,) below `total`, stratified over the schedule, in random order; see `timestep_power`."""
-    spread = ((torch.randperm(n, generator=generator) + torch.rand(n, generator=generator)) / n) ** power
-    return (spread * total).long().clamp(max=total - 1)  # float32 may round n - 1 + rand up to n

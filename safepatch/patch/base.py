@@ -147,6 +147,14 @@ class Patch(nn.Module, ABC):
     def ungated(cls, unet: Any, sees: str, empty: bool, **layout: Any) -> Self:
         """What `from_unet` makes, but for the gate."""
 
+    def keep_layers(self, pattern: str) -> None:
+        """Change only those of the host's layers in whose names the regular expression `pattern` is found.
+
+        Raises:
+            ConfigError: when it changes none of them, or is of a kind that stands beside the host's layers.
+        """
+        raise ConfigError(f"a {self.kind} patch changes none of the host's own layers; set patch.kind=lora")
+
     def learning(self, unet: Any) -> AbstractContextManager:
         """What must hold on the host during a training run."""
         return nullcontext()

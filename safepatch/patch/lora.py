@@ -6,7 +6,8 @@ timestep it knows what the host's layers are given. It acts from the first layer
 the prompt's text.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -97,6 +98,26 @@ class LoraPatch(Patch):
         with updated(unet, self):
             return predict()
 
+    def keep_layers(self, pattern: str) -> None:
+        """Update those layers only; what is left out is not in the file either."""
+        kept = {layer: update for layer, update in self.each() if re.search(pattern, layer)}
+        if not kept:
+            raise ConfigError(f"this model has no layer like '{pattern}'; choose others, or all")
+        self.layers, self.updates = tuple(kept), nn.ModuleList(kept.values())
+
+    def put(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Replace all updates by these: of each layer `up` (out, r) and `down` (r, in).
+
+        What held the old ones, an optimizer for instance, must be made anew.
+        """
+        self.layers = tuple(factors)
+        self.updates = nn.ModuleList(Update(up, down) for up, down in factors.values())
+        self.layout = {**self.layout, "rank": max(len(down) for _, down in factors.values())}
+
+    def each(self) -> Iterator[tuple[str, Update]]:
+        """Each layer's name with its update."""
+        return zip(self.layers, cast(Iterator[Update], iter(self.updates)), strict=True)
+
     @contextmanager
     def learning(self, unet: Any) -> Iterator[None]:
         """Hooks are put on the host's layers once for all of the block."""
@@ -119,7 +140,7 @@ class LoraPatch(Patch):
         """The factors of each layer's update, and the gate's weights."""
         gate, shapes = self.gate.named_parameters() if self.gate else (), {}
         tensors = {f"{GATE}{name}.delta": p.detach().float().cpu() for name, p in gate}
-        for layer, update in zip(self.layers, self.updates, strict=True):
+        for layer, update in self.each():
             weights = {form: p.detach().float().cpu() for form, p in update.named_parameters()}
             tensors |= {f"lora.{layer}.weight.{form}": weight for form, weight in weights.items()}
             if "up" in weights:
@@ -172,8 +193,8 @@ class LayerHooks:
         self._patch = patch
         self._calls = Calls(Updating)
         self.hooks = Hooks()
-        for layer, update in zip(patch.layers, patch.updates, strict=True):
-            self.hooks.after(unet.get_submodule(layer), partial(self._add, layer, cast(Update, update)))
+        for layer, update in patch.each():
+            self.hooks.after(unet.get_submodule(layer), partial(self._add, layer, update))
 
     def begin(self) -> None:
         """The host is about to be called, by default without the updates."""

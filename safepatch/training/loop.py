@@ -52,6 +52,14 @@ class Run:
     accelerator: Accelerator
     show: Callable[[Patch, Path], None] | None = None
 
+    def solved(self, patch: Patch, out: RunFolder) -> Patch:
+        """`patch` as an objective without steps makes it; what that says of itself is logged as step 0."""
+        errors = self.objective.solve(self.host, patch.to(self.host.device), self.rows)
+        if self.accelerator.is_main_process:
+            out.rewind_log(-1)
+            out.log({"step": 0, **errors})
+        return patch
+
     def finish(self, patch: Patch, out: RunFolder) -> State:
         """Train `patch` to the last step, from the folder's checkpoint where there is one.
 
@@ -148,10 +156,10 @@ class Run:
                 totals[name] = totals.get(name, 0.0) + value.detach() / pieces
         return totals
 
-    def record(self, state: State) -> dict[str, Any]:
+    def record(self, steps: int) -> dict[str, Any]:
         """What a file tells of the run; no clock, so that equal runs give equal files."""
         torch_version = torch.__version__.split("+")[0]
-        return {"steps": state.step, "processes": self.accelerator.num_processes, "torch": torch_version}
+        return {"steps": steps, "processes": self.accelerator.num_processes, "torch": torch_version}
 
 
 class Writer:

@@ -69,7 +69,7 @@ class Plan:
             patch.kind,
             patch.sees,
             patch.layout,
-            preserves=getattr(config.objective, "preservation", 0) > 0,
+            preserves=config.objective.rows_per_pair > 1,
             dtype=dtype,
             steps=training.steps,
             data=config.data,

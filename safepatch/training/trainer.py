@@ -10,6 +10,7 @@ from accelerate.state import AcceleratorState
 
 from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.config import to_dict
+from safepatch.data.bank import PairBank
 from safepatch.data.corpus import Corpus
 from safepatch.diffusion import Components, UNetHost
 from safepatch.errors import ConfigError, lookup
@@ -46,7 +47,8 @@ def train(pipe: Any, config: TrainConfig, corpus: Corpus | None = None) -> Path:
     usual = f"runs/train/{corpus.name}-{config.patch.kind}"
     host = UNetHost(Components.of(pipe), config.data.size)
     kind = lookup(PATCH_KINDS, config.patch.kind, what="patch kind")
-    patch = kind.from_unet(host.unet, config.patch.sees, **config.patch.layout)  # before anything is written or drawn
+    patch = kind.from_unet(host.unet, config.patch.sees, **config.patch.layout)
+    patch = config.objective.suited(patch)  # before anything is written or drawn
     run_is_of = {**_recorded(config), "model_key": host.key, "words_key": corpus.key}
     result = f"{corpus.name}.safetensors"
     with RunFolder.claim(Path(config.output or usual), run_is_of, result) as out:
@@ -64,17 +66,21 @@ def _train(pipe: Any, host: UNetHost, patch: Patch, config: TrainConfig, corpus:
     run = Run(corpus.name, config.objective, host, rows, instruction, config.training, accelerator)
     if config.training.validate_every:
         run = replace(run, show=lambda patch, path: save_validation_grid(pipe, patch, corpus, path))
-    state = run.finish(patch, out)
-    averaged, gates = state.averaged, {}
+    if config.objective.has_steps:
+        state = run.finish(patch, out)
+        trained, steps = state.averaged, state.step
+    else:
+        trained, steps = run.solved(patch, out), 0
+    gates = {}
     if config.patch.gate:
-        averaged.add_gate(host.unet, config.patch.gate)
-        averaged.to(host.device)
-        gates = {
-            corpus.name: fit_gate(cast(TextGate, averaged.gate), host, corpus, config.data, rows, config.patch.windows)
-        }
+        pairs = rows if isinstance(rows, PairBank) and rows.shows_pairs else None
+        trained.add_gate(host.unet, config.patch.gate)
+        trained.to(host.device)
+        gate = cast(TextGate, trained.gate)
+        gates = {corpus.name: fit_gate(gate, host, corpus, config.data, pairs, config.patch.windows)}
     path = out.path / f"{corpus.name}.safetensors"
     if accelerator.is_main_process:
-        _packed(averaged, host, corpus, config, run.record(state), gates).save(path)
+        _packed(trained, host, corpus, config, run.record(steps), gates).save(path)
         out.checkpoint.unlink(missing_ok=True)
     accelerator.wait_for_everyone()
     accelerator.end_training()

@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from itertools import product
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,25 +19,36 @@ from safepatch.data.category import Rewrite
 from safepatch.data.corpus import Corpus
 from safepatch.diffusion import UNetHost, training_target
 from safepatch.diffusion.hosts import unet as unet_host
-from safepatch.errors import ConfigError
-from safepatch.objectives import OBJECTIVES, Player, SafeControlConfig, Turn, safe_control
+from safepatch.errors import ConfigError, PromptError
+from safepatch.objectives import OBJECTIVES, Player, Rows, SafeControlConfig, Turn, noising
 from safepatch.objectives.adversary import AdversaryConfig, SoftPrompts, adversary
+from safepatch.objectives.closed_form import ClosedFormConfig, Edit
+from safepatch.objectives.esd import VARIANTS, ESDConfig, negatively_guided
+from safepatch.objectives.leco import LECOConfig
+from safepatch.objectives.noising import draw_timesteps
 from safepatch.objectives.safe_control import SUPERVISION
-from safepatch.patch import PATCH_KINDS, Patch
+from safepatch.patch import PATCH_KINDS, LoraPatch, Patch
+from safepatch.patch.files import from_artifact, to_artifact
 from safepatch.patch.host import patched_prediction
 from safepatch.taxonomy import Category
-from tests.small import bank, batch, new_patch, new_small_host, spied
+from tests.small import INSTRUCTION, bank, batch, new_patch, new_small_host, spied
 
 # Every objective with its defaults, and the branches that its settings choose.
-CASES: dict[str, object] = {name: config() for name, config in OBJECTIVES.items()} | {
+CASES: dict[str, object] = {name: config() for name, config in OBJECTIVES.items() if config.has_steps} | {
     f"safe_control, {name}, eta {eta}": SafeControlConfig(supervision=name, negative_guidance=eta)
     for name, eta in product(SUPERVISION, (0.0, 1.0))
     if (name, eta) != ("distilled", 0.0)  # the defaults
 }
 CASES["safe_control, guided"] = SafeControlConfig()
+CASES["leco"] = LECOConfig(denoising_steps=2)  # else each step takes 50
+CASES["leco, enhance"] = LECOConfig(action="enhance", positive="a cat", neutral="a dog", denoising_steps=2)
+CASES["esd, captions"] = ESDConfig(prompts="captions", negative_guidance=0.0)
 CASES["safe_control, attacked"] = SafeControlConfig(adversary=AdversaryConfig(count=2, tokens=3))
 every_case = pytest.mark.parametrize("case", sorted(CASES))
 every_kind = pytest.mark.parametrize("kind", sorted(PATCH_KINDS))
+every_case_and_kind = pytest.mark.parametrize(
+    ("case", "kind"), [(case, kind) for case in sorted(CASES) for kind in CASES[case].kinds]
+)
 
 RATES = {"control": 2e-3, "lite": 5e-3, "lora": 5e-3}
 
@@ -47,12 +59,21 @@ def host() -> UNetHost:
     return new_small_host()
 
 
-def rows_of(case: str, seed: int = 0) -> Batch:
-    return batch(seed, rewrite=Rewrite("guided") if case.endswith("guided") else None)
+@cache
+def prepared(case: str, seed: int) -> Rows:
+    """The rows that an objective makes itself."""
+    data = DataConfig(pairs=4, steps=1, seed=seed)
+    return CASES[case].prepare(new_small_host(), Corpus.open("weapons"), data)
 
 
-def trainable(host: UNetHost, kind: str = "control", seed: int | None = 0) -> Patch:
-    return new_patch(host.unet, kind, seed=seed).requires_grad_(True).train()
+def rows_of(case: str, seed: int = 0) -> Any:
+    if case.startswith("safe_control"):
+        return batch(seed, rewrite=Rewrite("guided") if case.endswith("guided") else None)
+    return prepared(case, seed).batch(0, 2, 0)
+
+
+def trainable(host: UNetHost, kind: str = "control", seed: int | None = 0, case: str = "safe_control") -> Patch:
+    return CASES[case].suited(new_patch(host.unet, kind, seed=seed)).requires_grad_(True).train()
 
 
 def played(objective: object, patch: nn.Module, host: UNetHost, rows: Batch, seed: int = 0) -> dict[str, Tensor]:
@@ -73,11 +94,10 @@ def losses(case: str, patch: nn.Module, host: UNetHost, seed: int = 0, rows: Bat
 # ---- every objective, every kind -------------------------------------------------------------------------------
 
 
-@every_kind
-@every_case
+@every_case_and_kind
 @pytest.mark.parametrize("seed", [None, 0])
 def test_the_loss_and_its_parts_are_finite_scalars(host, case, kind, seed):
-    parts = losses(case, trainable(host, kind, seed), host)
+    parts = losses(case, trainable(host, kind, seed, case), host)
     assert "loss" in parts
     for value in parts.values():
         assert value.shape == ()
@@ -85,10 +105,11 @@ def test_the_loss_and_its_parts_are_finite_scalars(host, case, kind, seed):
     assert parts["loss"] > 0
 
 
-@every_kind
-@every_case
+@every_case_and_kind
 def test_gradients_reach_every_patch_parameter_and_nothing_else(host, case, kind):
-    patch = trainable(host, kind)  # awake: the zero joints of a fresh one let nothing through to what is behind them
+    patch = trainable(
+        host, kind, case=case
+    )  # awake: the zero joints of a fresh one let nothing through to what is behind them
     before = {name: tensor.clone() for name, tensor in host.unet.state_dict().items()}
     losses(case, patch, host)["loss"].backward()
     assert not [name for name, p in patch.named_parameters() if p.grad is None or not p.grad.any()]
@@ -99,11 +120,10 @@ def test_gradients_reach_every_patch_parameter_and_nothing_else(host, case, kind
     assert not [module for module in host.unet.modules() if module._forward_hooks or module._forward_pre_hooks]
 
 
-@every_kind
-@every_case
+@every_case_and_kind
 def test_a_fresh_patch_learns_at_its_joints_first(host, case, kind):
     """And, three steps on, everywhere: nothing of it is dead from the start."""
-    patch = trainable(host, kind, seed=None)
+    patch = trainable(host, kind, seed=None, case=case)
     optimizer = torch.optim.AdamW(patch.parameters(), lr=1e-3)
     for step in range(3):
         optimizer.zero_grad()
@@ -114,32 +134,31 @@ def test_a_fresh_patch_learns_at_its_joints_first(host, case, kind):
     assert not [name for name, p in patch.named_parameters() if not p.grad.any()]
 
 
-@every_kind
-@every_case
+@every_case_and_kind
 def test_equal_seeds_give_equal_losses_and_others_do_not(host, case, kind):
-    patch = trainable(host, kind)
+    patch = trainable(host, kind, case=case)
     torch.manual_seed(1)
     first = losses(case, patch, host, seed=3)
     torch.manual_seed(2)  # the global seed has no say
     second = losses(case, patch, host, seed=3)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not torch.equal(losses(case, patch, host, seed=4)["loss"], first["loss"])  # control
-    other = rows_of(case, seed=1)
+    other = rows_of(case, seed=2)
     assert not torch.equal(losses(case, patch, host, seed=3, rows=other)["loss"], first["loss"])
 
 
 @every_case
 def test_the_global_generator_is_left_alone(host, case):
-    patch = trainable(host)
+    rows_of(case)
+    patch = trainable(host, CASES[case].kinds[0], case=case)
     before = torch.get_rng_state()
     losses(case, patch, host)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@every_kind
-@every_case
+@every_case_and_kind
 def test_twenty_steps_on_one_batch_lower_the_loss(host, case, kind):
-    patch = trainable(host, kind, seed=None)
+    patch = trainable(host, kind, seed=None, case=case)
     optimizer = torch.optim.AdamW(patch.parameters(), lr=RATES[kind])
     seen = []
     for _ in range(21):
@@ -149,7 +168,7 @@ def test_twenty_steps_on_one_batch_lower_the_loss(host, case, kind):
         loss.backward()
         optimizer.step()
     assert seen[-1] < 0.95 * seen[0]
-    fresh = losses(case, trainable(host, kind, seed=None), host)["loss"].item()
+    fresh = losses(case, trainable(host, kind, seed=None, case=case), host)["loss"].item()
     assert fresh == seen[0]  # control: the fall is the patch's
 
 
@@ -168,10 +187,9 @@ def saving_memory(host: UNetHost, patch: Patch) -> Iterator[None]:
         host.keep_activations()
 
 
-@every_kind
-@every_case
+@every_case_and_kind
 def test_recomputed_activations_give_the_same_gradients(host, case, kind, monkeypatch):
-    patch, used, inner = trainable(host, kind), [], unet_host.checkpoint
+    patch, used, inner = trainable(host, kind, case=case), [], unet_host.checkpoint
     monkeypatch.setattr(unet_host, "checkpoint", lambda *args, **options: used.append(1) or inner(*args, **options))
     losses(case, patch, host)["loss"].backward()
     wanted = [parameter.grad.clone() for parameter in patch.parameters()]
@@ -327,10 +345,21 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@every_case_and_kind
+def test_the_file_holds_what_was_trained(host, case, kind):
+    """Of a lora patch, those layers alone; and it acts as the patch that was trained."""
+    patch = trainable(host, kind, case=case).eval()
+    made = to_artifact(patch, host.unet, {"weapons": INSTRUCTION})
+    again = to_artifact(from_artifact(made, host.unet), host.unet, {"weapons": INSTRUCTION})
+    assert made.tensors.keys() == again.tensors.keys()
+    assert all(made.tensors[name].any() for name in made.tensors)  # control
+    torch.testing.assert_close(dict(made.tensors), dict(again.tensors), rtol=0, atol=1e-6)
+
+
 @every_case
 def test_no_step_waits_for_the_device(host, case):
     """Where the values of a tensor are asked for, a GPU's queue runs dry."""
-    patch = trainable(host, "lora")
+    patch = trainable(host, "lora", case=case)
     losses(case, patch, host)["loss"]  # what is made once
     with Waits() as waits:
         losses(case, patch, host)["loss"].backward()
@@ -399,7 +428,7 @@ def test_of_a_concept_alone_the_guided_target_is_esds(host):
 @pytest.mark.parametrize("n", [1, 2, 32])
 def test_timesteps_are_spread_over_the_schedule(n):
     for seed in range(50):
-        timesteps = safe_control.draw_timesteps(n, 1000, 1.0, torch.Generator().manual_seed(seed))
+        timesteps = draw_timesteps(n, 1000, 1.0, torch.Generator().manual_seed(seed))
         edges = torch.arange(n + 1) * 1000 / n
         ordered = timesteps.sort().values
         assert (edges[:-1].floor() <= ordered).all()
@@ -411,14 +440,12 @@ def test_timesteps_are_spread_over_the_schedule(n):
 def test_the_last_timestep_is_never_past_the_schedule(monkeypatch):
     """31 + the largest float below 1 is 32 in float32: the one draw in a million that is 1000 of 1000."""
     largest = torch.tensor(1 - 2**-24)
-    monkeypatch.setattr(safe_control.torch, "rand", lambda n, generator: largest.expand(n))
-    assert safe_control.draw_timesteps(32, 1000, 1.0, torch.Generator()).max() == 999
+    monkeypatch.setattr(noising.torch, "rand", lambda n, generator: largest.expand(n))
+    assert draw_timesteps(32, 1000, 1.0, torch.Generator()).max() == 999
 
 
 def test_a_power_below_one_favours_noisy_timesteps():
-    even, noisy = (
-        safe_control.draw_timesteps(1000, 1000, power, torch.Generator().manual_seed(0)) for power in (1, 0.6)
-    )
+    even, noisy = (draw_timesteps(1000, 1000, power, torch.Generator().manual_seed(0)) for power in (1, 0.6))
     assert abs(even.float().mean() - 500) < 10  # control
     assert abs(noisy.float().mean() - 1000 / 1.6) < 10  # the mean of u ** p is 1 / (1 + p)
 
@@ -530,3 +557,200 @@ def test_a_wrapped_patch_is_the_patch(host):
         patch = trainable(host, kind)
         inputs = (rows.latents, torch.tensor([10, 900]), rows.unsafe, torch.zeros(1, 3, 192))
         assert torch.equal(*(patched_prediction(host, each, *inputs) for each in (patch, Wrapper(patch))))
+
+
+# ---- esd and leco: a target made of the base's own predictions ---------------------------------------------------
+
+
+def test_a_variant_chooses_a_lora_patchs_layers_and_no_other_kinds(host):
+    def layers(variant: str | None) -> set[str]:
+        return set(ESDConfig(variant=variant).suited(new_patch(host.unet, "lora")).layers)
+
+    everything = layers("all")
+    assert layers(None) == layers("x") == {name for name in everything if ".attn2." in name}
+    assert layers("x-strict") == {name for name in everything if name.endswith(("attn2.to_k", "attn2.to_v"))}
+    assert layers("u") == everything - layers("x")
+    assert 0 < len(layers("x-strict")) < len(layers("x")) < len(everything)  # control
+    for kind in ("control", "lite"):
+        ESDConfig().suited(new_patch(host.unet, kind))
+        for variant in sorted(VARIANTS.keys() - {"all"}):
+            with pytest.raises(ConfigError, match=f"a {kind} patch changes none of the host's own layers; set"):
+                ESDConfig(variant=variant).suited(new_patch(host.unet, kind))
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0, 2.0])
+def test_esd_ends_in_the_negatively_guided_base(host, eta):
+    """Its loss is that of the combination written out, at the same noisy latents."""
+    rows, asked = rows_of("esd"), Asked(trainable(host, seed=None))
+    loss = played(ESDConfig(negative_guidance=eta), asked, host, rows)["loss"]
+    noisy, timesteps, states, *_ = asked.inputs[0]
+    assert torch.equal(states, rows.unsafe.states)
+    with torch.no_grad():
+        concept, empty = (host.predict(noisy, timesteps, read) for read in (rows.unsafe, host.encode(["", ""])))
+    torch.testing.assert_close(loss, mse_loss(concept, empty - eta * (concept - empty)))
+    assert not torch.isclose(loss, mse_loss(concept, empty - (eta + 1) * (concept - empty)))  # control
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_a_combination_of_predictions_is_that_of_clean_latents(kind):
+    """So that no objective needs to know what its model predicts."""
+    host = new_small_host()
+    host.components.scheduler.register_to_config(prediction_type=kind)
+    noisy, concept, empty = torch.randn(3, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    timesteps = torch.tensor([10, 700])
+    clean = [host.to_x0(noisy, timesteps, one) for one in (concept, empty)]
+    made = host.to_x0(noisy, timesteps, negatively_guided(concept, empty, 2.0))
+    torch.testing.assert_close(made, negatively_guided(*clean, 2.0), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(made, clean[1])  # control
+
+
+def test_leco_learns_where_the_patched_model_comes_to(host):
+    """Another patch comes elsewhere; nobody has come anywhere in no step."""
+    rows, places = rows_of("leco"), []
+    for seed in (None, 0):
+        asked = Asked(trainable(host, seed=seed))
+        played(LECOConfig(denoising_steps=2), asked, host, rows)
+        assert len(asked.inputs) == 2  # one step of two, and there
+        assert [int(times[0]) for _, times, *_ in asked.inputs] == [999, 499]
+        places.append(asked.inputs[-1][0])
+        assert torch.equal(asked.inputs[0][2], rows.unsafe.states)
+    assert not torch.equal(*places)
+
+
+def test_leco_erases_and_enhances_in_opposite_directions(host):
+    rows, found = rows_of("leco, enhance"), {}
+    for action in ("erase", "enhance"):
+        config = LECOConfig(action=action, denoising_steps=2)
+        found[action] = played(config, trainable(host, "lora", seed=None), host, rows)["loss"]
+    noisy, timesteps = last_noisy(host, LECOConfig(denoising_steps=2), rows)
+    with torch.no_grad():
+        made, neutral, plus, minus = (
+            host.predict(noisy, timesteps, asked) for asked in (rows.unsafe, rows.safe, rows.away, rows.towards)
+        )
+    torch.testing.assert_close(found["erase"], mse_loss(made, neutral - (plus - minus)))
+    torch.testing.assert_close(found["enhance"], mse_loss(made, neutral + (plus - minus)))
+    assert not torch.isclose(found["erase"], found["enhance"])  # control
+
+
+def last_noisy(host: UNetHost, config: object, rows: Any) -> tuple[Tensor, Tensor]:
+    """The latents and timesteps that a fresh patch is shown last."""
+    asked = Asked(trainable(host, seed=None))
+    played(config, asked, host, rows)
+    return asked.inputs[-1][:2]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"variant": "y"}, "objective.variant must be one of x, x-strict, u, all, not 'y'"),
+        ({"negative_guidance": -1.0}, "negative_guidance must be at least 0"),
+        ({"prompts": "words"}, "objective.prompts must be one of concepts, captions, not 'words'"),
+    ],
+)
+def test_esd_refuses_what_it_cannot_mean(settings, message):
+    ESDConfig()  # control
+    with pytest.raises(ConfigError, match=message):
+        ESDConfig(**settings)
+
+
+def test_leco_refuses_what_it_cannot_mean():
+    for settings, message in (({"action": "add"}, "one of erase, enhance"), ({"denoising_steps": 1}, "at least 2")):
+        with pytest.raises(ConfigError, match=message):
+            LECOConfig(**settings)
+    with pytest.raises(PromptError, match="minors"):  # not even where the settings say so
+        LECOConfig(target="a child").prepare(new_small_host(), KEPT, DataConfig(pairs=1))
+
+
+# ---- closed_form: a least-squares problem, solved --------------------------------------------------------------
+
+UCE = {"prompts": "concepts", "tokens": "last", "rank": 0}
+SOLVED = [{}, UCE, UCE | {"rounds": 2}, {"prompts": "concepts"}, {"rank": 0}]
+
+
+def solved(host: UNetHost, seed: int = 0, **settings: object) -> tuple[LoraPatch, Edit, dict[str, float]]:
+    """The patch, the states it was solved for, and what is left."""
+    objective = ClosedFormConfig(**{"preserve": 8, **settings})
+    patch = cast(LoraPatch, objective.suited(new_patch(host.unet, "lora", seed=None)))
+    rows = objective.prepare(host, Corpus.open("weapons"), DataConfig(pairs=6, seed=seed))
+    return patch, rows, dict(objective.solve(host, patch, rows))
+
+
+@pytest.mark.parametrize("settings", SOLVED, ids=str)
+def test_what_is_solved_brings_concepts_nearer_than_what_must_stay_moves(host, settings):
+    before = {name: tensor.clone() for name, tensor in host.unet.state_dict().items()}
+    patch, _, left = solved(host, **settings)
+    assert 0 <= left["preserve"] < left["erase"] < 1
+    assert {layer.rpartition(".")[2] for layer in patch.layers} == {"to_k", "to_v"}
+    assert all(update.up.any() and update.up.isfinite().all() for _, update in patch.each())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in host.unet.state_dict().items())
+    again, _, _ = solved(host, **settings)
+    for one, other in zip(patch.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, other)
+    other, _, _ = solved(host, seed=1, **settings)  # control
+    assert not torch.equal(next(iter(other.parameters())), next(iter(patch.parameters())))
+
+
+def test_the_solution_is_where_the_published_sum_is_least(host):
+    """UCE, eq. 7: its gradient is zero at W + up down, and not at W, nor with a little more or less."""
+    patch, edit, _ = solved(host, **UCE)
+    layer, update = next(patch.each())
+    weight = host.unet.get_submodule(layer).weight.detach().double()
+
+    def slope(times: float) -> float:
+        new = (weight + times * (update.up @ update.down).detach()).requires_grad_(True)
+        erased = (edit.concepts @ new.T - edit.targets @ weight.T).square().sum()
+        kept = (edit.kept @ (new - weight).T).square().sum()
+        (gradient,) = torch.autograd.grad(erased + kept + 0.5 * (new - weight).square().sum(), new)
+        return float(gradient.norm())
+
+    assert slope(1.0) < 1e-3 * slope(0.0)
+    assert min(slope(0.9), slope(1.1)) > 0.05 * slope(0.0)  # control
+
+
+def test_its_factors_are_exact_at_the_number_of_edited_states(host):
+    patch, edit, exact = solved(host, **UCE)
+    names = [name for concept in Corpus.open("weapons").words.concepts for name in concept.known_names]
+    assert patch.layout["rank"] == len(edit.concepts) == len(names)
+    _, _, higher = solved(host, **{**UCE, "rank": len(names) + 5})
+    assert higher == pytest.approx(exact, rel=1e-6)
+    cut, _, lower = solved(host, **{**UCE, "rank": 2})
+    assert cut.layout["rank"] == 2
+    assert lower["erase"] > exact["erase"] + 0.01  # control
+
+
+def test_rounds_edit_the_states_that_bring_a_concept_back(host):
+    """After UCE a state exists whose keys and values are the concept's; after a round, the same search finds less."""
+    objective = ClosedFormConfig(**UCE)
+    patch, edit, _ = solved(host, **UCE)
+    weights = [host.unet.get_submodule(layer).weight.detach().double() for layer in patch.layers]
+    gram = sum(weight.T @ weight for weight in weights)
+
+    def missed(change: Tensor) -> float:
+        """How far from the concepts' keys and values the nearest states, of a length that is paid for, stay."""
+        seen, one = torch.eye(len(change)).double() + change, torch.eye(len(change)).double()
+        found = torch.linalg.solve(seen.T @ gram @ seen + 0.1 * one, seen.T @ gram @ edit.concepts.T)
+        return sum(float((weight @ (seen @ found - edit.concepts.T)).square().sum()) for weight in weights)
+
+    once, thrice = (replace(objective, rounds=rounds).change(edit, gram) for rounds in (0, 3))
+    assert missed(thrice) > 1.05 * missed(once)
+    assert missed(torch.zeros_like(once)) < missed(once)  # control
+
+
+def test_a_prompt_is_aligned_with_its_twin_from_the_last_word_backwards():
+    """`crossed swords` and `scissors`: swords become scissors, and the padding behind stays behind."""
+    unsafe, safe = (torch.arange(6).double()[:, None].clone() for _ in range(2))
+    unsafe[1:] += 10
+    safe[1:] += 20
+    concepts, targets = ClosedFormConfig()._aligned(unsafe, safe, 2, 1)
+    assert concepts[:, 0].tolist() == [12, 13, 14, 15]
+    assert targets[:, 0].tolist() == [21, 22, 23, 24]
+    concepts, targets = ClosedFormConfig()._aligned(safe, unsafe, 1, 2)
+    assert concepts[:, 0].tolist() == [21, 22, 23, 24]
+    assert [len(side) for side in ClosedFormConfig(tokens="last")._aligned(unsafe, safe, 2, 1)] == [1, 1]  # control
+    assert len(ClosedFormConfig()._aligned(safe, safe, 1, 1)[0]) == 0
+
+
+@pytest.mark.parametrize("kind", ["control", "lite"])
+def test_an_objective_refuses_a_kind_it_cannot_train(host, kind):
+    with pytest.raises(ConfigError, match=f"objective=closed_form cannot train a {kind} patch; set patch.kind=lora"):
+        ClosedFormConfig().suited(new_patch(host.unet, kind))

@@ -34,6 +34,11 @@ class Duo:
     beta: float = 0.1
 
 
+@dataclass(frozen=True)
+class Scored:
+    name: str = "score_forgetting"
+
+
 @dataclass
 class Training:
     learning_rate: float = 1e-4
@@ -152,6 +157,9 @@ def test_the_name_picks_the_schema_of_a_node(write):
     assert load(path, "objective.guidance=3").objective == ESD(guidance=3.0)
     assert load(path, "objective.name=duo").objective == Duo()
     assert load(None, "objective={name: duo, beta: 2}").objective == Duo(beta=2.0)
+    hyphens = {"objective": {"score_forgetting": Scored}}  # as papers write names
+    for given in ("score-forgetting", "score_forgetting"):
+        assert load_config(Training, None, (f"objective.name={given}",), hyphens).objective == Scored()
 
 
 def test_options_of_another_choice_are_unknown_keys(write):

@@ -173,3 +173,19 @@ def test_conditionings_are_joined_picked_and_spread_row_by_row():
     scored = joined([one._replace(score=torch.tensor([2.5])), two._replace(score=torch.tensor([6.0, 6.0]))])
     assert scored.of(slice(0, 2)).score.tolist() == [2.5, 6.0]
     assert both.to("cpu", torch.float64).pooled.dtype == torch.float64
+
+
+def test_the_last_words_state_is_the_one_that_reads_it():
+    host, prompts = new_small_host(), ["", "a knife", "a picture of a knife"]
+    assert host.last_words(prompts).tolist() == [0, 2, 5]
+    knife, spoon = host.encode(["a knife"]).states[0], host.encode(["a spoon"]).states[0]
+    assert (knife != spoon).any(-1).nonzero()[0] == 2  # control: before it, the two read alike
+
+
+def test_a_denoising_stops_where_it_is_told():
+    host, noise = new_small_host(), torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    asked, empty = host.encode(["a cat", "a dog"]), host.encode([""]).expand(2)
+    none, some, whole = (host.denoise(noise, asked, empty, 4, 2.0, until=until) for until in (0, 2, None))
+    assert torch.equal(none.latents, noise)
+    assert (none.timestep, some.timestep, whole.timestep) == (999, 499, 0)
+    assert not torch.equal(some.latents, whole.latents)  # control

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import DDIMScheduler
@@ -24,6 +24,13 @@ SAMPLED = 997  # every so many-th weight tells one model from another
 
 Residuals = tuple[tuple[Tensor, ...], Tensor]
 Predict = Callable[[Tensor, Tensor, Conditioning], Tensor]  # noisy latents, timesteps, conditioning -> a prediction
+
+
+class Denoised(NamedTuple):
+    """Latents (B, 4, h, w), and the integer timestep at which they are."""
+
+    latents: Tensor
+    timestep: int
 
 
 class UNetHost:
@@ -97,6 +104,12 @@ class UNetHost:
         scores = torch.tensor([SCORE if prompt else EMPTY_SCORE for prompt in prompts])
         return read._replace(score=moved(scores, self.device))
 
+    def last_words(self, prompts: Sequence[str]) -> Tensor:
+        """Which of each prompt's text states is the last word's (its last token), int64 (B,); 0 of the empty one."""
+        tokenizer, _ = self.components.text_encoders()[0]
+        read = tokenizer(list(prompts), truncation=True, max_length=tokenizer.model_max_length).input_ids
+        return torch.tensor([len(ids) - 2 for ids in read])  # behind it is the end's mark
+
     def encode_images(self, images: Tensor) -> Tensor:
         """Latents (B, 4, h, w), float32, of images in [0, 1], (B, 3, H, W)."""
         return encode_images(self.components.vae, images).float()
@@ -120,17 +133,41 @@ class UNetHost:
             predict: what predicts for the prompts, instead of this host; for the empty one, which guidance points away
                 from, this host does.
         """
+        latents = moved(torch.stack([self._noise(seed) for seed in seeds]), self.device)
+        asked, empty = self.encode(prompts), self.encode([""]).expand(len(prompts))
+        return self.denoise(latents, asked, empty, steps, guidance, predict).latents
+
+    @torch.no_grad()
+    def denoise(
+        self,
+        latents: Tensor,
+        asked: Conditioning,
+        empty: Conditioning,
+        steps: int,
+        guidance: float | None = None,
+        predict: Predict | None = None,
+        until: int | None = None,
+    ) -> "Denoised":
+        """What `draw` does with pure noise, as far as one likes.
+
+        Args:
+            latents: standard noise, (B, 4, h, w).
+            asked, empty: of B prompts, and of what guidance points away from.
+            steps: of the whole denoising.
+            guidance, predict: as in `draw`.
+            until: how many of the steps are made, all by default.
+        """
         guidance = self.guidance if guidance is None else guidance
         scheduler = DDIMScheduler.from_config(
             self.components.scheduler.config, timestep_spacing="trailing", clip_sample=False, thresholding=False
         )
         scheduler.set_timesteps(steps)
-        latents = moved(torch.stack([self._noise(seed) for seed in seeds]), self.device)
-        asked, empty = self.encode(prompts), self.encode([""]).expand(len(prompts))
-        for t in scheduler.timesteps.tolist():
+        times = [*scheduler.timesteps.tolist(), 0]
+        until = steps if until is None else until
+        for t in times[:until]:
             pred = self._guided(latents, t, asked, empty, guidance, predict)
             latents = scheduler.step(pred, t, latents, return_dict=False)[0]
-        return latents
+        return Denoised(latents, times[until])
 
     def _guided(
         self,
