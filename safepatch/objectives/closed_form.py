@@ -22,7 +22,7 @@ hand. What takes a concept's place is its replacement, its caption's safe twin, 
 `captions` edit the states of whole captions, aligned from the last word backwards: all that cross-attention reads.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, cast
 
@@ -44,16 +44,21 @@ NONE = 1e-9  # singular values below this share of the largest are rounding
 
 
 class Edit(NamedTuple):
-    """Text states, float64 on the CPU.
+    """All that the solution depends on, float64 on the CPU; each matrix is (width, width).
 
     Attributes:
-        concepts, targets: what is edited into what, (E, width) each.
-        kept: what must stay, (P, width).
+        concepts: Σ c cᵀ of the states that are edited.
+        crossed: Σ s cᵀ, with their targets.
+        targets: Σ |s|².
+        kept: Σ p pᵀ of what must stay.
+        count: of the states that are edited.
     """
 
     concepts: Tensor
-    targets: Tensor
+    crossed: Tensor
+    targets: float
     kept: Tensor
+    count: int
 
 
 @dataclass(frozen=True)
@@ -113,9 +118,14 @@ class ClosedFormConfig(Usual):
         if self.prompts == "captions" or not pairs:
             pairs = corpus.pairs(data.pairs, data.seed, data.companions)
         kept = [prompt.text for prompt in corpus.retain(self.preserve, data.seed)]
-        concepts, targets = self._edited(host, list(dict.fromkeys(pairs)), data.batch_size)
-        states = [self._picked(host, kept[part.start : part.stop]) for part in batched(len(kept), data.batch_size)]
-        return Edit(concepts, targets, torch.cat([concepts[:0], *states]))
+        edit = self._edited(host, list(dict.fromkeys(pairs)), data.batch_size)
+        if not edit.count:
+            raise ConfigError("every prompt is its own safe twin; give replacements, or rewrite.by: empty")
+        preserved = edit.kept
+        for part in batched(len(kept), data.batch_size):
+            states = self._picked(host, kept[part.start : part.stop])
+            preserved = preserved + states.T @ states
+        return edit._replace(kept=preserved)
 
     def solve(self, host: UNetHost, patch: Patch, rows: Any) -> Mapping[str, float]:
         """Put the solution into `patch`.
@@ -125,55 +135,59 @@ class ClosedFormConfig(Usual):
             preserved states are moved, as a share of their length.
         """
         edit, lora = cast(Edit, rows), cast(LoraPatch, patch)
-        weights = {layer: host.unet.get_submodule(layer).weight.detach().cpu().double() for layer in lora.layers}
-        change = self.change(edit, sum(weight.T @ weight for weight in weights.values()))
-        left, right = factors(change, self._normal(edit.concepts, edit.kept), self.rank)
-        change = left @ right
-        updates = {layer: ((weight @ left).float(), right.float()) for layer, weight in weights.items()}
+        weights = {layer: host.unet.get_submodule(layer).weight.detach().float().cpu() for layer in lora.layers}
+        left, right = factors(
+            self.change(edit, list(weights.values())), self._normal(edit.concepts, edit.kept), self.rank
+        )
+        updates = {layer: (weight @ left.float(), right.float()) for layer, weight in weights.items()}
         lora.put({layer: (up.to(host.device), down.to(host.device)) for layer, (up, down) in updates.items()})
-        before = edit.targets - edit.concepts
-        after = before - edit.concepts @ change.T
-        moved, length = edit.kept @ change.T, edit.kept.norm().clamp(min=1e-12)
-        return {"erase": float(after.norm() / before.norm()), "preserve": float(moved.norm() / length)}
+        return residuals(edit, left @ right)
 
-    def change(self, edit: Edit, gram: Tensor | float) -> Tensor:
+    def change(self, edit: Edit, weights: Sequence[Tensor]) -> Tensor:
         """D of W' = W (I + D), (width, width).
 
         Args:
             edit: the states.
-            gram: G, the sum of WᵀW over all layers, (width, width); only RECE's rounds read it.
+            weights: of all layers, (out, width) each; only RECE's rounds read them.
         """
-        concepts, one = edit.concepts, torch.eye(edit.concepts.shape[1], dtype=torch.float64)
-        change = torch.zeros_like(one)
-        kept = self.preserve_scale * edit.kept.T @ edit.kept
+        one = torch.eye(len(edit.kept), dtype=torch.float64)
+        change, concepts, crossed = torch.zeros_like(one), edit.concepts, edit.crossed
+        gram = sum((w.double().T @ w.double() for w in weights), torch.zeros_like(one)) if self.rounds else one
         for i in range(self.rounds + 1):
-            if i:  # what brings the concepts back
+            if i:  # L of c' = L c, what brings the concepts back
                 seen = one + change
                 found = seen.T @ gram @ seen + self.return_regularization * one
-                concepts = torch.linalg.solve(found, seen.T @ gram @ edit.concepts.T).T
-            missing = edit.targets - concepts @ (one + change).T
-            wanted = self.erase_scale * missing.T @ concepts - change @ kept
+                back = torch.linalg.solve(found, seen.T @ gram)
+                concepts, crossed = back @ edit.concepts @ back.T, edit.crossed @ back.T
+            missing = crossed - (one + change) @ concepts
+            wanted = self.erase_scale * missing - self.preserve_scale * change @ edit.kept
             change = change + torch.linalg.solve(self._normal(concepts, edit.kept), wanted.T).T
         return change
 
     def _normal(self, concepts: Tensor, kept: Tensor) -> Tensor:
-        """M, (width, width)."""
-        one = torch.eye(concepts.shape[1], dtype=torch.float64)
-        weighed = self.erase_scale * concepts.T @ concepts + self.preserve_scale * kept.T @ kept
-        return weighed + self.regularization * one
+        """M, (width, width), of Σ c cᵀ and Σ p pᵀ."""
+        one = torch.eye(len(kept), dtype=torch.float64)
+        return self.erase_scale * concepts + self.preserve_scale * kept + self.regularization * one
 
-    def _edited(self, host: UNetHost, pairs: list[Pair], size: int) -> tuple[Tensor, Tensor]:
-        """States of the unsafe prompts, and of the safe ones in their places, (E, width) each."""
-        made: list[tuple[Tensor, Tensor]] = []
+    def _edited(self, host: UNetHost, pairs: list[Pair], size: int) -> Edit:
+        """The sums over the unsafe prompts' states and the safe ones in their places; nothing is kept yet."""
+        width = host.unet.config["cross_attention_dim"]
+        none = torch.zeros(width, width, dtype=torch.float64)
+        edit = Edit(none, none, 0.0, none, 0)
         for part in batched(len(pairs), size):
             some = pairs[part.start : part.stop]
             unsafe, safe = ([getattr(pair, side).text for pair in some] for side in ("unsafe", "safe"))
             states, ends = [_states(host, texts) for texts in (unsafe, safe)], map(host.last_words, (unsafe, safe))
-            made += [self._aligned(*row) for row in zip(*states, *(end.tolist() for end in ends), strict=True)]
-        concepts, targets = (torch.cat(side) for side in zip(*made, strict=True))
-        if not len(concepts):
-            raise ConfigError("every prompt is its own safe twin; give replacements, or rewrite.by: empty")
-        return concepts, targets
+            rows = [self._aligned(*row) for row in zip(*states, *(end.tolist() for end in ends), strict=True)]
+            c, s = (torch.cat(side) for side in zip(*rows, strict=True))
+            edit = Edit(
+                edit.concepts + c.T @ c,
+                edit.crossed + s.T @ c,
+                edit.targets + float(s.square().sum()),
+                none,
+                edit.count + len(c),
+            )
+        return edit
 
     def _aligned(self, unsafe: Tensor, safe: Tensor, last: int, last_safe: int) -> tuple[Tensor, Tensor]:
         """The states of one pair, (tokens, width) each, that are edited into each other."""
@@ -188,6 +202,18 @@ class ClosedFormConfig(Usual):
         """The states of prompts that are preserved, (P, width)."""
         states = _states(host, texts)
         return states.flatten(0, 1) if self.tokens == "rest" else states[range(len(texts)), host.last_words(texts)]
+
+
+def residuals(edit: Edit, change: Tensor) -> dict[str, float]:
+    """`erase`, Σ |s - (I + D) c| over Σ |s - c|, and `preserve`, Σ |D p| over Σ |p|, as roots of squared sums."""
+
+    def missing(seen: Tensor) -> float:
+        return edit.targets - float(2 * (seen * edit.crossed).sum() - ((seen @ edit.concepts) * seen).sum())
+
+    one = torch.eye(len(change), dtype=torch.float64)
+    moved, length = float(((change @ edit.kept) * change).sum()), float(edit.kept.trace())
+    erase = max(0.0, missing(one + change)) / max(missing(one), 1e-12)
+    return {"erase": erase**0.5, "preserve": (max(0.0, moved) / max(length, 1e-12)) ** 0.5}
 
 
 def factors(change: Tensor, normal: Tensor, rank: int = 0) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import CheckpointError
 
 from safepatch.data.bank import Batch, DataConfig
 from safepatch.data.category import Rewrite
+from safepatch.data.concepts import distinct_concepts
 from safepatch.data.corpus import Corpus
 from safepatch.diffusion import UNetHost, training_target
 from safepatch.diffusion.hosts import unet as unet_host
@@ -690,16 +691,30 @@ def test_what_is_solved_brings_concepts_nearer_than_what_must_stay_moves(host, s
     assert not torch.equal(next(iter(other.parameters())), next(iter(patch.parameters())))
 
 
+def states_of(host: UNetHost, side: str) -> Tensor:
+    """The last words' states of the category's concepts, or of their replacements."""
+    texts = [getattr(pair, side).text for pair in distinct_concepts(Corpus.open("weapons"))]
+    return host.encode(texts).states[range(len(texts)), host.last_words(texts)].double()
+
+
+def kept_states(host: UNetHost) -> Tensor:
+    texts = [prompt.text for prompt in Corpus.open("weapons").retain(8, 0)]
+    return host.encode(texts).states[range(len(texts)), host.last_words(texts)].double()
+
+
 def test_the_solution_is_where_the_published_sum_is_least(host):
     """UCE, eq. 7: its gradient is zero at W + up down, and not at W, nor with a little more or less."""
     patch, edit, _ = solved(host, **UCE)
     layer, update = next(patch.each())
     weight = host.unet.get_submodule(layer).weight.detach().double()
 
+    (c, s), p = (states_of(host, side) for side in ("unsafe", "safe")), kept_states(host)
+    torch.testing.assert_close(edit.concepts, c.T @ c)
+
     def slope(times: float) -> float:
         new = (weight + times * (update.up @ update.down).detach()).requires_grad_(True)
-        erased = (edit.concepts @ new.T - edit.targets @ weight.T).square().sum()
-        kept = (edit.kept @ (new - weight).T).square().sum()
+        erased = (c @ new.T - s @ weight.T).square().sum()
+        kept = (p @ (new - weight).T).square().sum()
         (gradient,) = torch.autograd.grad(erased + kept + 0.5 * (new - weight).square().sum(), new)
         return float(gradient.norm())
 
@@ -710,7 +725,7 @@ def test_the_solution_is_where_the_published_sum_is_least(host):
 def test_its_factors_are_exact_at_the_number_of_edited_states(host):
     patch, edit, exact = solved(host, **UCE)
     names = [name for concept in Corpus.open("weapons").words.concepts for name in concept.known_names]
-    assert patch.layout["rank"] == len(edit.concepts) == len(names)
+    assert patch.layout["rank"] == edit.count == len(names)
     _, _, higher = solved(host, **{**UCE, "rank": len(names) + 5})
     assert higher == pytest.approx(exact, rel=1e-6)
     cut, _, lower = solved(host, **{**UCE, "rank": 2})
@@ -720,20 +735,22 @@ def test_its_factors_are_exact_at_the_number_of_edited_states(host):
 
 def test_rounds_edit_the_states_that_bring_a_concept_back(host):
     """After UCE a state exists whose keys and values are the concept's; after a round, the same search finds less."""
-    objective = ClosedFormConfig(**UCE)
     patch, edit, _ = solved(host, **UCE)
-    weights = [host.unet.get_submodule(layer).weight.detach().double() for layer in patch.layers]
-    gram = sum(weight.T @ weight for weight in weights)
+    weights, concepts = (
+        [host.unet.get_submodule(layer).weight.double() for layer in patch.layers],
+        states_of(host, "unsafe"),
+    )
+    gram, one = sum(weight.T @ weight for weight in weights), torch.eye(192).double()
 
     def missed(change: Tensor) -> float:
         """How far from the concepts' keys and values the nearest states, of a length that is paid for, stay."""
-        seen, one = torch.eye(len(change)).double() + change, torch.eye(len(change)).double()
-        found = torch.linalg.solve(seen.T @ gram @ seen + 0.1 * one, seen.T @ gram @ edit.concepts.T)
-        return sum(float((weight @ (seen @ found - edit.concepts.T)).square().sum()) for weight in weights)
+        seen = one + change
+        found = torch.linalg.solve(seen.T @ gram @ seen + 0.1 * one, seen.T @ gram @ concepts.T)
+        return sum(float((weight @ (seen @ found - concepts.T)).square().sum()) for weight in weights)
 
-    once, thrice = (replace(objective, rounds=rounds).change(edit, gram) for rounds in (0, 3))
+    once, thrice = (ClosedFormConfig(**UCE, rounds=rounds).change(edit, weights) for rounds in (0, 3))
     assert missed(thrice) > 1.05 * missed(once)
-    assert missed(torch.zeros_like(once)) < missed(once)  # control
+    assert missed(0 * once) < missed(once)  # control
 
 
 def test_a_prompt_is_aligned_with_its_twin_from_the_last_word_backwards():
