@@ -18,16 +18,20 @@ from safepatch.data.bank import Batch, DataConfig
 from safepatch.data.category import Rewrite
 from safepatch.data.concepts import distinct_concepts
 from safepatch.data.corpus import Corpus
-from safepatch.diffusion import UNetHost, training_target
+from safepatch.diffusion import Conditioning, UNetHost, training_target
 from safepatch.diffusion.hosts import unet as unet_host
 from safepatch.errors import ConfigError, PromptError
 from safepatch.objectives import OBJECTIVES, Player, Rows, SafeControlConfig, Turn, noising
+from safepatch.objectives.adv_unlearn import AdvUnlearnConfig, prefixed
 from safepatch.objectives.adversary import AdversaryConfig, SoftPrompts, adversary
+from safepatch.objectives.all_but_one import AllButOneConfig
 from safepatch.objectives.closed_form import ClosedFormConfig, Edit
+from safepatch.objectives.duo import DUOConfig
 from safepatch.objectives.esd import VARIANTS, ESDConfig, negatively_guided
 from safepatch.objectives.leco import LECOConfig
 from safepatch.objectives.noising import draw_timesteps
 from safepatch.objectives.safe_control import SUPERVISION
+from safepatch.objectives.safegen import SafeGenConfig, mosaic
 from safepatch.patch import PATCH_KINDS, LoraPatch, Patch
 from safepatch.patch.files import from_artifact, to_artifact
 from safepatch.patch.host import patched_prediction
@@ -43,6 +47,9 @@ CASES: dict[str, object] = {name: config() for name, config in OBJECTIVES.items(
 CASES["safe_control, guided"] = SafeControlConfig()
 CASES["leco"] = LECOConfig(denoising_steps=2)  # else each step takes 50
 CASES["leco, enhance"] = LECOConfig(action="enhance", positive="a cat", neutral="a dog", denoising_steps=2)
+CASES["duo, prompted"] = DUOConfig(prompted=True, below=1.0)
+CASES["safegen, published"] = SafeGenConfig(target="published", mosaic=3)
+CASES["adv_unlearn, standard"] = AdvUnlearnConfig(attack="standard", attack_steps=2, tokens=2)
 CASES["esd, captions"] = ESDConfig(prompts="captions", negative_guidance=0.0)
 CASES["safe_control, attacked"] = SafeControlConfig(adversary=AdversaryConfig(count=2, tokens=3))
 every_case = pytest.mark.parametrize("case", sorted(CASES))
@@ -52,6 +59,8 @@ every_case_and_kind = pytest.mark.parametrize(
 )
 
 RATES = {"control": 2e-3, "lite": 5e-3, "lora": 5e-3}
+SLOWER = {"duo": 0.05, "duo, prompted": 0.05}  # its authors' rate is half the trainer's, and falls as beta grows
+FALL = {"duo": 0.995, "duo, prompted": 0.995}  # -log sigmoid starts at log 2, and is flat there
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +169,7 @@ def test_the_global_generator_is_left_alone(host, case):
 @every_case_and_kind
 def test_twenty_steps_on_one_batch_lower_the_loss(host, case, kind):
     patch = trainable(host, kind, seed=None, case=case)
-    optimizer = torch.optim.AdamW(patch.parameters(), lr=RATES[kind])
+    optimizer = torch.optim.AdamW(patch.parameters(), lr=RATES[kind] * SLOWER.get(case, 1.0))
     seen = []
     for _ in range(21):
         loss = losses(case, patch, host)["loss"]
@@ -168,7 +177,7 @@ def test_twenty_steps_on_one_batch_lower_the_loss(host, case, kind):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert seen[-1] < 0.95 * seen[0]
+    assert seen[-1] < FALL.get(case, 0.95) * seen[0]
     fresh = losses(case, trainable(host, kind, seed=None, case=case), host)["loss"].item()
     assert fresh == seen[0]  # control: the fall is the patch's
 
@@ -771,3 +780,136 @@ def test_a_prompt_is_aligned_with_its_twin_from_the_last_word_backwards():
 def test_an_objective_refuses_a_kind_it_cannot_train(host, kind):
     with pytest.raises(ConfigError, match=f"objective=closed_form cannot train a {kind} patch; set patch.kind=lora"):
         ClosedFormConfig().suited(new_patch(host.unet, kind))
+
+
+# ---- all_but_one, duo, safegen, adv_unlearn: what each holds on to ---------------------------------------------
+
+
+def test_all_but_one_has_nothing_to_learn_where_the_alternative_is_the_prompt(host):
+    rows, config = rows_of("all_but_one"), AllButOneConfig(unconditional=2.0)
+    same = replace(rows, safe=rows.unsafe)
+    assert played(config, trainable(host, seed=None), host, same)["loss"] < 1e-9
+    fresh, awake = (played(config, trainable(host, seed=seed), host, rows) for seed in (None, 0))
+    assert fresh["unconditional"] == 0
+    assert fresh["guidance"] > 1e-5  # control
+    assert awake["unconditional"] > 1e-5
+    torch.testing.assert_close(awake["loss"], awake["guidance"] + 2 * awake["unconditional"])
+
+
+@pytest.mark.parametrize("case", ["duo", "duo, prompted"])
+def test_duo_starts_undecided_and_prefers_the_safe_picture_when_it_has_learned(host, case):
+    rows = rows_of(case)
+    fresh = losses(case, trainable(host, "lora", seed=None, case=case), host, rows=rows)
+    torch.testing.assert_close(fresh["preference"], torch.tensor(2.0).log(), rtol=1e-4, atol=0)  # the base is itself
+    assert fresh["prior"] == 0
+    assert fresh["margin"].abs() < 1e-6
+    patch = trainable(host, "lora", seed=None, case=case)
+    optimizer = torch.optim.AdamW(patch.parameters(), lr=2e-4)
+    for _ in range(10):
+        made = losses(case, patch, host, rows=rows)
+        optimizer.zero_grad()
+        made["loss"].backward()
+        optimizer.step()
+    assert made["margin"] > 1e-5
+    assert made["prior"] > 0  # control: it did move
+    assert len(patch.layers) == len([name for name in patch.layers if ".attn1." in name or case == "duo, prompted"])
+
+
+def test_duo_and_safegen_read_no_prompt(host):
+    rows = rows_of("duo")
+    blind = replace(rows, unsafe_prompt=rows.empty, safe_prompt=rows.empty)
+    for case, is_read in (("duo", False), ("duo, prompted", True)):
+        patch = trainable(host, "lora", case=case)
+        found = [losses(case, patch, host, rows=some)["loss"] for some in (rows, blind)]
+        assert torch.equal(*found) != is_read
+    seen = Asked(trainable(host, seed=None))
+    played(SafeGenConfig(), seen, host, rows_of("safegen"))
+    assert all(torch.equal(state, host.encode([""]).states[0]) for state in seen.inputs[0][2])
+
+
+def test_safegens_targets_agree_where_signal_and_noise_are_equal(host):
+    """The exact one has the factor that the published one lacks, which is 1 there."""
+    scheduler = host.components.scheduler
+    middle = int((scheduler.alphas_cumprod - 0.5).abs().argmin())
+    rows, found = rows_of("safegen"), {}
+    for at in (middle, 100):
+        signal = float(scheduler.alphas_cumprod[at])
+        shift = ((1 - signal) / signal) ** 0.5
+        noise = torch.randn(rows.unsafe.shape, generator=torch.Generator().manual_seed(0))
+        times = torch.full((len(noise),), at)
+        noisy = host.add_noise(rows.unsafe, noise, times)
+        exact = host.to_noise(noisy, times, host.from_x0(noisy, times, rows.safe))
+        torch.testing.assert_close(exact, noise + (rows.unsafe - rows.safe) / shift, rtol=1e-3, atol=1e-3)
+        found[at] = (exact - (noise + rows.unsafe - rows.safe)).abs().max()
+    assert found[middle] < 0.02 * found[100]
+
+
+def test_a_mosaic_has_the_mean_of_each_block():
+    latents = torch.randn(2, 4, 7, 8, generator=torch.Generator().manual_seed(0))
+    made = mosaic(latents, 3)
+    assert made.shape == latents.shape
+    torch.testing.assert_close(made[:, :, :3, :3], latents[:, :, :3, :3].mean((2, 3), keepdim=True).expand(2, 4, 3, 3))
+    torch.testing.assert_close(made[:, :, 6:, 6:], latents[:, :, 6:, 6:].mean((2, 3), keepdim=True).expand(2, 4, 1, 2))
+    assert torch.equal(mosaic(latents, 1), latents)
+    assert not torch.allclose(made, latents)  # control
+
+
+@pytest.mark.parametrize("attack", ["fast", "standard"])
+def test_the_adversarys_prefix_brings_the_bases_answer_back(host, attack):
+    """Closer than random prefixes do, on noise that the attack has not seen."""
+    rows = rows_of("adv_unlearn")
+    config = AdvUnlearnConfig(attack=attack, attack_steps=4 if attack == "standard" else 1, attack_rate=0.2, tokens=4)
+    patch = trainable(host, "lora")
+    with torch.no_grad():
+        [update.up.mul_(3) for _, update in patch.each()]
+
+    def missed(seed: int, attacked: bool) -> float:
+        turn = Turn(host, patch, torch.zeros(1, 6, 192), rows, torch.Generator().manual_seed(seed))
+        found = config if attacked else replace(config, attack_rate=1e-9)
+        prefix = found._worst(turn)
+        noisy, times, _ = noising.noised(replace(turn, generator=torch.Generator().manual_seed(9)), rows.latents)
+        with torch.no_grad():
+            asked = prefixed(rows.unsafe, prefix)
+            made = patched_prediction(host, patch, noisy, times, asked, turn.instruction)
+            return float(mse_loss(made, host.predict(noisy, times, rows.unsafe)))
+
+    assert sum(missed(seed, True) for seed in range(3)) < 0.999 * sum(missed(seed, False) for seed in range(3))
+    assert all(parameter.grad is None for parameter in patch.parameters())  # only the prefix has moved
+
+
+def test_a_prefix_stands_behind_the_beginning():
+    states, prefix = torch.randn(2, 5, 8), torch.randn(2, 3, 8)
+    made = prefixed(Conditioning(states), prefix).states
+    assert torch.equal(made[:, 0], states[:, 0])
+    assert torch.equal(made[:, 1:4], prefix)
+    assert torch.equal(made[:, 4:], states[:, 1:])
+
+
+def test_pictures_of_pairs_are_drawn_of_both_members_from_the_same_noise(host):
+    rows = DUOConfig().prepare(host, KEPT, DataConfig(pairs=2, steps=1))
+    twins = rows.batch(0, 2, 0)
+    assert not torch.equal(twins.unsafe, twins.safe)
+    same = Corpus(MINE, [("a knife", "a knife")])
+    alike = DUOConfig().prepare(host, same, DataConfig(pairs=2, steps=1)).batch(0, 2, 0)
+    assert torch.equal(alike.unsafe, alike.safe)
+    assert twins.retain is None
+    assert SafeGenConfig().prepare(host, KEPT, DataConfig(pairs=2, steps=1)).batch(0, 2, 0).retain.shape[0] == 2
+    guided = Corpus(MINE, [("a knife", "a knife")], rewrite=Rewrite("guided"))
+    with pytest.raises(ConfigError, match=r"set another rewrite\.by"):
+        DUOConfig().prepare(host, guided, DataConfig(pairs=2))
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: AllButOneConfig(unconditional=-1), "unconditional must be at least 0"),
+        (lambda: DUOConfig(beta=0), "beta must be above 0"),
+        (lambda: SafeGenConfig(target="none"), "target must be one of exact, published, not 'none'"),
+        (lambda: AdvUnlearnConfig(attack="slow"), "attack must be one of fast, standard, not 'slow'"),
+        (lambda: ClosedFormConfig(tokens="first"), "tokens must be one of last, rest, not 'first'"),
+        (lambda: ClosedFormConfig(regularization=0), "above 0"),
+    ],
+)
+def test_settings_without_meaning_are_refused(build, message):
+    with pytest.raises(ConfigError, match=message):
+        build()

@@ -241,6 +241,11 @@ class UNetHost:
             return (signal * noisy - clean) / sigma
         return clean if kind == "sample" else (noisy - signal * clean) / sigma
 
+    def to_noise(self, noisy: Tensor, timesteps: Tensor, prediction: Tensor) -> Tensor:
+        """The noise that a prediction stands for, (B, 4, h, w)."""
+        signal, sigma = alphas(self.components.scheduler, timesteps)
+        return (noisy - signal * self.to_x0(noisy, timesteps, prediction)) / sigma
+
     def save_memory(self, again: Callable[[], AbstractContextManager] = nullcontext) -> None:
         """Recompute the UNet's activations in the backward pass; that happens inside a context that `again` makes."""
 
