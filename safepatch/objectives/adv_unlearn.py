@@ -76,6 +76,11 @@ class AdvUnlearnConfig(Usual):
         """The prompt's and the retained one's."""
         return 2
 
+    @property
+    def calls_per_pair(self) -> int:
+        """The empty prompt's teacher, and the attack's steps, each with a teacher and a backward pass."""
+        return 1 + 3 * (1 if self.attack == "fast" else self.attack_steps)
+
     def prepare(self, host: UNetHost, corpus: Corpus, data: DataConfig) -> PairBank:
         """What the base draws of the concepts, and of what is retained."""
         asked = [pair.unsafe for pair in erased(corpus, self.prompts, data.pairs, data.seed, data.companions)]

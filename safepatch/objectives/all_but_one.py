@@ -54,6 +54,11 @@ class AllButOneConfig(Usual):
         """The prompt's and the empty prompt's."""
         return 2
 
+    @property
+    def pictures_per_pair(self) -> int:
+        """One member's."""
+        return 1
+
     def prepare(self, host: UNetHost, corpus: Corpus, data: DataConfig) -> PairBank:
         """What the base draws of the prompts, or for half of them of the alternatives."""
         pairs = erased(corpus, self.prompts, data.pairs, data.seed, data.companions)

@@ -119,6 +119,16 @@ class Usual:
         """Rows of the patched host that each pair of a batch takes."""
         return 1
 
+    @property
+    def pictures_per_pair(self) -> int:
+        """Pictures that are drawn for each pair."""
+        return self.rows_per_pair
+
+    @property
+    def calls_per_pair(self) -> int:
+        """Rows of the host that a step takes for each pair, beside a teacher, an answer and a backward pass of each."""
+        return 0
+
     def suited(self, patch: Patch) -> Patch:
         """All of it; raises `ConfigError` for a kind that is none of `kinds`."""
         if patch.kind not in self.kinds:

@@ -106,6 +106,11 @@ class ClosedFormConfig(Usual):
         if min(self.erase_scale, self.regularization, self.return_regularization) <= 0:
             raise ConfigError("objective.erase_scale, regularization and return_regularization must be above 0")
 
+    @property
+    def pictures_per_pair(self) -> int:
+        """None."""
+        return 0
+
     def suited(self, patch: Patch) -> Patch:
         """The keys and values of cross-attention; raises `ConfigError` for any kind but lora."""
         super().suited(patch)

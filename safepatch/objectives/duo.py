@@ -62,6 +62,11 @@ class DUOConfig(Usual):
         """Both pictures, and pure noise."""
         return 3
 
+    @property
+    def pictures_per_pair(self) -> int:
+        """Both members'."""
+        return 2
+
     def suited(self, patch: Patch) -> Patch:
         """Self-attention of a lora patch, unless prompts are read; all of any other kind."""
         if patch.kind == "lora" and not self.prompted:

@@ -67,6 +67,11 @@ class ESDConfig(Usual):
             raise ConfigError("objective.negative_guidance must be at least 0, objective.timestep_power above 0")
         require_prompts(self.prompts)
 
+    @property
+    def calls_per_pair(self) -> int:
+        """A second teacher."""
+        return 1
+
     def suited(self, patch: Patch) -> Patch:
         """The variant's layers of a lora patch; raises `ConfigError` for a variant of another kind."""
         variant = self.variant or ("x" if patch.kind == "lora" else "all")

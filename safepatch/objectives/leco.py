@@ -67,6 +67,16 @@ class LECOConfig(Usual):
             raise ConfigError("objective.guidance_scale must be above 0, objective.denoising_steps at least 2")
         require_prompts(self.prompts)
 
+    @property
+    def pictures_per_pair(self) -> int:
+        """None before training."""
+        return 0
+
+    @property
+    def calls_per_pair(self) -> int:
+        """Two more teachers, and what is drawn: half of the steps on average, each of two rows."""
+        return 2 + self.denoising_steps
+
     def prepare(self, host: UNetHost, corpus: Corpus, data: DataConfig) -> PairBank:
         """The prompts, without pictures: nothing is drawn before training."""
         if self.target is None:

@@ -69,6 +69,11 @@ class SafeGenConfig(Usual):
         """The unsafe picture and the harmless one."""
         return 2
 
+    @property
+    def pictures_per_pair(self) -> int:
+        """Both members' and a harmless one."""
+        return 3
+
     def suited(self, patch: Patch) -> Patch:
         """Self-attention of a lora patch; all of any other kind."""
         if patch.kind == "lora":

@@ -32,7 +32,9 @@ class Plan:
     Attributes:
         kind, sees, layout: of the patch.
         batch_size: pairs per step.
-        preserves: whether as many rows come with them that must stay as they are.
+        rows_per_pair: rows of the patched host for each, those that must stay as they are among them.
+        pictures_per_pair: that are drawn for each.
+        calls_per_pair: of the host at each step, beside those of its rows.
         dtype: of the host.
         mixed_precision: `no`, `bf16` or `fp16`.
         gradient_checkpointing: whether activations are recomputed.
@@ -48,7 +50,9 @@ class Plan:
     sees: str = "instruction+prompt"
     layout: Mapping[str, Any] = field(default_factory=dict)
     batch_size: int = 4
-    preserves: bool = True
+    rows_per_pair: int = 2
+    pictures_per_pair: int = 2
+    calls_per_pair: int = 0
     dtype: torch.dtype = torch.float32
     mixed_precision: str = "no"
     gradient_checkpointing: bool = False
@@ -69,9 +73,11 @@ class Plan:
             patch.kind,
             patch.sees,
             patch.layout,
-            preserves=config.objective.rows_per_pair > 1,
+            rows_per_pair=config.objective.rows_per_pair,
+            pictures_per_pair=config.objective.pictures_per_pair,
+            calls_per_pair=config.objective.calls_per_pair,
             dtype=dtype,
-            steps=training.steps,
+            steps=training.steps if config.objective.has_steps else 0,
             data=config.data,
             guided=config.data.guidance is None or config.data.guidance > 1,
             pushed=pushed,
@@ -81,7 +87,7 @@ class Plan:
     @property
     def rows(self) -> int:
         """That a step's batch has."""
-        return self.batch_size * (2 if self.preserves else 1)
+        return self.batch_size * self.rows_per_pair
 
     @property
     def autocast(self) -> torch.dtype | None:
@@ -220,18 +226,18 @@ def _meta_patch(unet: Any, plan: Plan) -> Patch:
 
 def _disk(config: Mapping[str, Any], edge: int, plan: Plan) -> int:
     """Latents in float32; text states of prompts that are all different, in the host's precision."""
-    pairs, kept = plan.data.pairs, plan.data.pairs if plan.preserves else 1
-    latents = (pairs + kept) * config.get("out_channels", 4) * edge * edge * 4
+    pairs, kept = plan.data.pairs, plan.data.pairs if plan.rows_per_pair > 1 else 1
+    latents = plan.pictures_per_pair * pairs * config.get("out_channels", 4) * edge * edge * 4
     text = TOKENS * config["cross_attention_dim"] + pooled_width(config)
     return latents + (2 * pairs + kept) * text * plan.dtype.itemsize
 
 
 def _calls(plan: Plan) -> tuple[int, int]:
     """Rows that the host computes to draw latents, and to train."""
-    pictures = plan.data.pairs * (2 if plan.preserves else 1)
+    pictures = plan.data.pairs * plan.pictures_per_pair
     passes = 4 if plan.gradient_checkpointing else 3
     drawing = pictures * plan.data.steps * (2 if plan.guided else 1)
-    training = plan.rows * passes
+    training = plan.rows * passes + plan.batch_size * plan.calls_per_pair
     if plan.pushed:
         drawing += int(plan.data.pairs * SAFE_SHARE) * plan.data.steps * 2
         training += plan.batch_size * 2

@@ -29,6 +29,7 @@ from safepatch.diffusion.hosts import unet as unet_host
 from safepatch.errors import ConfigError, SafepatchError, UnknownName
 from safepatch.models.load import ModelConfig, load_pipeline
 from safepatch.objectives import OBJECTIVES, Player, SafeControlConfig, Turn
+from safepatch.objectives.adv_unlearn import AdvUnlearnConfig
 from safepatch.objectives.adversary import AdversaryConfig
 from safepatch.patch import PATCH_KINDS
 from safepatch.runtime.apply import apply
@@ -654,6 +655,19 @@ def test_short_forms_are_the_long_ones():
     assert load_train_config(None, words) == load_train_config(None, long)
     both = load_train_config(None, [*words, "objective.preservation=2", "model.dtype=bfloat16"])
     assert (both.objective.preservation, both.model.dtype, both.model.path) == (2.0, "bfloat16", "tiny-sd")
+    for name in ("adv_unlearn", "adv-unlearn"):
+        named = load_train_config(None, ["category=weapons", f"objective={name}", "objective.tokens=2"])
+        assert named.objective == AdvUnlearnConfig(tokens=2)
+
+
+def test_every_objective_is_one_word(tmp_path):
+    for name, schema in OBJECTIVES.items():
+        assert load_train_config(None, ["category=weapons", f"objective={name}"]).objective == schema()
+        written = tmp_path / "run.yaml"
+        written.write_text(f"category: weapons\nobjective: {name.replace('_', '-')}\n")
+        assert load_train_config(written, []).objective == schema()
+    with pytest.raises(ConfigError, match="no objective 'dou'; did you mean 'duo'"):
+        load_train_config(None, ["category=weapons", "objective=dou"])
 
 
 def test_a_category_file_is_a_run_with_all_else_as_it_is_by_default(tmp_path):

@@ -145,11 +145,31 @@ def test_a_run_is_predicted_from_its_configuration() -> None:
     config = load_train_config(None, ["category=weapons", "model=tiny-sd", "training.mixed_precision=bf16"])
     found = predict_run(config, unet_config("tiny-sd"))
     assert found.plan.dtype is torch.bfloat16
-    assert found.plan.preserves
+    assert found.plan.rows_per_pair == 2
     lines = found.lines(calls_per_second=100.0)
     assert len(lines) == 3
     assert "minutes" in lines[-1]
     assert "minutes" not in found.lines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("objective", "drawn", "trained"),
+    [
+        ("safe_control", 2, 6),
+        ("safe_control objective.preservation=0", 1, 3),
+        ("esd", 1, 4),
+        ("leco objective.denoising_steps=20", 0, 25),  # 10 steps of two calls before, and two teachers more
+        ("closed_form", 0, 0),
+        ("duo", 2, 9),
+        ("safegen", 3, 6),
+        ("adv_unlearn", 2, 10),
+    ],
+)
+def test_what_an_objective_draws_and_asks_is_foreseen(objective: str, drawn: int, trained: int) -> None:
+    words = ["category=weapons", "model=tiny-sd", f"objective={objective.split()[0]}", *objective.split()[1:]]
+    found = predict_run(load_train_config(None, words), unet_config("tiny-sd"))
+    assert found.drawing_calls == drawn * 768 * 10 * 2
+    assert found.training_calls == trained * 1200 * 4
 
 
 def test_a_device_that_is_too_small_is_told_with_what_to_change() -> None:
