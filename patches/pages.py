@@ -35,7 +35,7 @@ TITLES = {
     "lookalike_drift": "look-alike drift",
     "lookalike_identical": "look-alike identical",
 }
-GATES = "![What lite patches' gates say of an unsafe prompt, a look-alike and a benign one, step by step](gates.png)"
+GATES = "![What a gate makes of prompts, and of any three words of them in a row](gates.png)"
 BENCHMARKS = {  # figures of other programs, by their name in figures.json: title, and what to say of them
     "rewrite": (
         "Where the safe twin comes from",
@@ -46,6 +46,11 @@ BENCHMARKS = {  # figures of other programs, by their name in figures.json: titl
     "english": (
         "Harmless English that opens a gate",
         "`python benchmarks/english.py`: shares of harmless texts that no gate learned from.",
+    ),
+    "windows": (
+        "How many words a gate reads alone",
+        "`python benchmarks/windows.py`: a gate for weapons at each width; shares of captions, texts and prompts. "
+        "Certified are unsafe captions that no words around them can close it for.",
     ),
     "words": ("Words that close a gate", "`python benchmarks/words.py`: three words of the vocabulary, put in front."),
     "real_size": (

@@ -1,20 +1,19 @@
 """Draw the README's pictures from the shipped patches: `python patches/pictures.py`."""
 
-from typing import Any
-
 import torch
 
 from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.data.corpus import Corpus
-from safepatch.data.prompts import Prompt
-from safepatch.diffusion import generate, quiet
+from safepatch.diffusion import Components, Spelling, encode_prompts, encode_windows, generate, quiet, windows
 from safepatch.models.load import load_pipeline
-from safepatch.reporting.plots import GateCurve, save_gate_plot
+from safepatch.patch.files import from_artifact
+from safepatch.reporting.plots import save_gate_plot
 from safepatch.runtime.apply import apply
 from safepatch.shipped import PATCHES, shipped_patch, shipped_patches
 from safepatch.training.validation import save_grid
 
 SEED = 1000  # of the pictures' prompts: the evaluation's own
+GATED = ("a knife", "trombone oven trumpet a knife", "a dog next to a cake")
 
 
 def write_picture() -> None:
@@ -31,24 +30,21 @@ def write_picture() -> None:
     save_grid(torch.cat(columns, dim=1), PATCHES / "picture.png")
 
 
+@torch.no_grad()
 def write_gates() -> None:
-    """`patches/gates.png`: each lite patch's gate, step by step, on an unsafe, a look-alike and a benign prompt."""
-    pipe, curves, thresholds = quiet(load_pipeline("tiny-sd")), {}, {}
-    for name, entry in shipped_patches("lite").items():
-        patch, corpus = PatchArtifact.open(entry.path), Corpus.open(name)
-        shown = [corpus.evaluation(kind, 1, SEED)[0] for kind in ("plain", "lookalike", "benign")]
-        curves[name] = [GateCurve(prompt.text, _judged(pipe, patch, prompt)) for prompt in shown]
-        thresholds[name] = patch.info.config["gate"][name]["threshold"]
-    save_gate_plot(PATCHES / "gates.png", curves, thresholds)
-
-
-def _judged(pipe: Any, patch: PatchArtifact, prompt: Prompt) -> list[float]:
-    """The gate's probability at every step of one image."""
-    seen: list[float] = []
-    with apply(pipe, patch) as handle:
-        handle.on_gate = lambda _, probabilities: seen.append(float(probabilities[0, 0]))
-        generate(pipe, [prompt.text], [prompt.seed])
-    return seen
+    """`patches/gates.png`: what the gate for weapons makes of prompts, and of any three words in a row."""
+    pipe = quiet(load_pipeline("tiny-sd"))
+    components, artifact = Components.of(pipe), PatchArtifact.open(shipped_patch("weapons", "lora"))
+    record, gate = artifact.info.config["gate"]["weapons"], from_artifact(artifact, components.unet).gate
+    assert gate is not None
+    heard, spelling = dict[str, dict[str, float]](), Spelling(pipe.tokenizer)
+    for prompt in GATED:
+        found = windows(spelling.words(pipe.tokenizer(prompt).input_ids), record["windows"])
+        states = [encode_prompts(components, [prompt]), *(encode_windows(components, [window]) for window in found)]
+        texts = ["(all of it)", *(pipe.tokenizer.decode([t for word in window for t in word]) for window in found)]
+        read = [float(gate.read(each).sigmoid()) for each in states]
+        heard[prompt] = dict(zip(texts, read, strict=True))
+    save_gate_plot(PATCHES / "gates.png", heard, record["threshold"])
 
 
 if __name__ == "__main__":

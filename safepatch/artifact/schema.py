@@ -160,7 +160,7 @@ _RECIPE = maybe(
 )
 _GATE = record(
     {"threshold": probability},
-    {"windows": partial(whole, below=MAX_WINDOWS), "certified_recall": probability, "picture_recall": probability},
+    {"windows": partial(whole, below=MAX_WINDOWS), "certified_recall": probability},
 )
 _CONFIG = {"sees": name, "layout": table(COUNT), "gate": table(_GATE, key=name)}
 

@@ -83,7 +83,7 @@ def gate(
     windows: Annotated[
         int, typer.Option(help="Words that it reads alone, at most so many in a row: no others can close it; 0: none.")
     ] = 3,
-    seed: Annotated[int, typer.Option(help="Of captions, pictures and noise.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of captions.")] = 0,
     device: Device = "cpu",
     dtype: Dtype = None,
     tokenizer: Tokenizer = None,
@@ -91,8 +91,9 @@ def gate(
 ) -> None:
     """Fit a gate to a patch: it acts where it is for, and leaves every other image as it was, bit for bit."""
     from safepatch.artifact.patch_artifact import PatchArtifact
+    from safepatch.data.bank import DataConfig
     from safepatch.data.corpus import Corpus
-    from safepatch.training.gates import add_gate, as_trained, without_gate
+    from safepatch.training.gates import add_gate, without_gate
 
     artifact = PatchArtifact.open(patch)
     if width == 0:
@@ -103,20 +104,17 @@ def gate(
         raise SafepatchError("a gate is fitted for one category; give --category once")
     corpus = Corpus.open((category or artifact.info.categories)[0])
     pipe = opened(model, device, dtype, tokenizer, allow_pickle)
-    gated = add_gate(artifact, pipe, corpus, width, as_trained(artifact, seed), windows)
+    gated = add_gate(artifact, pipe, corpus, width, DataConfig(seed=seed), windows)
     gated.save(out)
     for name, record in gated.info.config["gate"].items():
         typer.echo(
-            f"gate for {name}: opens at {record['threshold']:.3f}; on unseen examples it opened for "
-            f"{record['unsafe_steps_opened']:.1%} of unsafe steps and {record['harmless_scenes_opened']:.1%} of "
-            f"harmless ones{_keys(record)}: {out}"
+            f"gate for {name}: opens at {record['threshold']:.3f}; on unseen captions it opened for "
+            f"{record['unsafe_opened']:.1%} of unsafe and {record['harmless_opened']:.1%} of harmless ones"
+            f"{_certified(record)}: {out}"
         )
 
 
-def _keys(record: Mapping[str, Any]) -> str:
-    """What a gate tells by a prompt's words alone, and by the picture alone."""
-    names = {
-        "certified_recall": "prompts that no words around them can close it for",
-        "picture_recall": "unsafe pictures under no words",
-    }
-    return "".join(f", {record[key]:.1%} of {what}" for key, what in names.items() if key in record)
+def _certified(record: Mapping[str, Any]) -> str:
+    """How often a gate opens by a few words alone, which no others can drown."""
+    recall = record.get("certified_recall")
+    return "" if recall is None else f"; of the unsafe, {recall:.1%} by a few words that no others can drown"

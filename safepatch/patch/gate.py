@@ -6,6 +6,7 @@ behind a prompt's own cannot lower what its text says. Nor can words, of a gate 
 reads of each few words alone counts too, whatever stands around them.
 """
 
+import math
 from typing import ClassVar
 
 import torch
@@ -85,6 +86,13 @@ class Gate(TextGate):
         self.time = draw.normal(groups, width, TIME_WIDTH)
         self.hidden = draw.normal(groups, width, 2 * width)
         self.decide = nn.Parameter(torch.zeros(groups, width))
+
+    @torch.no_grad()
+    def blind(self) -> None:
+        """Let no picture make a difference: of a silent half a softplus is log 2, which is taken off the bias."""
+        for parameter in (self.look, self.time, self.hidden, self.decide):
+            parameter.zero_()
+        self.bias -= math.log(2)
 
     def forward(
         self, mid: Tensor | None, timesteps: Tensor, prompt_states: Tensor, heard: Tensor | None = None

@@ -265,31 +265,25 @@ def _save(figure: Figure, path: Path) -> None:
         raise SafepatchError(f"cannot write {path}: {error}; give a writable .png or .svg") from error
 
 
-@dataclass(frozen=True)
-class GateCurve:
-    """How a gate judged one image, step by step: a probability in [0, 1] per step."""
-
-    label: str
-    probabilities: Sequence[float]
-
-
-def save_gate_plot(path: Path, curves: Mapping[str, Sequence[GateCurve]], thresholds: Mapping[str, float]) -> None:
-    """Write gate probabilities over denoising steps, one panel per title, its threshold dashed, as PNG or SVG.
+def save_gate_plot(path: Path, heard: Mapping[str, Mapping[str, float]], threshold: float) -> None:
+    """Write what a gate makes of prompts and of their windows, a panel for each, the threshold dashed, as PNG or SVG.
 
     Args:
         path: of the picture.
-        curves: by panel title.
-        thresholds: by panel title.
+        heard: by prompt, probabilities in [0, 1] by what was read, the first at the top.
+        threshold: probability from which the gate opens.
     """
-    figure = Figure(figsize=(3.2 * len(curves), 2.8), layout="constrained")
-    for axes, (title, lines) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
-        for color, curve in zip(COLORS, lines, strict=False):
-            axes.plot(range(1, len(curve.probabilities) + 1), curve.probabilities, color=color, label=curve.label)
-        axes.axhline(thresholds[title], color="black", linestyle="--", linewidth=0.8)
-        axes.set(title=title, xlabel="denoising step", ylim=(-0.03, 1.03))
-        axes.legend(fontsize=6, loc="center right")
-    figure.axes[0].set_ylabel("gate, probability")
-    figure.savefig(path, dpi=120)
+    tallest = max(map(len, heard.values()))
+    figure = Figure(figsize=(3.6 * len(heard), 0.8 + 0.22 * tallest), layout="constrained")
+    for axes, (title, read) in zip(figure.subplots(1, len(heard), squeeze=False)[0], heard.items(), strict=True):
+        colors = [COLORS[1] if each >= threshold else COLORS[0] for each in read.values()]
+        axes.barh(range(len(read)), list(read.values()), color=colors)
+        axes.axvline(threshold, color="black", linestyle="--", linewidth=0.8)
+        axes.set_yticks(range(len(read)), labels=list(read), fontsize=7)
+        axes.invert_yaxis()
+        axes.set(xlabel="gate, probability", xlim=(0, 1))
+        axes.set_title(title, fontsize=8)
+    _save(figure, path)
 
 
 def _draw_heat(

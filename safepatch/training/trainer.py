@@ -10,7 +10,6 @@ from accelerate.state import AcceleratorState
 
 from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.config import to_dict
-from safepatch.data.bank import PairBank
 from safepatch.data.corpus import Corpus
 from safepatch.diffusion import Components, UNetHost
 from safepatch.errors import ConfigError, lookup
@@ -73,11 +72,10 @@ def _train(pipe: Any, host: UNetHost, patch: Patch, config: TrainConfig, corpus:
         trained, steps = run.solved(patch, out), 0
     gates = {}
     if config.patch.gate:
-        pairs = rows if isinstance(rows, PairBank) and rows.shows_pairs else None
         trained.add_gate(host.unet, config.patch.gate)
         trained.to(host.device)
         gate = cast(TextGate, trained.gate)
-        gates = {corpus.name: fit_gate(gate, host, corpus, config.data, pairs, config.patch.windows)}
+        gates = {corpus.name: fit_gate(gate, host, corpus, config.data, config.patch.windows)}
     path = out.path / f"{corpus.name}.safetensors"
     if accelerator.is_main_process:
         _packed(trained, host, corpus, config, run.record(steps), gates).save(path)

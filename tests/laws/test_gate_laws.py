@@ -13,12 +13,12 @@ from safepatch.data.bank import DataConfig, build_bank
 from safepatch.data.category import Rewrite
 from safepatch.data.corpus import Corpus
 from safepatch.diffusion import Components, UNetHost
-from safepatch.errors import ConfigError, MergeError
+from safepatch.errors import ConfigError, MergeError, SafepatchError
 from safepatch.merging import merge, split
 from safepatch.patch import PATCH_KINDS, LoraPatch, Patch
 from safepatch.patch.files import from_artifact, to_artifact
 from safepatch.patch.gate import Gate, TextGate
-from safepatch.reporting.plots import GateCurve, save_gate_plot
+from safepatch.reporting.plots import save_gate_plot
 from safepatch.runtime.apply import apply, attach
 from safepatch.taxonomy import Category
 from safepatch.tiny.models import load_tiny
@@ -391,7 +391,7 @@ def test_a_fresh_gate_of_a_patch_in_memory_is_open(small_pipe):
 # ---- fitting ---------------------------------------------------------------------------------------------------
 
 
-FEW = {"ROWS": 24, "CAPTIONS": 24, "UNSEEN": 24, "STEPS": 5, "VALIDATION_STEPS": (0.9, 0.1), "VALIDATION_PAIRS": 4}
+FEW = {"CAPTIONS": 24, "UNSEEN": 24, "STEPS": 5}
 DATA = DataConfig(pairs=6, steps=1)
 MINE = Category("weapons", "things of the test", "no knives")
 
@@ -411,17 +411,20 @@ def few(monkeypatch) -> Callable[..., None]:
 @every_kind
 def test_fitting_tells_what_the_patch_is_for(few, kind):
     """On the embedded model, whose text encoder was taught what words mean."""
-    few(ROWS=1024, CAPTIONS=960, UNSEEN=96, STEPS=300, VALIDATION_PAIRS=24, VALIDATION_COMMON=96)
-    host, corpus, data = UNetHost(Components.of(load_tiny())), Corpus.open("weapons"), DataConfig(pairs=128, steps=2)
+    few(CAPTIONS=960, UNSEEN=96, STEPS=300)
+    host, corpus, data = UNetHost(Components.of(load_tiny())), Corpus.open("weapons"), DataConfig()
     made = [new_gate(host, kind), new_gate(host, kind)]
     records = [gates.fit_gate(gate, host, corpus, data) for gate in made]
     assert records[0] == records[1]  # equal seeds, equal gates
     assert all(torch.equal(a, b) for a, b in zip(made[0].parameters(), made[1].parameters(), strict=True))
-    assert records[0]["harmless_scenes_opened"] == 0
-    assert records[0]["unsafe_steps_opened"] > 0.9
-    few(STEPS=0, UNSEEN=96, VALIDATION_PAIRS=24, VALIDATION_COMMON=96)
+    assert records[0]["harmless_opened"] <= 0.02
+    assert records[0]["unsafe_opened"] > 0.9
+    assert records[0]["certified_recall"] > 0.9
+    few(STEPS=0, UNSEEN=96)
     unfitted = gates.fit_gate(new_gate(host, kind), host, corpus, data)
-    assert unfitted["unsafe_steps_opened"] < 0.9  # control: untrained, it cannot tell them apart
+    assert unfitted["unsafe_opened"] < 0.9  # control: untrained, it cannot tell them apart
+    assert unfitted["certified_recall"] < 0.9
+    assert "certified_recall" not in gates.fit_gate(new_gate(host, kind), host, corpus, data, windows=0)
 
 
 @every_kind
@@ -438,16 +441,31 @@ def test_a_gate_can_be_fitted_to_a_finished_patch(few, small_pipe, tmp_path, kin
     assert gates.without_gate(made).content_hash == plain.content_hash
 
 
-def test_a_gate_that_reads_text_needs_no_pictures(few, monkeypatch):
+@every_kind
+def test_fitting_a_gate_needs_no_pictures(few, monkeypatch, kind):
     def never(*_: object, **__: object) -> None:
         raise AssertionError("drew")
 
     monkeypatch.setattr(UNetHost, "draw", never)
     host, corpus = new_small_host(), Corpus.open("weapons")
-    record = gates.fit_gate(new_gate(host, "lora"), host, corpus, DATA)
+    record = gates.fit_gate(new_gate(host, kind), host, corpus, DATA)
     assert 0 <= record["threshold"] <= 1
     with pytest.raises(AssertionError, match="drew"):  # control
-        gates.fit_gate(new_gate(host, "lite"), host, corpus, replace(DATA, seed=5))
+        build_bank(host, corpus, DATA)
+
+
+def test_a_fitted_gate_goes_by_words_alone(few):
+    """The kinds' gates are one gate: what a picture could add is nothing, and taken off."""
+    host, corpus = new_small_host(), Corpus.open("weapons")
+    looking, reading = new_gate(host, "lite"), new_gate(host, "lora")
+    _, timesteps, states = rows(4)
+    mids = [torch.randn(4, looking.look.shape[-1], 4, 4, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    looking.decide.data += 1
+    assert not torch.equal(looking(mids[0], timesteps, states), looking(mids[1], timesteps, states))  # control
+    assert gates.fit_gate(looking, host, corpus, DATA) == gates.fit_gate(reading, host, corpus, DATA)
+    read = reading(None, timesteps, states)
+    for mid in mids:
+        torch.testing.assert_close(looking(mid, timesteps, states), read)
 
 
 @every_kind
@@ -464,15 +482,6 @@ def test_a_gate_can_be_fitted_to_two_prompts_of_ones_own(few, kind, by):
     assert not set(unsafe) & set(harmless)
     assert ("a spoon" in harmless) == (by == "column")
     assert len({*harmless} - {"", "a spoon", "a hammer", "a quiet street"}) >= 9  # common things, of a shipped list
-
-
-def test_the_bank_that_the_patch_learned_from_serves_its_gate(few, monkeypatch):
-    host, corpus = new_small_host(), Corpus.open("weapons")
-    bank, drawn, draw = build_bank(host, corpus, replace(DATA, seed=9)), [], UNetHost.draw
-    monkeypatch.setattr(UNetHost, "draw", lambda self, texts, *rest, **how: drawn.extend(texts) or draw(
-        self, texts, *rest, **how))  # fmt: skip
-    gates.fit_gate(new_gate(host, "lite"), host, corpus, replace(DATA, seed=9), bank)
-    assert len(drawn) == 2 * FEW["VALIDATION_PAIRS"]  # those alone that the threshold is set on
 
 
 def test_a_merged_patch_gets_no_gate(small_pipe, tmp_path):
@@ -502,12 +511,14 @@ def test_gates_do_not_count_as_agreement(tmp_path):
     assert torch.cosine_similarity(first, second, dim=0) > 0.1  # control: counted, they would have agreed
 
 
-def test_gate_curves_are_drawn(tmp_path):
-    curves = {"weapons": [GateCurve("a knife", [0.9, 1.0]), GateCurve("a cat", [0.1, 0.0])]}
-    save_gate_plot(tmp_path / "gates.png", curves, {"weapons": 0.5})
+def test_what_a_gate_hears_is_drawn(tmp_path):
+    heard = {"a red knife": {"(all of it)": 0.2, "knife": 0.9}, "a cat": {"(all of it)": 0.1}}
+    save_gate_plot(tmp_path / "gates.png", heard, 0.5)
     drawn = Image.open(tmp_path / "gates.png").convert("RGB")
-    save_gate_plot(tmp_path / "none.png", {"weapons": curves["weapons"][:1]}, {"weapons": 0.5})
-    assert drawn.tobytes() != Image.open(tmp_path / "none.png").convert("RGB").tobytes()  # control
+    save_gate_plot(tmp_path / "shut.png", heard, 0.95)
+    assert drawn.tobytes() != Image.open(tmp_path / "shut.png").convert("RGB").tobytes()  # control
+    with pytest.raises(SafepatchError, match=r"give a writable \.png or \.svg"):
+        save_gate_plot(tmp_path / "no" / "gates.png", heard, 0.5)
 
 
 def new_gate(host: UNetHost, kind: str) -> TextGate:
@@ -518,8 +529,7 @@ def new_gate(host: UNetHost, kind: str) -> TextGate:
 
 
 def test_a_gate_that_is_very_sure_has_a_threshold_that_a_file_may_state():
-    sure = (torch.full((4,), 60.0), torch.full((4,), 40.0))
-    threshold = gates._record([sure], 0.25, torch.tensor(40.0))["threshold"]
+    threshold = gates._record(gates.Scores(torch.full((4,), 60.0), torch.full((4,), 40.0), None))["threshold"]
     assert threshold < 1
     assert torch.tensor(40.0).sigmoid() == 1  # control: as a float32 it would be 1
     assert torch.tensor(60.0).sigmoid() >= threshold  # and an unsafe prompt still opens it
