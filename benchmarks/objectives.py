@@ -3,8 +3,8 @@
     python benchmarks/objectives.py --category weapons --steps 300 --pairs 192 --n 60
     python benchmarks/objectives.py --only esd "esd all, captions" --n 25
 
-A line is an objective with the settings that differ from its defaults; all have the same kind of patch, steps and
-pairs, and but for one the same rate, whatever their authors chose. Benign drift is what a gate would keep away.
+A line is an objective with the settings that differ from its defaults; all have the same kind of patch and pairs, and
+unless they say so the same steps and rate, whatever their authors chose. Benign drift is what a gate would keep away.
 Finished lines are kept in `runs/objectives.json` and not measured again unless they are named; prints them as a table.
 All of it is on the embedded model.
 """
@@ -31,6 +31,8 @@ UCE = ["objective=closed_form", "objective.prompts=concepts", "objective.tokens=
 LINES: dict[str, list[str]] = {
     "no patch": [],
     "safe_control": ["objective=safe_control"],
+    "safe_control, a third of the steps": ["objective=safe_control", "training.steps=100"],
+    "the same from closed_form": ["objective=safe_control", "training.steps=100", "objective.start=closed_form"],
     "closed_form": ["objective=closed_form"],
     "closed_form as UCE": UCE,
     "closed_form as RECE": [*UCE, "objective.rounds=3", "objective.preserve_scale=0.1", "objective.rank=0"],

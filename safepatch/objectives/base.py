@@ -13,6 +13,7 @@ from safepatch.errors import ConfigError
 from safepatch.patch import Patch
 
 Losses = dict[str, Tensor]
+STARTS = ("zero", "closed_form")
 
 
 @dataclass
@@ -102,17 +103,24 @@ class Objective(Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True)
 class Usual:
     """What most objectives do: they train all of a patch, of any kind, step by step, and nobody else learns.
 
     Attributes:
         kinds: of patches that it can train.
         has_steps: whether it learns step by step.
+        start: what a patch begins with: `zero`, no effect; `closed_form`, of a lora patch, what that objective solves
+            for in seconds, as far as the patch's rank and layers hold it.
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("control", "lite", "lora")
     has_steps: ClassVar[bool] = True
-    name: str
+    start: str = "zero"
+
+    @property
+    def _name(self) -> str:
+        return getattr(self, "name", type(self).__name__)
 
     @property
     def rows_per_pair(self) -> int:
@@ -130,16 +138,20 @@ class Usual:
         return 0
 
     def suited(self, patch: Patch) -> Patch:
-        """All of it; raises `ConfigError` for a kind that is none of `kinds`."""
+        """All of it; raises `ConfigError` for a kind that is none of `kinds`, or that cannot start so."""
+        if self.start not in STARTS:
+            raise ConfigError(f"objective.start must be one of {', '.join(STARTS)}, not '{self.start}'")
+        if self.start != "zero" and patch.kind != "lora":
+            raise ConfigError(f"objective.start={self.start} is for lora patches; set patch.kind=lora, or start=zero")
         if patch.kind not in self.kinds:
             raise ConfigError(
-                f"objective={self.name} cannot train a {patch.kind} patch; set patch.kind={' or '.join(self.kinds)}"
+                f"objective={self._name} cannot train a {patch.kind} patch; set patch.kind={' or '.join(self.kinds)}"
             )
         return patch
 
     def solve(self, host: UNetHost, patch: Patch, rows: Any) -> Mapping[str, float]:
         """Nothing: it takes steps."""
-        raise NotImplementedError(f"objective={self.name} learns step by step")
+        raise NotImplementedError(f"objective={self._name} learns step by step")
 
     def players(self, patch: Player, rows: Any) -> list[Player]:
         """The patch alone."""

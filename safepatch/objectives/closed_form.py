@@ -22,6 +22,7 @@ hand. What takes a concept's place is its replacement, its caption's safe twin, 
 `captions` edit the states of whole captions, aligned from the last word backwards: all that cross-attention reads.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, cast
@@ -207,6 +208,27 @@ class ClosedFormConfig(Usual):
         """The states of prompts that are preserved, (P, width)."""
         states = _states(host, texts)
         return states.flatten(0, 1) if self.tokens == "rest" else states[range(len(texts)), host.last_words(texts)]
+
+
+def begin(host: UNetHost, patch: Patch, corpus: Corpus, data: DataConfig) -> None:
+    """Let a fresh lora patch begin as the solution of the default settings, as far as its rank and layers hold it.
+
+    Raises:
+        ConfigError: when it updates no keys and values of cross-attention.
+    """
+    lora, objective = cast(LoraPatch, patch), ClosedFormConfig(rank=0)
+    layers = {layer: update for layer, update in lora.each() if re.search(LAYERS, layer)}
+    if not layers:
+        raise ConfigError("this objective trains no keys and values of cross-attention; set objective.start=zero")
+    edit = objective.prepare(host, corpus, data)
+    left, right = factors(objective.change(edit, []), objective._normal(edit.concepts, edit.kept))
+    for layer, update in layers.items():
+        up, down = cast(Tensor, update.up).data, cast(Tensor, update.down).data
+        rank = min(len(down), len(right))
+        balance = down[:rank].norm(dim=1).cpu() / right[:rank].float().norm(dim=1).clamp(min=1e-12)
+        weight = host.unet.get_submodule(layer).weight.detach().float().cpu()
+        up[:, :rank].copy_((weight @ left[:, :rank].float()) / balance)
+        down[:rank].copy_(right[:rank].float() * balance[:, None])
 
 
 def residuals(edit: Edit, change: Tensor) -> dict[str, float]:

@@ -14,6 +14,7 @@ from safepatch.data.corpus import Corpus
 from safepatch.diffusion import Components, UNetHost
 from safepatch.errors import ConfigError, lookup
 from safepatch.models.load import license_of
+from safepatch.objectives.closed_form import begin
 from safepatch.patch import PATCH_KINDS, Patch
 from safepatch.patch.files import to_artifact
 from safepatch.patch.gate import TextGate
@@ -60,6 +61,8 @@ def train(pipe: Any, config: TrainConfig, corpus: Corpus | None = None) -> Path:
 def _train(pipe: Any, host: UNetHost, patch: Patch, config: TrainConfig, corpus: Corpus, out: RunFolder) -> Path:
     accelerator = new_accelerator(config.training, out.path)
     host.components.to(accelerator.device)
+    if config.objective.start == "closed_form" and config.objective.has_steps:
+        begin(host, patch, corpus, config.data)
     rows = config.objective.prepare(host, corpus, config.data)
     instruction = host.encode([corpus.category.instruction]).states.float()
     run = Run(corpus.name, config.objective, host, rows, instruction, config.training, accelerator)

@@ -1,5 +1,6 @@
 """Laws 7 and 13, for every objective and every kind of patch: finite, gradients where they belong, and it learns."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,7 +26,7 @@ from safepatch.objectives import OBJECTIVES, Player, Rows, SafeControlConfig, Tu
 from safepatch.objectives.adv_unlearn import AdvUnlearnConfig, prefixed
 from safepatch.objectives.adversary import AdversaryConfig, SoftPrompts, adversary
 from safepatch.objectives.all_but_one import AllButOneConfig
-from safepatch.objectives.closed_form import ClosedFormConfig, Edit
+from safepatch.objectives.closed_form import ClosedFormConfig, Edit, begin
 from safepatch.objectives.duo import DUOConfig
 from safepatch.objectives.esd import VARIANTS, ESDConfig, negatively_guided
 from safepatch.objectives.leco import LECOConfig
@@ -913,3 +914,36 @@ def test_pictures_of_pairs_are_drawn_of_both_members_from_the_same_noise(host):
 def test_settings_without_meaning_are_refused(build, message):
     with pytest.raises(ConfigError, match=message):
         build()
+
+
+def test_a_lora_patch_may_begin_as_the_solution(host):
+    """In the closed form's layers, at the rank it has; and nearer to what it learns than a fresh one."""
+    corpus, data = Corpus.open("weapons"), DataConfig(pairs=6, steps=1)
+    config = SafeControlConfig(start="closed_form", preservation=0.0)
+    fresh = config.suited(new_patch(host.unet, "lora", seed=None)).requires_grad_(True).train()
+    begun = copy.deepcopy(fresh)
+    begin(host, begun, corpus, data)
+    solution, _, _ = solved(host, rank=4, preserve=128)
+    made, wanted = dict(begun.each()), dict(solution.each())
+    for layer, update in made.items():
+        added = update.up @ update.down
+        if layer in wanted:
+            torch.testing.assert_close(added, wanted[layer].up @ wanted[layer].down, rtol=1e-3, atol=1e-5)
+            assert added.any()  # control
+        else:
+            assert not added.any()
+    rows = config.prepare(host, corpus, data).batch(0, 6, 0)
+    assert played(config, begun, host, rows)["loss"] < 0.95 * played(config, fresh, host, rows)["loss"]
+
+
+def test_only_a_lora_patch_with_cross_attention_begins_so(host):
+    for kind in ("control", "lite"):
+        with pytest.raises(
+            ConfigError, match=r"objective\.start=closed_form is for lora patches; set patch\.kind=lora"
+        ):
+            SafeControlConfig(start="closed_form").suited(new_patch(host.unet, kind))
+    with pytest.raises(ConfigError, match="start must be one of zero, closed_form, not 'one'"):
+        SafeControlConfig(start="one").suited(new_patch(host.unet, "lora"))
+    blind = DUOConfig(start="closed_form").suited(new_patch(host.unet, "lora"))
+    with pytest.raises(ConfigError, match="trains no keys and values of cross-attention"):
+        begin(host, blind, Corpus.open("weapons"), DataConfig(pairs=2))
