@@ -19,7 +19,7 @@ from safepatch.data.bank import Batch, DataConfig
 from safepatch.data.category import Rewrite
 from safepatch.data.concepts import distinct_concepts
 from safepatch.data.corpus import Corpus
-from safepatch.diffusion import Conditioning, UNetHost, training_target
+from safepatch.diffusion import Components, Conditioning, UNetHost, training_target
 from safepatch.diffusion.hosts import unet as unet_host
 from safepatch.errors import ConfigError, PromptError
 from safepatch.objectives import OBJECTIVES, Player, Rows, SafeControlConfig, Turn, noising
@@ -37,6 +37,7 @@ from safepatch.patch import PATCH_KINDS, LoraPatch, Patch
 from safepatch.patch.files import from_artifact, to_artifact
 from safepatch.patch.host import patched_prediction
 from safepatch.taxonomy import Category
+from tests.families import small_family_pipe
 from tests.small import INSTRUCTION, bank, batch, new_patch, new_small_host, spied
 
 # Every objective with its defaults, and the branches that its settings choose.
@@ -948,3 +949,22 @@ def test_only_a_lora_patch_with_cross_attention_begins_so(host):
     blind = DUOConfig(start="closed_form").suited(new_patch(host.unet, "lora"))
     with pytest.raises(ConfigError, match="trains no keys and values of cross-attention"):
         begin(host, blind, Corpus.open("weapons"), DataConfig(pairs=2))
+
+
+def test_every_objective_works_on_another_family():
+    """SD 2's layout: through the host alone."""
+    host, corpus, data = UNetHost(Components.of(small_family_pipe("sd2")), 64), Corpus.open("weapons"), DataConfig(2)
+    data = replace(data, steps=1)
+    for name in OBJECTIVES:
+        objective = CASES.get(name, OBJECTIVES[name]())
+        patch = objective.suited(PATCH_KINDS["lora"].from_unet(host.unet)).requires_grad_(True)
+        rows = objective.prepare(host, corpus, data)
+        if not objective.has_steps:
+            assert objective.solve(host, patch, rows)["erase"] < 1
+            continue
+        player = Player("patch", patch, torch.optim.SGD(patch.parameters()))
+        turn = Turn(host, patch, host.encode(["x"]).states, rows.batch(0, 2, 0), torch.Generator().manual_seed(0))
+        loss = objective.loss(player, turn)["loss"]
+        loss.backward()
+        assert loss.isfinite()
+        assert all(joint.grad.isfinite().all() and joint.grad.any() for joint in patch.joints())
