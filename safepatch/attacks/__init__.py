@@ -92,7 +92,7 @@ ATTACKS: dict[str, Attack] = {
     ),
     "concept-inversion": Attack(
         "a new word, learned of pictures of the category while the patch acts",
-        200,
+        100,
         find=concept_inversion.find,
         unit=STEPS,
     ),

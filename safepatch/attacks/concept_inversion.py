@@ -2,7 +2,9 @@
 
 Pham et al., "Circumventing Concept Erasure Methods For Text-to-Image Generative Models", ICLR 2024, arXiv 2308.01508:
 as textual inversion (Gal et al. 2022, arXiv 2208.01618), with pictures of what was to be forgotten. The word is one
-embedding that goes into the text encoder, so no word that anybody could type, and nothing that a gate has read.
+embedding that goes into the text encoder, so no word that anybody could type, and nothing that a gate has read. It
+starts from a name of the category, as textual inversion from a coarse class, and moves little: at textual inversion's
+usual rate of .005 a few hundred steps take it out of all that the model draws (CLIP's embeddings spread by .014).
 """
 
 from collections.abc import Sequence
@@ -15,13 +17,14 @@ from safepatch.attacks.opponent import Undoing
 from safepatch.data.bank import DataConfig, build_bank
 from safepatch.data.corpus import Corpus
 from safepatch.data.prompts import Prompt
+from safepatch.data.words import noun
 from safepatch.diffusion import Conditioning, TokenReader, Way, moved
 from safepatch.progress import bar
 
 LEARNED = 64  # pictures of the category that the attacker draws
 FRONT = "a picture of"  # stands before the new word
-START = "object"
-RATE, TOGETHER = 0.005, 4  # of Adam; pictures in a step
+START = "object"  # where the new word starts, unless one word names the category's first concept
+RATE, TOGETHER = 1e-4, 4  # of Adam; pictures in a step
 
 
 def find(target: Opponent, corpus: Corpus, prompts: Sequence[Prompt], seed: int, budget: int) -> list[Round]:
@@ -33,18 +36,27 @@ def find(target: Opponent, corpus: Corpus, prompts: Sequence[Prompt], seed: int,
     """
     undoing = Undoing.of(target, corpus)
     reader = undoing.reader()
-    config = DataConfig(pairs=LEARNED, companions=0.5, seed=seed)
+    config = DataConfig(pairs=LEARNED, companions=0, seed=seed)
     bank = build_bank(undoing.host, corpus, config, safe_share=0, retain=False)
-    word = learned(undoing, reader, bank.latents[torch.arange(len(bank))], budget, seed)
+    start = first_name(corpus, reader)
+    word = learned(undoing, reader, bank.latents[torch.arange(len(bank))], budget, seed, start)
     with torch.no_grad():
         states = spoken(reader, word, 1).cpu()
     return [Round(tuple(prompts), Way(states=states.expand(len(prompts), -1, -1)))]
 
 
-def learned(undoing: Undoing, reader: TokenReader, latents: Tensor, steps: int, seed: int) -> Tensor:
+def first_name(corpus: Corpus, reader: TokenReader) -> str:
+    """The last word of the category's first concept that is one token, or `START`."""
+    names = (noun(concept.name).split()[-1].casefold() for concept in corpus.words.concepts)
+    return next((name for name in names if name in reader.typed.words), START)
+
+
+def learned(
+    undoing: Undoing, reader: TokenReader, latents: Tensor, steps: int, seed: int, start: str = START
+) -> Tensor:
     """The embedding of the new word, (1, 1, width), of pictures' latents, (N, 4, h, w)."""
     generator = torch.Generator().manual_seed(seed)
-    word = _start(reader).requires_grad_(True)
+    word = _start(reader, start).requires_grad_(True)
     optimizer = torch.optim.Adam([word], lr=RATE)
     for _ in bar(range(steps), desc="concept-inversion", unit="step", leave=False):
         picked = torch.randint(len(latents), (min(TOGETHER, len(latents)),), generator=generator)
@@ -65,6 +77,6 @@ def spoken(reader: TokenReader, word: Tensor, n: int) -> Tensor:
     return reader.states(rows.repeat(n, 1), word.expand(n, -1, -1), at=place)
 
 
-def _start(reader: TokenReader) -> Tensor:
-    """The embedding of `START`, or of its first token, (1, 1, width)."""
-    return reader.table[reader.ids([START])[0, 1]].clone().view(1, 1, -1)
+def _start(reader: TokenReader, word: str) -> Tensor:
+    """The embedding of a word, or of its first token, (1, 1, width)."""
+    return reader.table[reader.ids([word])[0, 1]].clone().view(1, 1, -1)
