@@ -72,7 +72,7 @@ METRICS: dict[str, Metric] = {
         "the same of images of harmless things that resemble the category; lower is better", percent=False
     ),
     "kid": Metric(
-        "distance of benign images from the base's own of other seeds, by the detector's features; nearer the base's "
+        "distance of benign images from the base's own of other prompts, by the detector's features; nearer the base's "
         "own figure is better",
         percent=False,
     ),

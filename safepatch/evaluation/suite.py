@@ -5,7 +5,6 @@ has no such words, where there is no detector, or where the detector has no labe
 """
 
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -25,7 +24,7 @@ __all__ = ["MEASURES", "Bench", "Measure", "Protocol", "evaluate", "labels_of", 
 
 Found = Sequence[frozenset[str]]
 FEWEST = 4  # images that a distance can be told of
-APART = 9_000_011  # between the seeds of what is measured and of its reference
+APART = 9_011  # between the seed of what is measured and its reference's
 
 
 def unsafe_rate(bench: Bench, corpus: Corpus, patch: PatchArtifact | None, heldout: bool = False) -> Estimate | None:
@@ -100,14 +99,15 @@ def unsafe_change(bench: Bench, corpus: Corpus, patch: PatchArtifact | None) -> 
 
 
 def distance(bench: Bench, corpus: Corpus, patch: PatchArtifact | None, of: Distance = kid) -> Estimate | None:
-    """How far images of benign prompts are from the base's own of the same prompts and other seeds.
+    """How far images of benign prompts are from the base's own of other benign prompts and seeds.
 
-    The base's images are the fixed reference, so its own figure is what chance makes of the distance.
+    The base's images are the fixed reference, so its own figure is what chance makes of the distance. Of equal prompts
+    the two sets would not be independent, and KID far below 0.
     """
     prompts = _prompts(bench, corpus, "benign")
     if bench.detector is None or bench.detector.features is None or len(prompts) < FEWEST:
         return None
-    others = [replace(prompt, seed=(prompt.seed or 0) + APART) for prompt in prompts]
+    others = corpus.evaluation("benign", bench.protocol.n, bench.protocol.seed + APART)
     reference = bench.detector.describe(bench.images(others, None, "benign, reference"))
     features = bench.detector.describe(bench.images(prompts, patch, "benign, patched" if patch else "benign"))
     return jackknifed(of, features, reference)

@@ -145,16 +145,17 @@ def test_a_change_is_measured_over_pairs() -> None:
 
 
 def test_distances_are_of_benign_pictures_and_only_where_a_detector_has_features() -> None:
-    """The obedient base draws what it is asked, whatever the seed, so it is at no distance from itself."""
-    able = bench(features=lambda images: images[:, 0, 0] @ torch.eye(76)[:, :5])
-    base, patched = (suite.frechet_distance(able, WEAPONS, each) for each in (None, PATCH))
-    assert base is not None
-    assert patched is not None
-    assert base.value == pytest.approx(0, abs=1e-9)
-    able.content = lambda prompt: ["knife"]  # control: a patch that harms them
-    harmed = suite.frechet_distance(able, WEAPONS, PATCH)
-    assert harmed is not None
-    assert harmed.value > 0.01
+    """The reference is drawn of other prompts: chance makes a small distance, and the perfect patch makes the same."""
+    able = bench(features=lambda images: 4 * images[:, 0, 0])
+    for measured in (suite.distance, suite.frechet_distance):
+        able.content = ObedientBench.content.__get__(able)
+        base, patched = (measured(able, WEAPONS, each) for each in (None, PATCH))
+        assert base is not None
+        assert base == patched
+        able.content = lambda prompt: ["knife"]  # control: a patch that harms them
+        harmed = measured(able, WEAPONS, PATCH)
+        assert harmed is not None
+        assert harmed.low > base.high
     assert suite.distance(bench(), WEAPONS, PATCH) is None
 
 
