@@ -40,13 +40,14 @@ def harmless_phrases() -> list[str]:
     return [phrase for phrase in named if phrase not in learned]
 
 
-def opened(host: UNetHost, path: Path, texts: Sequence[str]) -> tuple[str, Tensor]:
-    """The category of a patch, and for which of the texts its gate opens, (N,) bool."""
+def opened(host: UNetHost, path: Path, texts: Sequence[str], reads: str = "windows") -> tuple[str, Tensor]:
+    """The category of a patch, and for which of the texts its gate opens, (N,) bool; see `Handle.reads`."""
     artifact = PatchArtifact.open(path)
     name = artifact.info.categories[0]
     gate = cast(TextGate, from_artifact(artifact, host.unet).gate)
     record = artifact.info.config["gate"][name]
-    return name, text_logits(host, gate, texts, record.get("windows", 0)).sigmoid() >= record["threshold"]
+    windows = record.get("windows", 0) if reads == "windows" else 0
+    return name, text_logits(host, gate, texts, windows).sigmoid() >= record["threshold"]
 
 
 def main(patches: Mapping[str, list[Path]]) -> None:
@@ -57,6 +58,8 @@ def main(patches: Mapping[str, list[Path]]) -> None:
     for kind, paths in patches.items():
         opens = dict(opened(host, path, texts) for path in paths)
         opens["any"] = torch.stack([*opens.values()]).any(0)
+        whole = [opened(host, path, texts, "prompt")[1] for path in paths]
+        opens["any, read whole"] = torch.stack(whole).any(0)
         found[kind] = {"texts": len(texts)} | {name: float(each.float().mean()) for name, each in opens.items()}
     OUT.parent.mkdir(parents=True, exist_ok=True)
     OUT.write_text(json.dumps(found, indent=1) + "\n")

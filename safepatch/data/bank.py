@@ -79,7 +79,6 @@ class PairBank:
         rewrite: where the safe twins come from.
         retained: what must be preserved, if anything.
         away, towards: numbers of the prompts between which a guided teacher is pushed, (N,); None if it is not.
-        shows_pairs: whether these are the corpus's own pairs with pictures of them.
     """
 
     latents: Latents
@@ -91,7 +90,6 @@ class PairBank:
     retained: Retained | None = None
     away: Tensor | None = None
     towards: Tensor | None = None
-    shows_pairs: bool = True
 
     def __len__(self) -> int:
         return len(self.latents)

@@ -78,4 +78,4 @@ def prompt_bank(
     unsafe, safe, *others = [texts.numbers(side) for side in sides]
     away, towards = others or (None, None)
     is_safe = torch.zeros(len(latents), dtype=torch.bool)
-    return PairBank(latents, is_safe, texts, unsafe, safe, corpus.rewrite, retained, away, towards, shows_pairs=False)
+    return PairBank(latents, is_safe, texts, unsafe, safe, corpus.rewrite, retained, away, towards)
