@@ -107,6 +107,7 @@ class Words:
         return id(gate) in self._slices
 
     @torch.compiler.disable()
+    @torch.no_grad()
     def behind(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """What the gates made of the words behind each row of text states, and whether those words are known.
 
@@ -141,6 +142,7 @@ class Words:
         return found
 
     @torch.compiler.disable()
+    @torch.no_grad()
     def _note(self, number: int, encoder: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         """A text encoder has read prompts: read their windows too."""
         tokens = args[0] if args else kwargs.get("input_ids")
@@ -226,7 +228,7 @@ def _recognised(values: Tensor, noted: Sequence[Noted]) -> tuple[Tensor, Tensor]
     """
     heard = torch.stack([each.heard for each in noted])
     same = _same(values, noted)
-    unknown = ~same.any(-1)
+    unknown = ~same.any(-1) & values.isfinite().all(-1)
     if unknown.any():
         latest = noted[-LATEST:]
         same[unknown, -len(latest) :] = _mixed(values[unknown], latest)
@@ -251,7 +253,9 @@ def _mixed(values: Tensor, noted: Sequence[Noted]) -> Tensor:
     found = torch.zeros(len(values), len(noted), dtype=torch.bool)
     last = values[:, :VALUES].T
     for layer in range(max(len(each.values) for each in noted)):
-        there = [i for i, each in enumerate(noted) if len(each.values) > layer]
+        there = [i for i, each in enumerate(noted) if len(each.values) > layer and each.values[layer].isfinite().all()]
+        if not there:
+            continue
         prompts = torch.stack([noted[i].values[layer, :VALUES] for i in there], dim=1)
         shares = torch.linalg.lstsq(prompts, last, driver="gelsd").solution  # (prompts, N); some may be alike
         fits = _is_close((prompts @ shares - last).T, last.T)

@@ -86,7 +86,7 @@ def words(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gates and healing learn from a few rows."""
-    few = {"ROWS": 12, "CAPTIONS": 16, "UNSEEN": 8, "VALIDATION_PAIRS": 2, "VALIDATION_STEPS": (0.5,), "STEPS": 3}
+    few = {"CAPTIONS": 16, "UNSEEN": 8, "STEPS": 3}
     for name, value in few.items():
         monkeypatch.setattr(gates, name, value)
     monkeypatch.setattr(match_bundle, "PROMPTS", 3)

@@ -173,6 +173,7 @@ def test_states_that_were_weighted_mixed_or_cut_into_chunks_are_known_by_their_w
     for states in (
         torch.randn_like(dog),
         knife + torch.randn_like(knife),
+        torch.full_like(knife, torch.nan),
         knife[:, :7],
         torch.cat((dog[:, :7], knife[:, :7]), 1),
     ):
