@@ -48,6 +48,11 @@ BENCHMARKS = {  # figures of other programs, by their name in figures.json: titl
         "`python benchmarks/objectives.py --steps 100 --n 40`: too short a run to tell what does not work from what "
         "takes longer.",
     ),
+    "objectives, other categories": (
+        "Objectives",
+        "`python benchmarks/objectives.py --category gore --only closed_form --n 100`, and likewise for drugs: with "
+        "the settings that were chosen on weapons.",
+    ),
     "rewrite": (
         "Where the safe twin comes from",
         "`python benchmarks/rewrite.py --steps 250 --pairs 192 --n 60`: weapons, short runs, trained alike; minutes "
@@ -171,6 +176,7 @@ def _objectives(figures: Mapping[str, Any]) -> Iterator[str]:
     yield described("objective", OBJECTIVES)
     yield from list(_benchmark(figures, "objectives"))[1:]
     yield from list(_benchmark(figures, "objectives, few steps"))[1:]
+    yield from list(_benchmark(figures, "objectives, other categories"))[1:]
 
 
 def _attacks(figures: Mapping[str, Any]) -> Iterator[str]:

@@ -22,11 +22,11 @@ from safepatch.patch.gate import TextGate
 from safepatch.patch.hooks import Hooks
 from safepatch.runtime.parts import ActivePart
 
-PROMPTS, WINDOWS = 1024, 1 << 15  # that are remembered
+PROMPTS, WINDOWS = 256, 1 << 15  # that are remembered
 MOST = 2048  # windows of one prompt; of one with more, which no encoder reads at once, the gates open
-VALUES = 64  # by which states are known again: of the last token, which has heard all others, and as many of all
+VALUES = 192  # by which states are known again: of the last token, which has heard all others, and as many of all
 CLOSE = 1e-2  # how far apart two values are at most that are the same, in half precision; a share
-LATEST, SHARE = 16, 0.05  # prompts of which states may be a sum, and the least that one may have in it
+LATEST, SHARE = 48, 0.05  # prompts of which states may be a sum, and the least that one may have in it
 _READING = threading.local()  # whether this thread's encoders are at work for some patch's windows
 
 
