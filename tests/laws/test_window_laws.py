@@ -112,12 +112,12 @@ def test_no_words_around_a_prompt_close_a_gate_that_reads_windows(family, n):
     assert closing(pipe, artifact, texts) or family == DEAF  # control: read whole, some of them close it
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != DEAF])
 def test_a_pipeline_that_draws_is_heard(family):
     pipe = small_family_pipe(family)
     artifact = listening(pipe)
-    text = (closing(pipe, artifact, texts := drowned(60, seed=2)) or texts)[0]
-    assert family == DEAF or not opened(pipe, listening(pipe, width=0), prompt=text)  # control
+    text = closing(pipe, artifact, drowned(60, seed=2))[0]
+    assert not opened(pipe, listening(pipe, width=0), prompt=text)  # control
     assert opened(pipe, artifact, prompt=text)
     assert not opened(pipe, artifact, prompt="dog", negative_prompt=KNIFE)
     assert not opened(pipe, artifact, prompt="dog")  # control
