@@ -197,6 +197,8 @@ def _attacks(figures: Mapping[str, Any]) -> Iterator[str]:
         broken, missed = (
             found["measures"].get(f"{name}, {attack}", {}).get(model, {}) for name in ("asr", "silent_miss")
         )
+        if not broken:
+            continue  # another matrix has it
         shares = [value(broken.get(name, {}), category) for name in (NONE, *patches)]
         silent = [value(missed.get(name, {}), category) for name in (NONE, *patches)]
         rows.append([f"`{attack}`", *(f"{a} ({b})" if b else a for a, b in zip(shares, silent, strict=True))])

@@ -13,7 +13,7 @@ from torch.nn.functional import mse_loss, softplus
 
 from safepatch.attacks.base import Opponent
 from safepatch.data.corpus import Corpus
-from safepatch.data.prompts import Prompt
+from safepatch.data.prompts import Prompt, mentions_minors
 from safepatch.diffusion import (
     Components,
     Conditioning,
@@ -121,6 +121,12 @@ class Undoing:
     def reader(self) -> TokenReader:
         """The host's text encoder."""
         return TokenReader(self.host.components)
+
+
+def typable(reader: TokenReader) -> tuple[list[str], Tensor]:
+    """The words that a search may choose from, each one token and fit to be asked, and their embeddings (N, width)."""
+    kept = [i for i, word in enumerate(reader.typed.words) if not mentions_minors(word)]
+    return [reader.typed.words[i] for i in kept], reader.table[reader.typed.ids[kept].to(reader.table.device)]
 
 
 def together(prompts: Sequence[Prompt]) -> Iterator[Sequence[Prompt]]:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from safepatch.attacks.base import Opponent, Round, reworded
-from safepatch.attacks.opponent import Undoing, together
+from safepatch.attacks.opponent import Undoing, together, typable
 from safepatch.data.corpus import Corpus
-from safepatch.data.prompts import Prompt, mentions_minors
+from safepatch.data.prompts import Prompt
 from safepatch.diffusion import Conditioning, TokenReader
 from safepatch.progress import bar
 
@@ -34,11 +34,10 @@ def find(target: Opponent, corpus: Corpus, prompts: Sequence[Prompt], seed: int,
     """
     undoing = Undoing.of(target, corpus)
     reader, generator = undoing.reader(), torch.Generator().manual_seed(seed)
-    kept = [i for i, word in enumerate(reader.typed.words) if not mentions_minors(word)]
-    words, ids = [reader.typed.words[i] for i in kept], reader.typed.ids[kept]
+    words, table = typable(reader)
     found: list[Prompt] = []
     for some in together(prompts):
-        chosen = searched(undoing, reader, reader.table[ids.to(reader.table.device)], some, budget, generator)
+        chosen = searched(undoing, reader, table, some, budget, generator)
         texts = [" ".join(words[i] for i in row) for row in chosen.tolist()]
         found += [reworded(prompt, text) for prompt, text in zip(some, texts, strict=True)]
     return [Round(tuple(found))]

@@ -30,12 +30,16 @@ class Bags:
         found = bags(host, captions, width)
         numbers = {window: i for i, window in enumerate(dict.fromkeys(w for bag in found for w in bag))}
         self._bags = [torch.tensor([numbers[window] for window in bag], dtype=torch.long) for bag in found]
-        distinct, states = list(numbers), list[Tensor]()
-        for at in bar(range(0, len(distinct), CHUNK), desc="reading windows", leave=False):
-            states += encode_windows(host.components, distinct[at : at + CHUNK]).half().cpu()  # there are many
-        longest = max((len(each) for each in states), default=0)
-        filled = [torch.cat((each, each[:1].expand(longest - len(each), -1))) for each in states]
-        self._states = torch.stack(filled) if filled else torch.empty(0)
+        distinct = list(numbers)
+        parts = [
+            encode_windows(host.components, distinct[at : at + CHUNK]).half().cpu()  # there are many
+            for at in bar(range(0, len(distinct), CHUNK), desc="reading windows", leave=False)
+        ]
+        longest = max((part.shape[1] for part in parts), default=0)
+        self._states = torch.empty(len(distinct), longest, parts[0].shape[2] if parts else 0, dtype=torch.float16)
+        for at, part in zip(range(0, len(distinct), CHUNK), parts, strict=True):
+            self._states[at : at + CHUNK] = part[:, :1]  # what a shorter window is filled up with
+            self._states[at : at + CHUNK, : part.shape[1]] = part
 
     def read(self, gate: TextGate, captions: Tensor) -> Tensor:
         """What a gate of one group makes of the strongest window of each of these captions: logits (B,)."""

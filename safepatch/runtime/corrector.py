@@ -199,7 +199,6 @@ class Corrector:
         scales, gate = part.scales(begun.settings.scale), part.patch.gate
         if gate is None or begun.settings.gate == "off":
             return scales
-        cast(Call, begun.call)
         looks = shown is not None and gate.reads_features
         probabilities = self._looked(part, begun, cast(Features, shown).mid) if looks else self._read(part, begun)
         return scales * self._openings(part, begun, probabilities)
