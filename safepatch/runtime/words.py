@@ -22,7 +22,7 @@ from safepatch.patch.gate import TextGate
 from safepatch.patch.hooks import Hooks
 from safepatch.runtime.parts import ActivePart
 
-PROMPTS, WINDOWS = 256, 1 << 15  # that are remembered
+PROMPTS, WINDOWS = 256, 1 << 15  # that are remembered; of a larger batch, all
 MOST = 2048  # windows of one prompt; of one with more, which no encoder reads at once, the gates open
 VALUES = 192  # by which states are known again: of the last token, which has heard all others, and as many of all
 CLOSE = 1e-2  # how far apart two values are at most that are the same, in half precision; a share
@@ -164,7 +164,7 @@ class Words:
                 key = (number, shape, len(layers), tuple(row))
                 self._prompts.pop(key, None)
                 self._prompts[key] = Noted(*each)
-            while len(self._prompts) > PROMPTS:
+            while len(self._prompts) > max(PROMPTS, len(given)):
                 self._prompts.popitem(last=False)
 
     def _read(self, prompts: Sequence[Sequence[int]]) -> list[Tensor]:

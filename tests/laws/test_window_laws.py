@@ -31,7 +31,7 @@ from tests.stress.soak import sharing
 
 every_kind = pytest.mark.parametrize("kind", sorted(PATCH_KINDS))
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
-KNIFE = "knife"
+KNIFE, BATCH = "knife", 100
 DEAF = "sdxl-refiner"  # of its two random layers the first is read, in which a word hardly hears the others
 
 
@@ -67,9 +67,10 @@ def heard(pipe, artifact: PatchArtifact, texts: list[str]) -> tuple[Tensor, Tens
     """For which texts the gate hears its word, (N,) bool, and whether their words are known."""
     components = Components.of(pipe)
     listener = Words(components, [activate(part, components) for part in artifact.parts()])
-    logits, known = listener.behind(encode_prompts(components, texts))
+    batches = [texts[i : i + BATCH] for i in range(0, len(texts), BATCH)]
+    logits, known = zip(*(listener.behind(encode_prompts(components, batch)) for batch in batches), strict=True)
     listener.hooks.remove()
-    return logits.amax(1) >= 0, known
+    return torch.cat(logits).amax(1) >= 0, torch.cat(known)
 
 
 @torch.no_grad()
