@@ -13,6 +13,7 @@ from safepatch.files import unwritable, write_text
 NONE = "none"  # `patch` of the untouched base, `attack` where there is none, `detector` where none was asked
 FILES = ("rows.jsonl", "results.jsonl")  # what a run's folder holds its rows in; the second is older
 TOY = "Figures on the embedded emoji model show that the mechanism works; they are not results on photographs."
+SWEPT = "unsafe_at"  # metric of a sweep over thresholds: charts show it, tables leave it out
 PLAIN = ("", "plain")  # `prompt_set` of prompts as training knows them
 
 
@@ -26,6 +27,10 @@ class Metric:
 
 METRICS: dict[str, Metric] = {
     "unsafe_rate": Metric("share of images the detector finds unsafe; lower is safer", percent=True),
+    "unsafe_at": Metric("the same at the threshold that is named beside it", percent=True),
+    "extra_flops": Metric("operations of a denoising step that the patch adds while it acts, as a share", percent=True),
+    "train_minutes": Metric("how long the patch took to train, there and then", percent=False),
+    "megabytes": Metric("the patch's tensors, in 10^6 bytes", percent=False),
     "asr": Metric("share of attacked prompts that end in an unsafe image; lower is safer", percent=True),
     "asr_new": Metric(
         "the same of those prompts only whose image is safe before the attack; lower is safer", percent=True
@@ -146,9 +151,10 @@ class Row:
 
     @property
     def measure(self) -> str:
-        """The metric, with its prompt set and attack where they are not the usual ones."""
+        """The metric, with its threshold, prompt set and attack where they are not the usual ones."""
+        name = f"{self.metric} {self.threshold:g}" if self.metric == SWEPT else self.metric
         heldout = [] if self.metric != "unsafe_rate" or self.prompt_set in PLAIN else [self.prompt_set]
-        return ", ".join([self.metric, *heldout, *([] if self.attack == NONE else [self.attack])])
+        return ", ".join([name, *heldout, *([] if self.attack == NONE else [self.attack])])
 
 
 FIELDS: dict[str, type] = {field.name: field.type for field in fields(Row)}  # pyright: ignore[reportAssignmentType]

@@ -133,17 +133,19 @@ def _named(patches: list[Path], entry: Any) -> list[Any]:
 
 
 def measure(matrix: "Matrix") -> None:
-    """Run a matrix and print its table, after what a reader must know first."""
-    from safepatch.evaluation.run import run_matrix
+    """Run a matrix and print its table, after what a reader must know first; of several processes the first does."""
+    from safepatch.evaluation.run import processes, run_matrix
     from safepatch.reporting.html import build_report
     from safepatch.reporting.tables import summary
-    from safepatch.results import METRICS
+    from safepatch.results import METRICS, SWEPT
 
     rows = run_matrix(matrix, heal=_healer(matrix.device, matrix.dtype), tell=typer.echo)
+    if not processes().is_main_process:
+        return
     typer.echo("\n".join(matrix.notices()))
     if rows:
         typer.echo(summary(rows))
-        for name in dict.fromkeys(row.metric for row in rows if row.metric in METRICS):
+        for name in dict.fromkeys(row.metric for row in rows if row.metric in METRICS and row.metric != SWEPT):
             typer.echo(f"{name}: {METRICS[name].meaning}")
     typer.echo(f"report: {build_report(Path(matrix.out))}")
 

@@ -1,7 +1,8 @@
 """The cells of a matrix and the log of those that are finished: each is measured once, whatever happens.
 
 `cells.jsonl` holds one line per finished cell, with its rows and the names of its pictures, which are on the disk
-before it; a line is whole or it is not there. What a cell in hand has drawn when a run is killed is kept (`kept.py`).
+before it; a line is whole or it is not there. Where several processes share a matrix each has a file of its own. What
+a cell in hand has drawn when a run is killed is kept (`kept.py`).
 """
 
 import json
@@ -45,17 +46,23 @@ class Finished:
 
 
 class CellLog:
-    """The finished cells of a folder.
+    """The finished cells of a run's folder.
 
     Args:
-        path: of the log.
-        images: folder of the pictures; a cell that lost one of its own is not finished.
+        out: the folder; a cell that lost one of its pictures there is not finished.
+        process: whose cells `add` keeps.
     """
 
-    def __init__(self, path: Path, images: Path) -> None:
-        self.path = path
+    def __init__(self, out: Path, process: int = 0) -> None:
+        self.path = out / (f"cells-{process}.jsonl" if process else "cells.jsonl")
+        self.read()
+
+    def read(self) -> None:
+        """Look again at what all processes have finished."""
+        images = self.path.parent / "images"
         kept = {file.name for file in images.iterdir()} if images.is_dir() else set()
-        found = dict(filter(None, map(_finished, _lines(path))))
+        lines = [line for file in sorted(self.path.parent.glob("cells*.jsonl")) for line in _lines(file)]
+        found = dict(filter(None, map(_finished, lines)))
         self._cells = {
             cell: finished for cell, finished in found.items() if kept.issuperset(p["file"] for p in finished.pictures)
         }

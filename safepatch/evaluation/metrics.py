@@ -59,6 +59,11 @@ def rate(flags: Tensor) -> Estimate:
     return Estimate(successes / n, interval.low, interval.high, n)
 
 
+def exactly(value: float) -> Estimate:
+    """A value that was counted, with nothing left to chance."""
+    return Estimate(value, value, value, 1)
+
+
 def pooled(rates: Sequence[Estimate]) -> Estimate:
     """The rate over the cases of several rates together, with the interval of that many cases."""
     n, successes = sum(each.n for each in rates), sum(round(each.value * each.n) for each in rates)

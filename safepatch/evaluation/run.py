@@ -1,18 +1,25 @@
-"""Run a matrix: every cell that is not finished is measured, in an order that loads each model and patch once."""
+"""Run a matrix: every cell that is not finished is measured, in an order that loads each model and patch once.
+
+Processes that were launched together (`accelerate launch`) share the cells: those of the base first, whose images all
+others need, and then the rest.
+"""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 
 from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.attacks import VERSION, parse_attack
 from safepatch.data.corpus import Corpus
-from safepatch.detectors import ANY_OF, misfit, open_detector, parse_detector, parts_of
+from safepatch.detectors import ANY_OF, has_labels, misfit, open_detector, parse_detector, parts_of
 from safepatch.detectors.base import Detector
 from safepatch.diffusion import denoiser
 from safepatch.errors import ConfigError
@@ -23,7 +30,7 @@ from safepatch.evaluation.cells import Cell, CellLog, Finished, stamp, words_of
 from safepatch.evaluation.kept import Kept, digest
 from safepatch.evaluation.matrix import Matrix, pictures_of
 from safepatch.evaluation.subjects import Healer, Subject, subjects
-from safepatch.evaluation.suite import MEASURES, evaluate
+from safepatch.evaluation.suite import MEASURES, THRESHOLDS, evaluate, sweep
 from safepatch.files import claimed, write_text
 from safepatch.models.load import load_pipeline
 from safepatch.patch.files import absolute
@@ -90,7 +97,7 @@ class Plan:
                 corpus, about = self.corpora[category], [*common, self._words[category], subject.identity(category)]
                 for spec in specs if judged else ():
                     detector = self.detectors[spec]
-                    how = digest(about, judged, detector.threshold, detector.version, detector.sha256)
+                    how = digest(about, judged, THRESHOLDS, detector.threshold, detector.version, detector.sha256)
                     yield Task(Cell(model, subject.name, category, spec, how), subject, corpus, judged)
                     if matrix.attacks and model not in matrix.transfer:
                         how = digest(how, [tuple(parse_attack(each)) for each in matrix.attacks], VERSION)
@@ -136,28 +143,41 @@ def run_matrix(matrix: Matrix, heal: Healer | None = None, tell: Tell = print) -
     Raises:
         SafepatchError: when another process has the folder, and as `Plan.of`.
     """
-    plan, out = Plan.of(matrix, heal), Path(matrix.out)
-    with claimed(out):
-        return _run(plan, out, tell)
+    state, out = processes(), Path(matrix.out)
+    with state.main_process_first():
+        plan = Plan.of(matrix, heal)
+    with claimed(out) if state.is_main_process else nullcontext():
+        return _run(plan, out, tell, state)
 
 
-def _run(plan: Plan, out: Path, tell: Tell) -> list[Row]:
-    matrix = plan.matrix
-    log = CellLog(out / "cells.jsonl", out / "images")
-    tasks = {model: list(plan.tasks(model)) for model in _models(matrix)}
+def processes() -> PartialState:
+    """Those that were launched together to share a matrix, as the one that asks sees them; mostly it is alone."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
+def _run(plan: Plan, out: Path, tell: Tell, state: PartialState) -> list[Row]:
+    state.wait_for_everyone()  # until the folder is claimed
+    log = CellLog(out, state.process_index)
+    tasks = {model: list(plan.tasks(model)) for model in _models(plan.matrix)}
     cells = [task.cell for each in tasks.values() for task in each]
-    for model, todo in tasks.items():
-        missing = [task for task in todo if task.cell not in log]
-        if not missing:
-            continue
-        bench = plan.bench(model)
-        for task, patch in _opened(bench, missing):
-            tell(f"[{cells.index(task.cell) + 1}/{len(cells)}] {_said(task.cell)}")
-            log.add(task.cell, measure(plan, bench, task, patch))
-            write_results(plan, [log[cell] for cell in cells if cell in log], only_more=True)
-        if drawn := bench.kept.drawn:
-            tell(f"{model}: {drawn} images drawn, {drawn / bench.kept.seconds:.2f} per second")
-    write_results(plan, [log[cell] for cell in cells])
+    for part in ((True,), (False,)) if state.num_processes > 1 else ((True, False),):
+        for model, todo in tasks.items():
+            missing = [task for task in todo if task.cell not in log and (task.cell.patch == NONE) in part]
+            own = missing[state.process_index :: state.num_processes]
+            if not own:
+                continue
+            bench = plan.bench(model)
+            for task, patch in _opened(bench, own):
+                tell(f"[{cells.index(task.cell) + 1}/{len(cells)}] {_said(task.cell)}")
+                log.add(task.cell, measure(plan, bench, task, patch))
+                if state.is_main_process:
+                    write_results(plan, [log[cell] for cell in cells if cell in log], only_more=True)
+            if drawn := bench.kept.drawn:
+                tell(f"{model}: {drawn} images drawn, {drawn / bench.kept.seconds:.2f} per second")
+        state.wait_for_everyone()
+        log.read()
+    if state.is_main_process:
+        write_results(plan, [log[cell] for cell in cells])
     return [row for cell in cells for row in log[cell].rows]
 
 
@@ -172,6 +192,8 @@ def measure(plan: Plan, bench: Bench, task: Task, patch: PatchArtifact | None) -
             rows = attack_rows(judged, task.corpus, patch, cell.patch, specs)
         else:
             rows = evaluate(judged, task.corpus, patch, cell.patch, task.metrics)
+            if "unsafe_rate" in task.metrics and cell.model in plan.matrix.models:
+                rows += sweep(judged, task.corpus, patch, cell.patch)
         return Finished([replace(row, detector=cell.detector) for row in rows])
     rows = evaluate(bench, task.corpus, patch, cell.patch, task.metrics)
     of, out = gallery.Pictures(cell.model, cell.patch, cell.category, cell.settings), Path(plan.matrix.out)
@@ -246,7 +268,7 @@ def _open(spec: str, corpora: Sequence[Corpus], device: str) -> Detector:
     categories = {corpus.name: corpus.category for corpus in corpora}
     others = {other.name: other.category for corpus in corpora for other in corpus.neighbours}
     judges = parts_of(parsed.source or "") if parsed.name == ANY_OF else [parsed]
-    labelled = {name: each for name, each in others.items() if all(each.labels.get(judge.name) for judge in judges)}
+    labelled = {name: each for name, each in others.items() if all(has_labels(judge.name, each) for judge in judges)}
     return open_detector(parsed, list({**labelled, **categories}.values()), device)
 
 

@@ -14,8 +14,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from safepatch.errors import SafepatchError
 from safepatch.files import write_text
 from safepatch.reporting.filters import filters, slugs
+from safepatch.reporting.headline import headlines
 from safepatch.reporting.plots import attack_charts, unsafe_rate_charts
-from safepatch.results import FILES, METRICS, TOY, Row, read_rows
+from safepatch.reporting.sweeps import sweep_charts
+from safepatch.reporting.tradeoffs import tradeoff_charts
+from safepatch.results import FILES, METRICS, SWEPT, TOY, Row, read_rows
 
 SECTION_FIELDS: dict[str, type] = {"title": str, "note": str, "unsafe": bool, "columns": list, "rows": list}
 VERDICTS = {"unsafe": "prompts with an image flagged unsafe", "safe": "prompts without one"}
@@ -112,14 +115,17 @@ def _render(run: Run) -> str:
         charts={
             "Unsafe rate, base against patched": unsafe_rate_charts(run.rows),
             "Attacks: what comes through": attack_charts(run.rows),
+            "At other thresholds": sweep_charts(run.rows),
+            "Effect against cost": tradeoff_charts(run.rows),
         },
-        categories=_by_category(run.rows),
+        categories=_by_category([row for row in run.rows if row.metric != SWEPT]),
         filters=filters({"category": categories, "attack": attacks, "verdict": verdicts}),
         slugs={"category": categories, "attack": attacks},
         places=_places([section.title for section in run.sections]),
         verdicts=VERDICTS,
         metrics={name: METRICS[name].meaning for name in sorted({row.metric for row in run.rows}) if name in METRICS},
         notices=run.notices,
+        headlines=headlines(run.rows),
         protocol=run.protocol,
         sections=run.sections,
     )

@@ -93,7 +93,7 @@ def _attack_chart(rows: list[Row]) -> Chart:
         for attack, by_patch in found.items()
     }
     with mpl.rc_context(RC):  # pyright: ignore[reportArgumentType] - its key type lists names one by one
-        svg = _svg_text(_heat_figure(list(found), patches, means))
+        svg = svg_text(_heat_figure(list(found), patches, means))
     first, many = rows[0], len({row.category for row in rows})
     said = (f"{attack}, {_titled(patch)}: {mean:.1%}" for attack, own in means.items() for patch, mean in own.items())
     return Chart(
@@ -172,7 +172,7 @@ def _sentence(label: str, row: Row) -> str:
 
 def _svg(series: dict[str, dict[str, Row]], colors: dict[str, str]) -> str:
     with mpl.rc_context(RC):  # pyright: ignore[reportArgumentType] - its key type lists names one by one
-        return _svg_text(_figure(series, colors))
+        return svg_text(_figure(series, colors))
 
 
 def _figure(series: dict[str, dict[str, Row]], colors: dict[str, str]) -> Figure:
@@ -299,7 +299,7 @@ def _draw_heat(
                 axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=7)
 
 
-def _svg_text(figure: Figure) -> str:
+def svg_text(figure: Figure) -> str:
     """The figure as one `<svg>` element; HTML needs no XML prolog and no namespaces."""
     file = io.StringIO()
     no_record = dict.fromkeys(("Creator", "Date", "Format", "Type"))

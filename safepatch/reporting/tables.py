@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Any
 
-from safepatch.results import METRICS, NONE, Row
+from safepatch.results import METRICS, NONE, SWEPT, Row
 
 MEAN = "mean"
 Cell = Callable[[Row], str]
@@ -46,6 +46,7 @@ def pivot(
 
 def summary(rows: Sequence[Row], cell: Cell = shown) -> str:
     """The usual table: measures and patches down the side, and models and detectors where there are several."""
+    rows = [row for row in rows if row.metric != SWEPT]
     order = list(dict.fromkeys(row.measure for row in rows))
     extra = [name for name in ("base", "detector") if len({_value(row, name) for row in rows} - {NONE}) > 1]
     ordered = sorted(rows, key=lambda row: order.index(row.measure))  # stable: otherwise as they were measured

@@ -162,6 +162,30 @@ def test_scale_by_category_and_a_window_reach_the_patch(tmp_path: Path) -> None:
     assert len({path.read_bytes() for path in (base, late, whole)}) == 3
 
 
+MATRIX = """models: [tiny-sd]
+patches: [{name: lora, shipped: lora}]
+categories: [weapons, gore]
+metrics: [unsafe_rate, benign_identical]
+protocol: {n: 3, steps: 1}
+pictures: 1
+"""
+
+
+def test_two_processes_share_a_matrix_and_find_what_one_finds(tmp_path: Path) -> None:
+    matrix, found = tmp_path / "matrix.yaml", {}
+    matrix.write_text(MATRIX)
+    launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    for name, words in {"one": [], "two": launch}.items():
+        command = [sys.executable, "-m", *words, "safepatch", "evaluate", str(matrix), f"out={tmp_path / name}"]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+        assert done.returncode == 0, done.stderr[-2000:]
+        found[name] = {file: (tmp_path / name / file).read_bytes() for file in ("rows.jsonl", "images.json")}
+    assert found["two"] == found["one"]
+    cells = [(tmp_path / "two" / file).read_bytes().count(b"\n") for file in ("cells.jsonl", "cells-1.jsonl")]
+    assert cells == [4, 4]
+
+
 def test_an_unwritable_output_is_one_line() -> None:
     assert "cannot write" in run("generate", "--prompt", "a cat", "--steps", "1", "-o", "/proc/nowhere/x.png", expect=2)
 

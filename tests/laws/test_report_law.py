@@ -17,6 +17,8 @@ from safepatch.errors import SafepatchError
 from safepatch.reporting.compare import build_comparison, joined
 from safepatch.reporting.html import build_report, read_run
 from safepatch.reporting.plots import attack_charts
+from safepatch.reporting.sweeps import sweep_charts
+from safepatch.reporting.tables import summary
 from safepatch.results import Row, append_rows
 
 CAVEAT = "Figures on the embedded emoji model show that the mechanism works; they are not results on photographs."
@@ -327,3 +329,36 @@ def test_attacks_are_a_map_of_attacks_by_patches(tmp_path: Path) -> None:
     assert attack_charts([replace(row, attack="none") for row in rows]) == []  # control
     append_rows(tmp_path / "rows.jsonl", rows)
     assert "Attacks: what comes through" in Page(build_report(tmp_path)).text
+
+
+def test_thresholds_are_a_line_for_each_patch_and_stay_out_of_tables(tmp_path: Path) -> None:
+    rest: dict[str, Any] = {"attack": "none", "low": 0.0, "high": 1.0, "n": 8, "seed": 0, "detector": "probe"}
+    rows = [
+        Row(patch, "tiny-sd", category=category, metric="unsafe_at", value=value, threshold=threshold, **rest)
+        for patch, category, threshold, value in (
+            ("none", "weapons", 0.1, 1.0), ("none", "gore", 0.1, 0.5), ("none", "weapons", 0.9, 0.25),
+            ("mine", "weapons", 0.1, 0.5), ("mine", "weapons", 0.9, 0.0),
+        )
+    ]  # fmt: skip
+    (chart,) = sweep_charts(rows)
+    assert chart.description.split("; ") == [
+        "no patch at 0.1: 75.0%", "no patch at 0.9: 25.0%", "mine at 0.1: 50.0%", "mine at 0.9: 0.0%"
+    ]  # fmt: skip
+    assert sweep_charts([replace(row, metric="unsafe_rate") for row in rows]) == []  # control
+    assert "unsafe_at" not in summary([*rows, replace(rows[0], metric="unsafe_rate")])
+    append_rows(tmp_path / "rows.jsonl", rows)
+    text = Page(build_report(tmp_path)).text
+    assert "At other thresholds" in text
+    assert text.count("unsafe_at") == 1  # what it means
+
+
+def test_a_page_says_first_what_is_left_at_worst_and_how_sure_that_is(tmp_path: Path) -> None:
+    measure(tmp_path / "rows.jsonl")
+    text = Page(build_report(tmp_path)).text
+    sentence = (
+        "With weapons on tiny-sd, 5.0% of images are unsafe instead of 90.0% (95 % interval 1.0% to 11.0%, n = 40; "
+        "weapons, the worst of 3 categories; judged by probe)."
+    )
+    assert sentence in text
+    assert text.index(CAVEAT) < text.index(sentence) < text.index("Unsafe rate")
+    assert "With none" not in text

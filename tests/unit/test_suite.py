@@ -128,6 +128,17 @@ def test_rows_say_what_was_measured_how_and_by_whom(bench: ObedientBench) -> Non
     assert (judged.steps, judged.guidance_scale, judged.prompt_set) == (20, 1.5, "plain")
 
 
+def test_a_sweep_is_the_unsafe_rate_at_other_thresholds(bench: ObedientBench) -> None:
+    swept = suite.sweep(bench, WEAPONS, PATCH, "mine")
+    assert [row.threshold for row in swept] == list(suite.THRESHOLDS)
+    assert {row.metric for row in swept} == {"unsafe_at"}
+    values = [row.value for row in suite.sweep(bench, WEAPONS, None)]
+    assert values == sorted(values, reverse=True)
+    (own,) = suite.evaluate(bench, WEAPONS, None, measures=["unsafe_rate"])
+    assert values[suite.THRESHOLDS.index(own.threshold)] == own.value > 0
+    assert suite.sweep(replace(bench, detector=None), WEAPONS, None) == []
+
+
 def test_only_what_is_asked_for_is_measured(bench: ObedientBench) -> None:
     assert [row.metric for row in suite.evaluate(bench, WEAPONS, PATCH, "mine", ["companion_kept"])] == [
         "companion_kept"

@@ -1,0 +1,31 @@
+"""What a patch costs, counted and not timed: the same for the same files, on whatever machine.
+
+Seconds depend on the machine and on what else it does: `benchmarks/` measures them, patched beside unpatched.
+"""
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from safepatch.artifact.patch_artifact import PatchArtifact
+from safepatch.diffusion import generate, quiet
+from safepatch.runtime.apply import apply
+
+
+@torch.no_grad()
+def step_flops(pipe: Any, patch: PatchArtifact | None) -> int:
+    """Floating-point operations of one denoising step of one image, without guidance, the patch acting if there is one.
+
+    That is what two steps take less what one step takes: text encoders and autoencoder are not in it.
+    """
+    quiet(pipe)
+    with apply(pipe, patch, gate="off") if patch else nullcontext():
+        return _flops(pipe, 2) - _flops(pipe, 1)
+
+
+def _flops(pipe: Any, steps: int) -> int:
+    with FlopCounterMode(display=False) as counter:
+        generate(pipe, ["a picture"], [0], steps=steps, guidance_scale=1.0)
+    return counter.get_total_flops()
