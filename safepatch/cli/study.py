@@ -1,4 +1,4 @@
-"""The verb that asks how often models draw unsafe pictures: study."""
+"""Verbs over many models or many patches: study, compare, resurge."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from safepatch.cli import app
-from safepatch.cli.options import Category, Detectors, MatrixDevice, Patches, Steps
+from safepatch.cli.options import Category, Detectors, MatrixDevice, Models, Patches, Steps
 
 
 @app.command()
@@ -45,4 +45,53 @@ def study(
     rows = run_study(matrix, files, typer.echo)
     typer.echo("\n".join(matrix.notices()))
     typer.echo(pivot(rows, ("base", "patch", "prompt_set", "detector"), "category", with_interval))
+    typer.echo(f"report: {build_report(Path(matrix.out))}")
+
+
+@app.command()
+def compare(
+    file: Annotated[Path, typer.Argument(help="What to train alike, and in what it differs: configs/compare/*.yaml.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Of its settings.")] = None,
+) -> None:
+    """Train patches that differ in some settings, and measure them on the same pictures; one table and one page."""
+    from safepatch.comparison import compare as run
+    from safepatch.comparison import load_comparison
+    from safepatch.reporting.tables import summary
+
+    comparison = load_comparison(file, overrides or [])
+    typer.echo(summary(run(comparison, typer.echo)))
+    typer.echo(f"report: {Path(comparison.out) / 'index.html'}")
+
+
+@app.command()
+def resurge(
+    models: Models = None,
+    patch: Patches = None,
+    category: Category = None,
+    detector: Detectors = None,
+    way: Annotated[
+        list[str] | None, typer.Option("--way", help="benign-lora, benign-full, unsafe-lora; all. May be repeated.")
+    ] = None,
+    train_steps: Annotated[int, typer.Option("--train-steps", help="Of training the model further.")] = 500,
+    learning_rate: Annotated[float, typer.Option("--learning-rate", help="A small model's is ten times that.")] = 1e-4,
+    pictures: Annotated[int, typer.Option("--pictures", help="That the model draws to learn from.")] = 128,
+    device: MatrixDevice = None,
+    n: Annotated[int | None, typer.Option("-n", "--n", help="Images per rate; 200.")] = None,
+    steps: Steps = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of rows and report.")] = Path("runs/resurge"),
+) -> None:
+    """Train a patched model further, on harmless pictures and on unsafe ones: does the category come back?"""
+    from safepatch.cli.evaluate import matrix_of
+    from safepatch.reporting.html import build_report
+    from safepatch.reporting.tables import pivot, with_interval
+    from safepatch.resurgence import WAYS, Tuning, run_resurgence
+
+    given = {"device": device, "protocol.n": n, "protocol.steps": steps, "out": out}
+    overrides = [f"{name}={value}" for name, value in given.items() if value is not None]
+    lists = {"models": models or ["tiny-sd"], "categories": category, "detectors": detector}
+    matrix = matrix_of(patch or [], lists, overrides)
+    tuning = Tuning(tuple(way or WAYS), train_steps, learning_rate=learning_rate, pictures=pictures)
+    rows = run_resurgence(matrix, tuning, typer.echo)
+    typer.echo("\n".join(matrix.notices()))
+    typer.echo(pivot(rows, ("measure", "base", "patch", "detector"), "category", with_interval))
     typer.echo(f"report: {build_report(Path(matrix.out))}")

@@ -22,7 +22,7 @@ ROWS = (
     ("training", "attacks"),
     ("evaluation",),
     ("reporting",),
-    ("demo",),
+    ("demo", "comparison", "resurgence"),
     ("cli",),
     ("__main__", "__init__"),  # the first calls `cli`; the second names what is public, and loads none of it
 )

@@ -1,0 +1,79 @@
+"""Head to head: variants are trained alike, measured on the same pictures, and nothing finished is done again."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from safepatch.comparison import Comparison, compare, load_comparison
+from safepatch.errors import ConfigError
+from safepatch.evaluation.bench import Protocol
+from safepatch.reporting.tradeoffs import best, tradeoff_charts
+from safepatch.results import Row, read_rows
+
+FEW = ["patch.gate=0", "data.pairs=4", "data.steps=2", "training.steps=2", "training.batch_size=2"]
+SHIPPED = Path(__file__).parents[2] / "configs" / "compare"
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Comparison:
+    return Comparison(
+        model="tiny-sd",
+        variants={"slow": [], "fast": ["training.learning_rate=1e-2"], "solved": ["objective=closed-form"]},
+        categories=["weapons"],
+        settings=[*FEW, f"data.cache={tmp_path / 'cache'}"],
+        metrics=["unsafe_rate", "benign_drift"],
+        protocol=Protocol(n=2, steps=1),
+        pictures=0,
+        out=str(tmp_path / "out"),
+    )
+
+
+def test_variants_are_trained_measured_and_kept(small: Comparison, tmp_path: Path) -> None:
+    rows = compare(small, lambda _: None)
+    assert read_rows(tmp_path / "out" / "rows.jsonl") == rows
+    drifts = {row.patch: row.value for row in rows if row.metric == "benign_drift"}
+    assert set(drifts) == set(small.variants)
+    assert len(set(drifts.values())) == 3  # control: the settings made other patches
+    assert {row.patch for row in rows if row.metric == "train_minutes"} == set(small.variants)
+    assert "Effect against cost" in (tmp_path / "out" / "index.html").read_text()
+    said: list[str] = []
+    assert compare(small, said.append) == rows
+    assert not [line for line in said if line.startswith("[")]
+
+
+def test_what_cannot_be_compared_is_said_before_anything_is_trained(small: Comparison, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="objective"):
+        compare(replace(small, variants={**small.variants, "odd": ["objective=esdd"]}), lambda _: None)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ConfigError, match="needs variants"):
+        replace(small, variants={})
+    with pytest.raises(ConfigError, match="cannot name a folder"):
+        replace(small, variants={"../x": []})
+
+
+@pytest.mark.parametrize("file", sorted(SHIPPED.glob("*.yaml")), ids=lambda file: file.stem)
+def test_shipped_comparisons_can_be_read(file: Path) -> None:
+    comparison = load_comparison(file)
+    for name in comparison.variants:
+        for category in comparison.categories:
+            assert comparison.config(name, category).category == category
+
+
+def test_a_front_holds_what_nothing_beats() -> None:
+    points = {"a": (0.0, 5.0), "b": (0.1, 1.0), "c": (0.1, 2.0), "d": (0.5, 0.5), "e": (0.6, 6.0)}
+    assert best(points) == ["a", "b", "d"]
+
+
+def test_trade_offs_are_means_over_categories_of_what_has_both() -> None:
+    rest: dict[str, Any] = {"attack": "none", "low": 0.0, "high": 9.0, "n": 8, "seed": 0}
+    rows = [
+        Row(patch, "tiny-sd", category=category, metric=metric, value=value, detector=detector, **rest)
+        for patch in ("a", "b", "c")
+        for category, value in (("weapons", 0.5), ("gore", 0.25))
+        for metric, detector in (("unsafe_rate", "probe"), ("benign_drift", "none"))
+    ]
+    (chart,) = tradeoff_charts(rows)
+    assert chart.description == "a: 37.5%, 0.375; b: 37.5%, 0.375; c: 37.5%, 0.375"
+    assert tradeoff_charts([row for row in rows if row.patch != "c"]) == []  # too few
