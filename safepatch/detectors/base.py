@@ -26,6 +26,7 @@ class Detector:
         device: where `probabilities` runs; images come from anywhere.
         features: images on its device to what it sees in them, (B, D), for distances between sets; not all have them.
         parts: the detectors it is made of; none of most.
+        shares: the detector whose labels in category files are its own too, having the same; none of most.
         similarity: images on its device, and as many texts, to cosines (B,); not all know texts.
     """
 
@@ -39,12 +40,13 @@ class Detector:
     features: Callable[[Tensor], Tensor] | None = None
     similarity: Callable[[Tensor, Sequence[str]], Tensor] | None = None
     parts: "tuple[Detector, ...]" = ()
+    shares: str = ""
 
     def labels_of(self, category: Category) -> tuple[str, ...]:
         """Those of its labels that count as the category; of several detectors all of theirs."""
         if self.parts:
             return tuple(f"{part.name}: {label}" for part in self.parts for label in part.labels_of(category))
-        return tuple(category.labels.get(self.name, ()))
+        return tuple(category.labels.get(self.name) or category.labels.get(self.shares, ()))
 
     def __call__(self, images: Tensor) -> Tensor:
         """Probabilities in [0, 1], float32, (B, labels), of images in [0, 1] of any dtype, (B, 3, H, W).

@@ -70,16 +70,29 @@ def decoded_scenes(
     for start in tqdm(range(0, n, 64), desc="decoding scenes", mininterval=5):
         part = scenes[start : start + 64]
         images = to_tensor([draw(scene, rng.choice(list(VENDORS))) for scene in part])
-        with torch.no_grad():
-            latents = pipe.vae.encode(images * 2 - 1).latent_dist.mode() * pipe.vae.config.scaling_factor
-            if rng.random() < half_denoised:
-                latents = _half_denoise(pipe, part, latents, rng, generator)
-            else:
-                spread = torch.rand(len(latents), 1, 1, 1, generator=generator) * noise
-                latents = latents + spread * torch.randn(latents.shape, generator=generator)
-            decoded = (pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
+        decoded = through_autoencoder(pipe, part, images, rng, generator, noise, half_denoised)
         chunks.append((decoded * 255).round().byte())
     return torch.cat(chunks), labels(scenes)
+
+
+@torch.no_grad()
+def through_autoencoder(
+    pipe: StableDiffusionPipeline,
+    scenes: list[Scene],
+    images: Tensor,
+    rng: random.Random,
+    generator: torch.Generator,
+    noise: float,
+    half_denoised: float,
+) -> Tensor:
+    """Images of `scenes` as they come out of the autoencoder, half-denoised or with noise; shape kept."""
+    latents = pipe.vae.encode(images * 2 - 1).latent_dist.mode() * pipe.vae.config.scaling_factor
+    if rng.random() < half_denoised:
+        latents = _half_denoise(pipe, scenes, latents, rng, generator)
+    else:
+        spread = torch.rand(len(latents), 1, 1, 1, generator=generator) * noise
+        latents = latents + spread * torch.randn(latents.shape, generator=generator)
+    return (pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
 
 
 def _half_denoise(

@@ -16,6 +16,7 @@ from torch import nn
 
 from safepatch.errors import ModelNotFound, lookup
 from safepatch.tiny.classifier import Classifier
+from safepatch.tiny.second import SecondClassifier
 
 ASSETS = Path(__file__).parent.parent / "assets"
 BASE = "tiny-sd"
@@ -80,4 +81,11 @@ def load_classifier() -> Classifier:
     classifier.load_state_dict(
         {k: v.float() for k, v in load_file(ASSETS / "detector.safetensors").items()}, strict=False
     )
+    return classifier.eval()
+
+
+def load_second() -> SecondClassifier:
+    """The second detector's network, ready to use."""
+    classifier = SecondClassifier()
+    classifier.load_state_dict({k: v.float() for k, v in load_file(ASSETS / "detector-second.safetensors").items()})
     return classifier.eval()

@@ -1,9 +1,10 @@
 """The sprite atlas: one RGBA tile per concept and vendor, read from the package, cut from the vendors' art.
 
-`python -m safepatch.tiny.sprites ART OUT` rebuilds the atlas from the three unpacked npm packages
-(`make tiny` fetches them); everything else only reads it.
+`python -m safepatch.tiny.sprites ART OUT` rebuilds the atlas from the unpacked npm packages (`make tiny` fetches them;
+SVG files are drawn by resvg-py); everything else only reads it.
 """
 
+import io
 import json
 from functools import cache
 from pathlib import Path
@@ -21,6 +22,12 @@ VENDORS: dict[str, str] = {
     "twemoji": "twitter/package/img/twitter/64/{code:0>4}{suffix}.png",
     "fluent": "fluent/package/assets/{code}{suffix}.webp",
 }
+# Art that no embedded model draws in: more to learn from for the second detector, and some that no detector has seen.
+MORE: dict[str, str] = {
+    "fluent-flat": "flat/package/assets/{code}{suffix}.svg",
+    "emojione": "emojione/package/assets/png_128x128/{code:0>4}{suffix}.png",  # of 2016: lacks seven concepts
+}
+UNSEEN: dict[str, str] = {"openmoji": "openmoji/package/color/svg/{CODE}{SUFFIX}.svg"}
 
 # Unicode code points of the art, chosen by looking at all three vendors' drawings.
 # fmt: off
@@ -45,13 +52,14 @@ CODES: dict[str, str] = {
 
 @cache
 def sprites(vendor: str) -> dict[str, Image.Image]:
-    """Every concept's tile of one vendor: RGBA, 48 x 48 pixels."""
+    """Every concept's tile of one vendor that has one: RGBA, 48 x 48 pixels."""
     path = ATLAS / f"{vendor}.png"
     if not path.is_file():
         raise SafepatchError(f"no sprite atlas at {path}; run `make tiny`, or reinstall safepatch")
     sheet = Image.open(path).convert("RGBA")
     names = json.loads((ATLAS / "atlas.json").read_text())["concepts"]
-    return {name: sheet.crop(_box(index)) for index, name in enumerate(names)}
+    tiles = {name: sheet.crop(_box(index)) for index, name in enumerate(names)}
+    return {name: tile for name, tile in tiles.items() if tile.getbbox()}
 
 
 def _box(index: int) -> tuple[int, int, int, int]:
@@ -60,25 +68,38 @@ def _box(index: int) -> tuple[int, int, int, int]:
 
 
 def build_atlas(art: Path, out: Path) -> None:
-    """Cut the three atlases from unpacked vendor art in `art` and write them, with an index, to `out`."""
+    """Cut the atlases from unpacked vendor art in `art` and write them, with an index, to `out`."""
     out.mkdir(parents=True, exist_ok=True)
     rows = -(-len(CONCEPTS) // COLUMNS)
-    for vendor, pattern in VENDORS.items():
+    for vendor, pattern in (VENDORS | MORE | UNSEEN).items():
         sheet = Image.new("RGBA", (COLUMNS * TILE, rows * TILE))
         for index, name in enumerate(CONCEPTS):
-            tile = Image.open(_source(art, pattern, CODES[name])).convert("RGBA")
-            sheet.paste(tile.resize((TILE, TILE), Image.Resampling.LANCZOS), _box(index)[:2])
+            source = _source(art, pattern, CODES[name])
+            if source or vendor not in MORE:
+                tile = _opened(source, CODES[name], art)
+                sheet.paste(tile.resize((TILE, TILE), Image.Resampling.LANCZOS), _box(index)[:2])
         sheet.save(out / f"{vendor}.png", optimize=True)
     index = {"tile": TILE, "columns": COLUMNS, "concepts": list(CONCEPTS), "codes": CODES}
     (out / "atlas.json").write_text(json.dumps(index, indent=1) + "\n")
 
 
-def _source(art: Path, pattern: str, code: str) -> Path:
+def _source(art: Path, pattern: str, code: str) -> Path | None:
     for suffix in ("", "-fe0f"):
-        path = art / pattern.format(code=code, suffix=suffix)
+        path = art / pattern.format(code=code, suffix=suffix, CODE=code.upper(), SUFFIX=suffix.upper())
         if path.is_file():
             return path
-    raise SafepatchError(f"no art for {code} under {art}; unpack the three npm packages there (see `make tiny`)")
+    return None
+
+
+def _opened(path: Path | None, code: str, art: Path) -> Image.Image:
+    if path is None:
+        raise SafepatchError(f"no art for {code} under {art}; unpack the npm packages there (see `make tiny`)")
+    if path.suffix != ".svg":
+        return Image.open(path).convert("RGBA")
+    import resvg_py  # only this recipe needs it  # pyright: ignore[reportMissingImports]
+
+    drawn = resvg_py.svg_to_bytes(svg_path=str(path), width=4 * TILE, height=4 * TILE)
+    return Image.open(io.BytesIO(bytes(drawn))).convert("RGBA")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from tests.small_detectors import (
     save_clip,
     save_heads_on_clip,
     save_onnx,
+    save_q16,
     save_safety_checker,
     stand_in,
 )
@@ -30,6 +31,7 @@ SAVE = {
     "nudenet": save_onnx,
     "open-nsfw": save_onnx,
     "multi-headed": save_heads_on_clip,
+    "q16": save_q16,
     "any-of": save_any_of,
 }
 LABELS = {
@@ -39,6 +41,8 @@ LABELS = {
     "nudenet": ("FACE_MALE", "FEET_EXPOSED"),
     "open-nsfw": ("nsfw",),
     "multi-headed": ("violent", "sexual"),
+    "embedded-second": ("knife", "cat"),
+    "q16": ("inappropriate",),
     "any-of": (),
 }
 TOLERANCE = {"rtol": 0, "atol": 1e-6}

@@ -12,8 +12,10 @@ import pytest
 import torch
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.functional import normalize
 from transformers import CLIPModel, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -27,9 +29,11 @@ from safepatch.detectors import (
     open_nsfw,
     parse_detector,
 )
+from safepatch.detectors.base import Detector
 from safepatch.detectors.clip import NEUTRAL, clip_pixels
 from safepatch.detectors.embedded import embedded_detector
 from safepatch.detectors.multi_headed import train_heads
+from safepatch.detectors.q16 import save_prompts
 from safepatch.detectors.safety_checker import from_margins, margins
 from safepatch.detectors.weights import find_weights
 from safepatch.errors import ConfigError, ModelNotFound, UnknownName, UnsupportedModel
@@ -41,6 +45,7 @@ from tests.small_detectors import (
     new_safety_checker,
     save_clip,
     save_heads_on_clip,
+    save_q16,
     save_safety_checker,
 )
 
@@ -103,7 +108,8 @@ def test_the_threshold_that_was_asked_for_is_the_detectors(checker):
 @pytest.mark.parametrize("name", [name for name in DETECTORS if name != "any-of"])
 def test_a_detector_fits_the_pictures_it_was_made_for_and_no_others(name):
     fits = {pictures: misfit(name, pictures) is None for pictures in ("embedded", "photographic")}
-    assert fits == {"embedded": name == "embedded", "photographic": name != "embedded"}
+    is_embedded = name.startswith("embedded")
+    assert fits == {"embedded": is_embedded, "photographic": not is_embedded}
 
 
 def test_a_misfit_says_that_it_certifies_nothing():
@@ -116,6 +122,52 @@ def test_a_misfit_says_that_it_certifies_nothing():
 def test_several_fit_what_each_of_them_fits():
     assert misfit("any-of@clip+safety-checker", "photographic") is None
     assert "detector 'embedded' was made for" in str(misfit("any-of@clip+embedded:0.4", "photographic"))
+
+
+# --- two that read the same labels ---
+
+
+def test_the_second_embedded_detector_reads_the_labels_of_the_first():
+    first, second = (open_detector(parse_detector(name), [WEAPONS]) for name in ("embedded", "embedded-second"))
+    assert second.labels_of(WEAPONS) == first.labels_of(WEAPONS) != ()
+    assert second.sha256 != first.sha256
+    with pytest.raises(ConfigError, match="gives no labels for detector 'embedded-second'"):
+        open_detector(parse_detector("embedded-second"), [Category("bare", "", "")])
+    with pytest.raises(ConfigError, match="has its own weights"):
+        open_detector(parse_detector("embedded-second@somewhere"), [WEAPONS])
+
+
+# --- Q16 ---
+
+
+def test_q16_answers_by_the_nearer_of_two_prompts(tmp_path):
+    category = Category("any", "", "", {"q16": ("inappropriate",)})
+    judge = open_detector(parse_detector(f"q16@{save_q16(tmp_path)}"), [category])
+    with safe_open(tmp_path / "prompts.safetensors", "pt") as file:
+        prompts = normalize(file.get_tensor("prompts"))
+    pictures = new_pictures(6)
+    nearer = (normalize(judge.describe(pictures)) @ prompts.T).argmax(1) == 1
+    assert torch.equal(judge(pictures)[:, 0] >= 0.5, nearer)
+
+
+def test_q16_says_what_it_lacks(tmp_path):
+    category = Category("any", "", "", {"q16": ("inappropriate",)})
+
+    def opening(source: str) -> Detector:
+        return open_detector(parse_detector(f"q16{source}"), [category])
+
+    with pytest.raises(ModelNotFound, match="name a folder that holds"):
+        opening("")
+    with pytest.raises(ModelNotFound, match=r"holds no prompts\.safetensors"):
+        opening(f"@{tmp_path}")
+    save_q16(tmp_path)
+    assert opening(f"@{tmp_path}").labels == ("inappropriate",)  # control
+    save_prompts(torch.randn(2, 7), tmp_path, tmp_path / "clip")
+    with pytest.raises(UnsupportedModel, match=r"\[2, 7\], its CLIP needs"):
+        opening(f"@{tmp_path}")
+    (tmp_path / "prompts.safetensors").write_bytes(b"no")
+    with pytest.raises(UnsupportedModel, match="cannot be read as prompts"):
+        opening(f"@{tmp_path}")
 
 
 # --- any of several ---
