@@ -67,6 +67,16 @@ def write_text(path: Path, text: str) -> None:
         raise unwritable(path, error) from error
 
 
+def copy_file(source: Path, path: Path) -> None:
+    """Put the bytes of `source` into `path`, all or nothing; raises `SafepatchError` when that cannot be."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with source.open("rb") as content, replacing(path) as file:
+            shutil.copyfileobj(content, file)
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
 def require_writable(path: Path) -> None:
     """Raise `SafepatchError` where `path` could not be written for want of permission, before there is any work."""
     folder = next(parent for parent in Path(path).absolute().parents if parent.exists())

@@ -32,4 +32,4 @@ def main() -> None:
         sys.exit(2)
 
 
-from safepatch.cli import apply, artifact, detector, evaluate, exchange, study, train  # noqa: E402 F401 -- each adds its verbs to `app`
+from safepatch.cli import apply, artifact, detector, evaluate, exchange, hub, study, train  # noqa: E402 F401 -- each adds its verbs to `app`

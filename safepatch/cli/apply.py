@@ -16,7 +16,7 @@ def generate(
     prompt: Annotated[str, typer.Option(help="What to draw.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="PNG to write.")],
     model: Model = "tiny-sd",
-    patch: Annotated[Path | None, typer.Option(help="Patch to apply.")] = None,
+    patch: Annotated[str | None, typer.Option(help="Patch to apply: a file, or user/repo[@revision].")] = None,
     scale: Annotated[
         str, typer.Option(help="Strength of the patch, 0 is off; or by category: gore=1,weapons=0.6.")
     ] = "1",
@@ -49,12 +49,14 @@ def generate(
     from safepatch.diffusion import generate as run
     from safepatch.diffusion import save_image
     from safepatch.files import require_writable
+    from safepatch.hub import located
     from safepatch.runtime.apply import apply
     from safepatch.runtime.check import require_fit
 
     admit([prompt])
     require_writable(out)
     scales = _scale(scale)
+    patch = located(patch) if patch else None
     if patch:
         require_fit(model, patch, allow_pickle)  # before gigabytes of weights are read
     pipe = opened(model, device, dtype, tokenizer, allow_pickle, prediction_type)

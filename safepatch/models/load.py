@@ -172,6 +172,12 @@ def license_of(name: str | Path) -> str:
     return stated[1] if stated else ""
 
 
+def recorded_name(name: str | Path) -> str:
+    """What a record calls a model: a Hub id as it is, of a path only its last part."""
+    is_here = str(name) in MODELS or _is_file(name) or Path(name).is_dir()
+    return Path(name).name if is_here or str(name).count("/") != 1 else str(name)
+
+
 def _refuse_misspelled(name: str | Path) -> None:
     if str(name).startswith("tiny") and str(name) not in MODELS and not Path(name).exists():
         raise ModelNotFound(f"no embedded model '{name}'{nearest(str(name), MODELS)}")

@@ -9,6 +9,7 @@ from torch import Tensor
 from safepatch.artifact.patch_artifact import Part, PatchArtifact
 from safepatch.diffusion import Components, encode_prompts, is_offloaded_to_disk
 from safepatch.errors import ConfigError
+from safepatch.hub import located
 from safepatch.patch import Patch
 from safepatch.patch.files import from_artifact
 from safepatch.runtime.handle import Handle, refuse_compiled, refuse_fused_projections
@@ -31,7 +32,7 @@ def apply(
 
     Args:
         pipe: any pipeline with a UNet, a VAE and a text encoder; it is not changed but for hooks.
-        patch: path of an artifact, or an opened one.
+        patch: path of an artifact, or an opened one; or one on the Hub, `user/repo[@revision][#content hash]`.
         scale: run-time strength, one for all or by category (1 for those not named); 0 is off.
         fail_closed: raise `PatchBypassed` instead of returning an image that was made without the patch.
         start: share of the denoising after which the patch begins to act, 0 for pure noise.
@@ -48,7 +49,8 @@ def apply(
 
     Raises:
         BaseMismatch: when the patch was made for another architecture.
-        ArtifactError: when the file is missing, damaged or altered.
+        ArtifactError: when the file is missing, damaged, altered, or has another content hash than the pinned one.
+        ModelNotFound: when the Hub has no such patch, or it is offline and not in the cache.
         ConfigError: when scale, start or end is out of range, a scale is for a category the patch cannot tell apart, or
             the UNet was compiled, offloaded layer by layer, or given fused attention projections before.
         UnknownName: for a speed, a way of reading, or a scale's category, that there is not.
@@ -65,7 +67,7 @@ def apply(
             "first, or offload to the CPU"
         )
     refuse_fused_projections(components.unet)
-    artifact = patch if isinstance(patch, PatchArtifact) else PatchArtifact.open(patch)
+    artifact = patch if isinstance(patch, PatchArtifact) else PatchArtifact.open(located(patch))
     if gate_threshold is not None and not 0 <= gate_threshold <= 1:
         raise ConfigError(f"gate_threshold must be within [0, 1], not {gate_threshold}")
     parts = [activate(part, components, gate_threshold) for part in artifact.parts()]

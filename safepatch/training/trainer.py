@@ -13,7 +13,7 @@ from safepatch.config import to_dict
 from safepatch.data.corpus import Corpus
 from safepatch.diffusion import Components, UNetHost
 from safepatch.errors import ConfigError, lookup
-from safepatch.models.load import license_of
+from safepatch.models.load import license_of, recorded_name
 from safepatch.objectives.closed_form import begin
 from safepatch.patch import PATCH_KINDS, Patch
 from safepatch.patch.files import to_artifact
@@ -113,7 +113,7 @@ def _packed(
     """The trained patch as an artifact in float16, low-rank when the configuration says so; `gates` by category."""
     recorded = {name: value for name, value in _recorded(config).items() if name != "output"}
     rewrite = {name: value for name, value in to_dict(corpus.rewrite).items() if name != "momentum" or value}
-    recorded |= {"category": corpus.name, "model": Path(config.model.path).name, "rewrite": rewrite}
+    recorded |= {"category": corpus.name, "model": recorded_name(config.model.path), "rewrite": rewrite}
     recorded |= {"gate": gates} if gates else {}
     instructions = {corpus.name: corpus.category.instruction}
     license = config.license or (license_of(config.model.path) if config.model.path else "")

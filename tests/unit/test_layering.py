@@ -15,7 +15,7 @@ ROWS = (
     ("errors", "taxonomy", "files", "progress"),
     ("config", "results"),
     ("diffusion", "artifact", "shipped"),
-    ("tiny", "merging"),
+    ("tiny", "merging", "hub"),
     ("models", "data", "patch", "detectors"),
     ("runtime", "export"),
     ("objectives",),
