@@ -17,6 +17,7 @@ from safepatch.patch.gate import WIDEST, WINDOWS
 SHORT = {"model": "path", "objective": "name"}  # `model=x` is `model.path=x`
 PRECISIONS = ("no", "bf16", "fp16")
 OPTIMIZERS = ("adamw", "adamw8bit")
+TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,12 @@ class TrainingConfig:
             float32.
         gradient_accumulation: batches per step.
         gradient_checkpointing: recompute activations, the host's and the patch's, in the backward pass to save memory.
+        device: where to train: `cpu`, `cuda`, `cuda:1`, `mps`; what accelerate chooses if empty.
         seed: of batches, noise and timesteps.
         checkpoint_every: steps between checkpoints.
         log_every: steps between lines of the log, each of them the mean since the last.
         validate_every: steps between validation pictures; 0 makes none.
-        tensorboard: also log to tensorboard (needs the extra of that name).
+        report_to: also log to these: `tensorboard`, `wandb`, `trackio`, `mlflow` (each needs its package).
     """
 
     steps: int = 1200
@@ -94,11 +96,12 @@ class TrainingConfig:
     mixed_precision: str = "no"
     gradient_accumulation: int = 1
     gradient_checkpointing: bool = False
+    device: str = ""
     seed: int = 0
     checkpoint_every: int = 100
     log_every: int = 10
     validate_every: int = 0
-    tensorboard: bool = False
+    report_to: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Refuse what cannot be run."""
@@ -107,6 +110,8 @@ class TrainingConfig:
         for name in ("steps", "batch_size", "gradient_accumulation", "checkpoint_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"training.{name} must be at least 1, not {getattr(self, name)}")
+        for name in self.report_to:
+            lookup(dict.fromkeys(TRACKERS), name, what="tracker for training.report_to")
         for name, allowed in (("mixed_precision", PRECISIONS), ("optimizer", OPTIMIZERS)):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"training.{name} must be one of {', '.join(allowed)}, not '{getattr(self, name)}'")

@@ -24,6 +24,7 @@ from safepatch.training.folder import RunFolder
 from safepatch.training.gates import fit_gate
 from safepatch.training.interrupts import Interrupted
 from safepatch.training.loop import Run
+from safepatch.training.trackers import begin_tracking, require_trackers
 from safepatch.training.validation import save_validation_grid
 
 __all__ = ["Interrupted", "Run", "new_accelerator", "train"]
@@ -89,21 +90,41 @@ def _train(pipe: Any, host: UNetHost, patch: Patch, config: TrainConfig, corpus:
 
 
 def new_accelerator(options: TrainingConfig, folder: Path) -> Accelerator:
-    """The device, the precision and the processes of a run; raises `ConfigError` for a precision it cannot have."""
-    AcceleratorState._reset_state()  # it would refuse another precision than an earlier run's in the same process
-    log_with = "tensorboard" if options.tensorboard else None
-    accelerator = Accelerator(mixed_precision=options.mixed_precision, log_with=log_with, project_dir=folder)
+    """Device, precision, processes and trackers of a run; raises `ConfigError` for what cannot be had."""
+    require_trackers(options.report_to)
+    # It would refuse another precision, or device, than an earlier run's in the same process.
+    AcceleratorState._reset_state(reset_partial_state=bool(options.device))
+    accelerator = Accelerator(
+        cpu=_chosen(options.device) == "cpu",
+        mixed_precision=options.mixed_precision,
+        log_with=[*options.report_to] if options.report_to else None,
+        project_dir=folder,
+    )
     if options.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would ignore it
         raise ConfigError("mixed precision fp16 needs a GPU; set training.mixed_precision=bf16, or no")
-    if log_with:
-        accelerator.init_trackers("tensorboard")
+    begin_tracking(accelerator, options, folder)
     return accelerator
 
 
+def _chosen(device: str) -> str:
+    """The type of the device; of several GPUs it becomes the one that accelerate finds."""
+    if not device:
+        return ""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0][:120]
+        raise ConfigError(f"no device '{device}' here ({first}); choose another training.device") from None
+    chosen = torch.device(device)
+    if chosen.type == "cuda" and chosen.index is not None:
+        torch.cuda.set_device(chosen)
+    return chosen.type
+
+
 def _recorded(config: TrainConfig) -> dict[str, Any]:
-    """The settings that a run depends on: not where drawn latents are kept, nor whose the patch is."""
+    """The settings that a run depends on: not where it runs, keeps latents, shows losses, nor whose the patch is."""
     recorded = to_dict(config)
-    del recorded["license"]
+    del recorded["license"], recorded["training"]["report_to"], recorded["training"]["device"]
     return {**recorded, "data": {name: value for name, value in recorded["data"].items() if name != "cache"}}
 
 
