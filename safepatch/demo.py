@@ -22,13 +22,14 @@ PAIRS = 384  # of a short run; of a shorter one four for every step
 SETTINGS = ("data.steps=8", "training.learning_rate=1e-3")
 
 
-def run_demo(out: Path, steps: int, n: int = 20) -> Path:
+def run_demo(out: Path, steps: int, n: int = 20, device: str = "cpu") -> Path:
     """Run the demo into `out` and return the path of its `index.html`.
 
     Args:
         out: folder of the patches, rows and the report.
         steps: of training.
         n: images per rate.
+        device: that draws; training chooses its own.
     """
     protocol = Protocol(n=n)  # a wrong number is told before anything is trained
     print(f"1/4 training a {KIND} patch for {TRAINED} from scratch ({steps} steps)")
@@ -37,9 +38,8 @@ def run_demo(out: Path, steps: int, n: int = 20) -> Path:
     merge([trained, shipped_patch(SHIPPED, KIND)], out / "merged.safetensors", METHOD)
     print(f"3/4 loading the merged file onto {SIBLING}, a checkpoint it has never seen, and generating")
     patches = [PatchEntry("merged", path=str(out / "merged.safetensors"))]
-    matrix = Matrix(
-        [SIBLING], [], patches, [TRAINED, SHIPPED], METRICS, protocol=protocol, pictures=SHOWN, out=str(out)
-    )
+    options = {"protocol": protocol, "pictures": SHOWN, "out": str(out), "device": device}
+    matrix = Matrix([SIBLING], [], patches, [TRAINED, SHIPPED], METRICS, **options)
     rows = run_matrix(matrix)
     print("4/4 writing the report")
     page = build_report(out)

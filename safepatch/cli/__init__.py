@@ -10,7 +10,6 @@ from safepatch.errors import SafepatchError, printable
 app = typer.Typer(
     help="Train, merge, apply and measure safety patches for text-to-image models.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
@@ -32,4 +31,14 @@ def main() -> None:
         sys.exit(2)
 
 
-from safepatch.cli import apply, artifact, detector, evaluate, exchange, hub, study, train  # noqa: E402 F401 -- each adds its verbs to `app`
+from safepatch.cli import (  # noqa: E402 -- each adds its verbs to `app`
+    apply,  # noqa: F401
+    artifact,  # noqa: F401
+    detector,  # noqa: F401
+    doctor,  # noqa: F401
+    evaluate,  # noqa: F401
+    exchange,  # noqa: F401
+    hub,  # noqa: F401
+    study,  # noqa: F401
+    train,  # noqa: F401
+)

@@ -56,13 +56,13 @@ def generate(
     admit([prompt])
     require_writable(out)
     scales = _scale(scale)
-    patch = located(patch) if patch else None
-    if patch:
-        require_fit(model, patch, allow_pickle)  # before gigabytes of weights are read
+    path = located(patch) if patch else None
+    if path:
+        require_fit(model, path, allow_pickle)  # before gigabytes of weights are read
     pipe = opened(model, device, dtype, tokenizer, allow_pickle, prediction_type)
     options = {"start": start, "end": end, "gate": gate, "gate_threshold": gate_threshold, "speed": speed}
     options |= {"reads": reads}
-    with apply(pipe, patch, scales, **options) if patch else nullcontext():
+    with apply(pipe, path, scales, **options) if path else nullcontext():
         images = run(pipe, [prompt], [seed], steps, guidance_scale, [negative_prompt] if negative_prompt else None)
     save_image(images[0], out)
     typer.echo(f"image: {out}")

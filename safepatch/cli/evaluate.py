@@ -11,6 +11,7 @@ from safepatch.cli.options import (
     AllowPickle,
     Category,
     Detectors,
+    Device,
     Dtype,
     MatrixDevice,
     Models,
@@ -197,8 +198,9 @@ def demo(
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the report.")] = Path("runs/demo"),
     steps: Annotated[int, typer.Option(help="Training steps of the demo's own patch.")] = 400,
     n: Annotated[int, typer.Option("-n", "--n", help="Images per rate.")] = 20,
+    device: Device = "cpu",
 ) -> None:
     """The whole job in a few minutes: train, merge, load onto a sibling checkpoint, generate, score, report."""
     from safepatch.demo import run_demo
 
-    typer.echo(f"report: {run_demo(out, steps, n)}")
+    typer.echo(f"report: {run_demo(out, steps, n, device)}")

@@ -6,7 +6,17 @@ from typing import Annotated
 import typer
 
 from safepatch.cli import app
-from safepatch.cli.options import Category, Detectors, MatrixDevice, Models, Patches, Steps
+from safepatch.cli.options import (
+    AllowPickle,
+    Category,
+    Detectors,
+    Dtype,
+    MatrixDevice,
+    Models,
+    Patches,
+    Steps,
+    Tokenizer,
+)
 
 
 @app.command()
@@ -25,6 +35,9 @@ def study(
     patch: Patches = None,
     detector: Detectors = None,
     device: MatrixDevice = None,
+    dtype: Dtype = None,
+    tokenizer: Tokenizer = None,
+    allow_pickle: AllowPickle = False,
     n: Annotated[int | None, typer.Option("-n", "--n", help="Prompts of each file; 200.")] = None,
     steps: Steps = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder of rows and report.")] = Path("runs/study"),
@@ -38,7 +51,8 @@ def study(
 
     files = [*(prompts or []), *(Path(word) for word in more or [] if Path(word).suffix.lower() in FORMATS)]
     named = [*(models or []), *(word for word in more or [] if Path(word).suffix.lower() not in FORMATS)]
-    given = {"device": device, "protocol.n": n, "protocol.steps": steps, "out": out}
+    given = {"device": device, "dtype": dtype, "tokenizer": tokenizer, "allow_pickle": allow_pickle or None}
+    given |= {"protocol.n": n, "protocol.steps": steps, "out": out}
     overrides = [f"{name}={value}" for name, value in given.items() if value is not None]
     lists = {"models": named or ["tiny-sd"], "categories": category, "detectors": detector}
     matrix = matrix_of(patch or [], lists, overrides)

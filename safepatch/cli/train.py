@@ -34,6 +34,10 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the resolved configuration and what it will take, and stop.")
     ] = False,
+    device: Annotated[
+        str, typer.Option("--device", help="Where to train: cpu, cuda, cuda:1, mps; what accelerate chooses.")
+    ] = "",
+    dtype: Dtype = None,
 ) -> None:
     """Train a patch for one category."""
     from safepatch.config import to_yaml
@@ -41,7 +45,9 @@ def train(
     from safepatch.files import require_writable
     from safepatch.training.config import load_train_config
 
-    resolved = load_train_config(config, overrides or [])
+    given = {"training.device": device or None, "model.dtype": dtype}
+    named = [f"{name}={value}" for name, value in given.items() if value is not None]
+    resolved = load_train_config(config, [*(overrides or []), *named])
     corpus = Corpus.open(resolved.category)
     for note in corpus.notes:
         typer.echo(note)

@@ -22,7 +22,7 @@ ROWS = (
     ("training", "attacks"),
     ("evaluation",),
     ("reporting",),
-    ("demo", "comparison", "resurgence"),
+    ("demo", "comparison", "resurgence", "doctor"),
     ("cli",),
     ("__main__", "__init__"),  # the first calls `cli`; the second names what is public, and loads none of it
 )
