@@ -10,13 +10,14 @@ if TYPE_CHECKING:
     from safepatch.artifact.patch_artifact import PatchArtifact, verify
     from safepatch.data.corpus import Corpus
     from safepatch.data.prompts import Prompt
-    from safepatch.errors import PatchBypassed, SafepatchError
+    from safepatch.errors import NotTrusted, PatchBypassed, SafepatchError
     from safepatch.merging import MergeRecipe, merge, split
     from safepatch.models.load import ModelConfig, load_pipeline
     from safepatch.runtime.apply import apply
     from safepatch.runtime.check import Status, check, status
     from safepatch.runtime.fuse import fuse, fuse_model
     from safepatch.runtime.handle import Handle
+    from safepatch.signing import require_signed, sign
     from safepatch.taxonomy import Category
     from safepatch.training.config import TrainConfig, load_train_config
     from safepatch.training.healing import heal
@@ -30,6 +31,7 @@ _HOMES: dict[str, str] = {
     "ModelConfig": "safepatch.models.load",
     "Handle": "safepatch.runtime.handle",
     "MergeRecipe": "safepatch.merging",
+    "NotTrusted": "safepatch.errors",
     "PatchArtifact": "safepatch.artifact.patch_artifact",
     "PatchBypassed": "safepatch.errors",
     "PatchInfo": "safepatch.artifact.info",
@@ -45,6 +47,8 @@ _HOMES: dict[str, str] = {
     "load_train_config": "safepatch.training.config",
     "merge": "safepatch.merging",
     "read_info": "safepatch.artifact.info",
+    "require_signed": "safepatch.signing",
+    "sign": "safepatch.signing",
     "split": "safepatch.merging",
     "status": "safepatch.runtime.check",
     "train": "safepatch.training.trainer",
@@ -57,6 +61,7 @@ __all__ = [
     "Handle",
     "MergeRecipe",
     "ModelConfig",
+    "NotTrusted",
     "PatchArtifact",
     "PatchBypassed",
     "PatchInfo",
@@ -73,6 +78,8 @@ __all__ = [
     "load_train_config",
     "merge",
     "read_info",
+    "require_signed",
+    "sign",
     "split",
     "status",
     "train",

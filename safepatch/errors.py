@@ -37,6 +37,10 @@ class ArtifactError(SafepatchError):
     """A patch file that is damaged, altered, or not a patch."""
 
 
+class NotTrusted(SafepatchError):
+    """A file that none of the trusted keys signed as it is."""
+
+
 class BaseMismatch(SafepatchError):
     """A patch made for another architecture than the model at hand."""
 

@@ -30,6 +30,10 @@ def generate(
     reads: Annotated[
         str, typer.Option(help="What a gate reads: windows, any few words in a row, or prompt, all of it at once.")
     ] = "windows",
+    trust: Annotated[
+        list[str] | None,
+        typer.Option(help="Public key that must have signed the patch, or first-use; may be repeated."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the starting noise.")] = 0,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 20,
     guidance_scale: Annotated[float | None, typer.Option(help="Of guidance; what is usual if not given.")] = None,
@@ -56,13 +60,12 @@ def generate(
     admit([prompt])
     require_writable(out)
     scales = _scale(scale)
-    path = located(patch) if patch else None
-    if path:
-        require_fit(model, path, allow_pickle)  # before gigabytes of weights are read
+    if patch:
+        require_fit(model, located(patch), allow_pickle)  # before gigabytes of weights are read
     pipe = opened(model, device, dtype, tokenizer, allow_pickle, prediction_type)
     options = {"start": start, "end": end, "gate": gate, "gate_threshold": gate_threshold, "speed": speed}
-    options |= {"reads": reads}
-    with apply(pipe, path, scales, **options) if path else nullcontext():
+    options |= {"reads": reads, "trusted": trust[0] if trust and len(trust) == 1 else trust}
+    with apply(pipe, patch, scales, **options) if patch else nullcontext():
         images = run(pipe, [prompt], [seed], steps, guidance_scale, [negative_prompt] if negative_prompt else None)
     save_image(images[0], out)
     typer.echo(f"image: {out}")

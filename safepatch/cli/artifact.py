@@ -12,6 +12,7 @@ from safepatch.cli.options import (
     AllowPickle,
     Category,
     Device,
+    Keys,
     Model,
     ModelDtype,
     PatchFile,
@@ -145,11 +146,35 @@ def verify(
     allow_zero: Annotated[
         bool, typer.Option("--allow-zero", help="Let a patch pass that changes nothing: zeros, weights of 0.")
     ] = False,
+    key: Keys = None,
 ) -> None:
-    """Check a patch file: structure, content hash, finite values, and that it can act."""
+    """Check a patch file: structure, content hash, finite values, that it can act; with --key whose it is."""
     from safepatch.artifact.patch_artifact import verify as run
 
     say(f"ok: {patch} is intact ({', '.join(run(patch, allow_zero).categories)})")
+    if key:
+        from safepatch.signing import require_signed
+
+        say(f"signed by: {require_signed(patch, key)}")
+
+
+@app.command()
+def sign(
+    patch: PatchFile,
+    key: Annotated[Path, typer.Option("--key", help="Private key, EC, PEM: openssl ecparam -name prime256v1 -genkey.")],
+    certificate: Annotated[
+        Path | None, typer.Option("--certificate", help="Of that key, to be told by a certificate.")
+    ] = None,
+    chain: Annotated[
+        list[Path] | None, typer.Option("--chain", help="Certificates from that one up to the root; may be repeated.")
+    ] = None,
+) -> None:
+    """Sign a patch file: FILE.sig, and FILE.pub for whoever trusts on first use, are written beside it."""
+    from safepatch.artifact.patch_artifact import verify as intact
+    from safepatch.signing import sign as run
+
+    intact(patch)
+    say(f"signed: {run(patch, key, certificate, chain or [])}")
 
 
 def _numbers(text: str | None) -> list[float] | None:

@@ -31,6 +31,7 @@ def push(
     from safepatch.artifact.container import read_header
     from safepatch.artifact.patch_artifact import verify
     from safepatch.detectors.weights import sha256_of
+    from safepatch.signing import signed_by
 
     hub.require_repo(repo)
     if not dry_run:
@@ -42,6 +43,7 @@ def push(
     with tempfile.TemporaryDirectory() as folder:
         lora, why = _exported(patch, Path(folder) / hub.LORA_FILE)
         files = {hub.PATCH_FILE: patch, **({hub.LORA_FILE: lora} if lora else {})}
+        files |= {f"{hub.PATCH_FILE}{path.suffix}": path for path in signed_by(patch)}
         sums = {name: sha256_of([path]) for name, path in files.items()}
         text = hub.card(info, hub.Beside(repo, content_hash, sums, base, license, measured, why))
         if dry_run:
@@ -60,10 +62,13 @@ def pull(
     from safepatch import hub
     from safepatch.artifact.patch_artifact import verify
     from safepatch.files import copy_file
+    from safepatch.signing import signed_by
 
-    fetched = hub.fetch(hub.Reference.parse(patch))
+    fetched = hub.fetch(hub.Reference.parse(patch), signed=True)
     info = verify(fetched.path)
     copy_file(fetched.path, out)
+    for path in signed_by(fetched.path):
+        copy_file(path, out.with_name(f"{out.name}{path.suffix}"))
     say(f"pulled: {out} ({', '.join(info.categories)})", f"this very file: {fetched.pinned}")
 
 

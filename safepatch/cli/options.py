@@ -12,6 +12,7 @@ Model = Annotated[
 Tokenizer = Annotated[
     Path | None, typer.Option("--tokenizer", help="CLIP's tokenizer folder, for a single file; default: the Hub cache.")
 ]
+Keys = Annotated[list[Path] | None, typer.Option("--key", help="Public key or root certificate, PEM; may be repeated.")]
 AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Open a .ckpt, with torch's restricted loader.")]
 Device = Annotated[str, typer.Option("--device", help="Where to draw: cpu, cuda, cuda:1, mps.")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="Of the model: float32 (default), float16, bfloat16.")]

@@ -11,8 +11,11 @@ from safepatch.errors import ConfigError, SafepatchError
 from safepatch.hub.card import LORA_FILE
 from safepatch.hub.failures import LOG_IN, told
 from safepatch.hub.reference import PATCH_FILE, Reference
+from safepatch.signing import public_key_of, signature_of
 
 CARD_FILE = "README.md"
+SIGNED = (signature_of(Path(PATCH_FILE)).name, public_key_of(Path(PATCH_FILE)).name)
+BESIDE = (LORA_FILE, *SIGNED)  # what goes with one patch, and with no other
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,8 @@ def push(files: Mapping[str, Path], repo: str, card: str, private: bool = False)
     """Put a patch into a repository, which is made if need be, in place of the one that it holds, in one commit.
 
     Args:
-        files: `PATCH_FILE`, known to be intact, and `LORA_FILE`, the same patch as a LoRA; without that, an older one
-            in the repository is removed.
+        files: by their names there; `PATCH_FILE`, known to be intact, and what goes with it. What went with the one
+            before, and is not among them, is removed.
         repo: `user/name`.
         card: text of its README.md.
         private: of a repository that is made now.
@@ -59,12 +62,9 @@ def push(files: Mapping[str, Path], repo: str, card: str, private: bool = False)
         made = api.create_repo(repo, private=private, exist_ok=True)
         contents = {**files, CARD_FILE: card.encode()}
         operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
-        stale = LORA_FILE not in files and api.file_exists(repo, LORA_FILE)
-        commit = api.create_commit(
-            repo,
-            [*operations, *([CommitOperationDelete(LORA_FILE)] if stale else [])],
-            commit_message=f"Patch {stated[:14]}",
-        )
+        held = {file.rfilename for file in api.model_info(repo).siblings or []}
+        stale = [CommitOperationDelete(name) for name in BESIDE if name in held - files.keys()]
+        commit = api.create_commit(repo, [*operations, *stale], commit_message=f"Patch {stated[:14]}")
     return Pushed(str(made), Reference(repo, commit.oid, stated))
 
 

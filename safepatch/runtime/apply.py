@@ -1,5 +1,6 @@
 """Attach a patch to somebody's pipeline; the `Handle` takes it off again, bit for bit."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,12 @@ from torch import Tensor
 from safepatch.artifact.patch_artifact import Part, PatchArtifact
 from safepatch.diffusion import Components, encode_prompts, is_offloaded_to_disk
 from safepatch.errors import ConfigError
-from safepatch.hub import located
+from safepatch.hub import located, source_of
 from safepatch.patch import Patch
 from safepatch.patch.files import from_artifact
 from safepatch.runtime.handle import Handle, refuse_compiled, refuse_fused_projections
 from safepatch.runtime.parts import ActivePart, Scale
+from safepatch.signing import require_trusted
 
 
 def apply(
@@ -27,6 +29,7 @@ def apply(
     gate_threshold: float | None = None,
     speed: str = "full",
     reads: str = "windows",
+    trusted: str | Path | Sequence[str | Path] | None = None,
 ) -> Handle:
     """Attach a patch to a diffusers pipeline.
 
@@ -43,6 +46,8 @@ def apply(
         reads: `windows`: a gate that was fitted for them opens for any few words that tell, whatever stands around
             them; or `prompt`: the whole prompt decides, which takes more harmless mentions for harmless, and which
             other words can close; see `Handle.reads`.
+        trusted: public keys or root certificates, one of which must have signed the file; or `first-use`, to trust the
+            key that comes with it the first time and no other one later; see `signing`. None asks for no signature.
 
     Returns:
         The handle; use it in `with`, or call its `remove()`.
@@ -50,6 +55,7 @@ def apply(
     Raises:
         BaseMismatch: when the patch was made for another architecture.
         ArtifactError: when the file is missing, damaged, altered, or has another content hash than the pinned one.
+        NotTrusted: when `trusted` is given, and the file is not signed, signed by another, or was altered since.
         ModelNotFound: when the Hub has no such patch, or it is offline and not in the cache.
         ConfigError: when scale, start or end is out of range, a scale is for a category the patch cannot tell apart, or
             the UNet was compiled, offloaded layer by layer, or given fused attention projections before.
@@ -67,13 +73,23 @@ def apply(
             "first, or offload to the CPU"
         )
     refuse_fused_projections(components.unet)
-    artifact = patch if isinstance(patch, PatchArtifact) else PatchArtifact.open(located(patch))
+    artifact = patch if isinstance(patch, PatchArtifact) else _opened(patch, trusted)
+    if trusted is not None and artifact is patch:
+        raise ConfigError("an opened patch has no signature; give apply(..., trusted=...) the path of its file")
     if gate_threshold is not None and not 0 <= gate_threshold <= 1:
         raise ConfigError(f"gate_threshold must be within [0, 1], not {gate_threshold}")
     parts = [activate(part, components, gate_threshold) for part in artifact.parts()]
     if gate_threshold is not None and not any(part.patch.gate for part in parts):
         raise ConfigError("this patch has no gate; fit one with `safepatch gate`, or leave gate_threshold out")
     return Handle(pipe, parts, scale, fail_closed, (start, end), gate, speed, reads)
+
+
+def _opened(patch: str | Path, trusted: str | Path | Sequence[str | Path] | None) -> PatchArtifact:
+    """The patch that somebody named, of whoever is trusted."""
+    path = located(patch, signed=trusted is not None)
+    if trusted is not None:
+        require_trusted(path, trusted, source_of(patch))
+    return PatchArtifact.open(path)
 
 
 def attach(pipe: Any, patch: Patch, instructions: list[str], scale: float = 1.0, fail_closed: bool = True) -> Handle:

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[2] / "safepatch"
 ROWS = (
     ("errors", "taxonomy", "files", "progress"),
     ("config", "results"),
-    ("diffusion", "artifact", "shipped"),
+    ("diffusion", "artifact", "shipped", "signing"),
     ("tiny", "merging", "hub"),
     ("models", "data", "patch", "detectors"),
     ("runtime", "export"),
