@@ -59,6 +59,16 @@ class TextGate(nn.Module):
         read = self.read(prompt_states)
         return read if heard is None else torch.maximum(read, heard)
 
+    @property
+    def is_blind(self) -> Tensor:
+        """Whether no picture makes a difference, (groups,) bool: what the text says is all that it says."""
+        return torch.ones_like(self.bias, dtype=torch.bool)
+
+    @property
+    def least_seen(self) -> Tensor:
+        """What the picture adds to the logits at least, (groups,); where a gate is blind it adds just that."""
+        return torch.zeros_like(self.bias)
+
     def read(self, prompt_states: Tensor) -> Tensor:
         """What it makes of text states (B, tokens, width) alone: logits (B, groups)."""
         detected = torch.einsum("btw,grw->bgrt", prompt_states, self.detect).amax(-1) + self.detect_bias
@@ -93,6 +103,16 @@ class Gate(TextGate):
         for parameter in (self.look, self.time, self.hidden, self.decide):
             parameter.zero_()
         self.bias -= math.log(2)
+
+    @property
+    def is_blind(self) -> Tensor:
+        """As `blind` makes it: what is decided by nothing is the same for all pictures."""
+        return (self.decide == 0).all(1)
+
+    @property
+    def least_seen(self) -> Tensor:
+        """The softplus of nothing where it is blind; else 0, the least a softplus can be."""
+        return softplus(torch.zeros_like(self.bias)) * self.is_blind
 
     def forward(
         self, mid: Tensor | None, timesteps: Tensor, prompt_states: Tensor, heard: Tensor | None = None

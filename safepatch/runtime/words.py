@@ -8,7 +8,6 @@ need pass the words along: whoever encodes with the pipeline's encoders is seen,
 
 import copy
 import threading
-import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -17,13 +16,13 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from safepatch.diffusion import Components, Spelling, Window, encode_windows, windows
+from safepatch.diffusion import Components
 from safepatch.patch.gate import TextGate
 from safepatch.patch.hooks import Hooks
+from safepatch.runtime.heard import WindowGates
 from safepatch.runtime.parts import ActivePart
 
 PROMPTS, WINDOWS = 256, 1 << 15  # that are remembered; of a larger batch, all
-MOST = 2048  # windows of one prompt; of one with more, which no encoder reads at once, the gates open
 VALUES = 192  # by which states are known again: of the last token, which has heard all others, and as many of all
 CLOSE = 1e-2  # how far apart two values are at most that are the same, in half precision; a share
 LATEST, SHARE = 48, 0.05  # prompts of which states may be a sum, and the least that one may have in it
@@ -76,23 +75,22 @@ class Words:
         for gate, widths in self._gates:
             self._slices[id(gate)] = slice(start, start + len(widths))
             start += len(widths)
-        self._widths = torch.tensor([width for _, widths in self._gates for width in widths])
+        self._columns = start
         self._forget()
         self.hooks = Hooks()
         if self._gates:
-            self._spelling = Spelling(components.text_encoders()[0][0])
+            self._windows = WindowGates(components, self._gates, WINDOWS)
             for number, (_, encoder) in enumerate(components.text_encoders()):
                 self.hooks.after(encoder, partial(self._note, number), with_kwargs=True)
 
     def _forget(self) -> None:
         self._lock = threading.RLock()
         self._prompts = OrderedDict[tuple, Noted]()
-        self._heard = OrderedDict[Window, Tensor]()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Words":
         """Of a copied pipeline, with copies of the gates; what was heard is heard again."""
         copied = memo[id(self)] = object.__new__(Words)
-        kept = {name: value for name, value in vars(self).items() if name not in ("_lock", "_prompts", "_heard")}
+        kept = {name: value for name, value in vars(self).items() if name not in ("_lock", "_prompts")}
         copied.__dict__.update((name, copy.deepcopy(value, memo)) for name, value in kept.items())
         copied._slices = {id(gate): at for (gate, _), at in zip(copied._gates, self._slices.values(), strict=True)}
         copied._forget()
@@ -119,7 +117,7 @@ class Words:
         Returns:
             Logits (B, gates), the lowest there is where no words are known; and (B,) bool; on the CPU.
         """
-        heard = torch.full((len(states), len(self._widths)), -torch.inf)
+        heard = torch.full((len(states), self._columns), -torch.inf)
         known, start = torch.ones(len(states), dtype=torch.bool), 0
         for number, (_, encoder) in enumerate(self._components.text_encoders()):
             width, is_known = encoder.config.hidden_size, torch.zeros_like(known)
@@ -169,36 +167,9 @@ class Words:
 
     def _read(self, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
         """What each gate makes of the strongest window of each prompt, given as tokens: (gates,) logits for each."""
-        widest = int(self._widths.max())
-        bags = [windows(self._spelling.words(tokens), widest) for tokens in prompts]
-        distinct = list(dict.fromkeys(window for bag in bags if len(bag) <= MOST for window in bag))
-        with self._lock:
-            known = {window: self._heard[window] for window in distinct if window in self._heard}
-        new = [window for window in distinct if window not in known]
-        if new:
-            known |= zip(new, self._judged(new), strict=True)
-        with self._lock:
-            for window in distinct:
-                self._heard[window] = known[window]
-                self._heard.move_to_end(window)
-            while len(self._heard) > WINDOWS:
-                self._heard.popitem(last=False)
-        return [self._strongest(bag, known) for bag in bags]
-
-    def _strongest(self, bag: Sequence[Window], known: dict[Window, Tensor]) -> Tensor:
-        if len(bag) > MOST:
-            warnings.warn(f"a prompt has {len(bag)} windows, more than {MOST}; the gates open for it", stacklevel=2)
-            return torch.where(self._widths > 0, torch.inf, -torch.inf)
-        lowest = torch.full((len(self._widths),), -torch.inf)
-        return torch.stack([lowest, *(known[window] for window in bag)]).amax(0)
-
-    @torch.no_grad()
-    def _judged(self, some: Sequence[Window]) -> Tensor:
-        """What each gate makes of each window, (windows, gates); nothing of one wider than it was fitted for."""
-        states = encode_windows(self._components, some).float()
-        logits = torch.cat([gate.to(states.device).read(states) for gate, _ in self._gates], dim=1).cpu()
-        wide = torch.tensor([len(window) for window in some])[:, None] > self._widths
-        return logits.masked_fill(wide, -torch.inf)
+        bags = [self._windows.bag(tokens) for tokens in prompts]
+        judged = self._windows.judged(bags)
+        return [self._windows.strongest(bag, judged) for bag in bags]
 
 
 def _layers(encoder: Any, output: Any) -> Iterator[Tensor]:

@@ -20,6 +20,7 @@ from safepatch.errors import ArtifactError, PatchBypassed, UnknownName
 from safepatch.merging import MergeRecipe, merge
 from safepatch.patch import PATCH_KINDS
 from safepatch.patch.files import to_artifact
+from safepatch.runtime import heard as heard_windows
 from safepatch.runtime import words
 from safepatch.runtime.apply import activate, apply
 from safepatch.runtime.check import status
@@ -207,11 +208,11 @@ def test_what_a_gate_made_of_words_is_forgotten_in_order_and_judged_again(small_
             draw(small_pipe, prompt=text)
         assert handle.stats.open_rows == 4
         assert len(handle._words._prompts) == 4
-        assert len(handle._words._heard) == 2
+        assert len(handle._words._windows.memo) == 2
 
 
 def test_more_windows_than_are_read_open_the_gate_and_it_says_so(small_pipe, monkeypatch):
-    monkeypatch.setattr(words, "MOST", 5)
+    monkeypatch.setattr(heard_windows, "MOST", 5)
     with apply(small_pipe, listening(small_pipe)) as handle, pytest.warns(UserWarning, match="windows, more than 5"):
         draw(small_pipe, prompt="a red dog on a big table")
     assert handle.stats.open_rows == 2

@@ -1,0 +1,99 @@
+"""What gates make of windows: each is judged once, and remembered as long as there is room."""
+
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from safepatch.diffusion import Components, Spelling, Window, encode_windows, windows
+from safepatch.patch.gate import TextGate
+
+MOST = 2048  # windows of one prompt; of one with more, which no encoder reads at once, the gates open
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+class Memo(Generic[K, V]):
+    """What was made of each key, the longest unasked being forgotten first. Threads may share it.
+
+    Args:
+        room: for how many keys.
+    """
+
+    def __init__(self, room: int) -> None:
+        self._room = room
+        self._lock = threading.Lock()
+        self._made = OrderedDict[K, V]()
+
+    def of(self, keys: Iterable[K], make: Callable[[list[K]], Iterable[V]]) -> dict[K, V]:
+        """By key what is known of it, or is made now, of all that are not known at once."""
+        distinct = dict.fromkeys(keys)
+        with self._lock:
+            known = {key: self._made[key] for key in distinct if key in self._made}
+        if new := [key for key in distinct if key not in known]:
+            known |= zip(new, make(new), strict=True)
+        with self._lock:
+            for key in distinct:
+                self._made[key] = known[key]
+                self._made.move_to_end(key)
+            while len(self._made) > self._room:
+                self._made.popitem(last=False)
+        return known
+
+    def __len__(self) -> int:
+        """How many are remembered."""
+        return len(self._made)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Memo[K, V]":
+        """A copy remembers nothing."""
+        return Memo(self._room)
+
+
+class WindowGates:
+    """Gates that read windows, side by side.
+
+    Args:
+        components: whose text encoders read them.
+        gates: each with the words of the widest window that each of its groups reads; 0 for none.
+        room: for how many windows to remember.
+
+    Attributes:
+        widths: of all groups, (gates,).
+        memo: of what they made of windows, (gates,) logits each.
+    """
+
+    def __init__(self, components: Components, gates: Sequence[tuple[TextGate, tuple[int, ...]]], room: int) -> None:
+        self._components = components
+        self._gates = [gate for gate, _ in gates]
+        self._spelling = Spelling(components.text_encoders()[0][0])
+        self.widths = torch.tensor([width for _, widths in gates for width in widths])
+        self.memo = Memo[Window, Tensor](room)
+
+    def bag(self, tokens: Sequence[int]) -> list[Window]:
+        """The distinct windows of a prompt that is given as tokens."""
+        return windows(self._spelling.words(tokens), int(self.widths.max()))
+
+    def judged(self, bags: Iterable[Sequence[Window]]) -> dict[Window, Tensor]:
+        """By window, what each gate makes of it, (gates,) logits; those of a prompt with more than `MOST` are left."""
+        return self.memo.of((window for bag in bags if len(bag) <= MOST for window in bag), self._judge)
+
+    def strongest(self, bag: Sequence[Window], judged: dict[Window, Tensor]) -> Tensor:
+        """What each gate makes of the strongest window of one prompt, (gates,) logits."""
+        if len(bag) > MOST:
+            warnings.warn(f"a prompt has {len(bag)} windows, more than {MOST}; the gates open for it", stacklevel=2)
+            return torch.where(self.widths > 0, torch.inf, -torch.inf)
+        lowest = torch.full((len(self.widths),), -torch.inf)
+        return torch.stack([lowest, *(judged[window] for window in bag)]).amax(0)
+
+    @torch.no_grad()
+    def _judge(self, some: Sequence[Window]) -> Tensor:
+        """What each gate makes of each window, (windows, gates); nothing of one wider than it was fitted for."""
+        states = encode_windows(self._components, some).float()
+        logits = torch.cat([gate.to(states.device).read(states) for gate in self._gates], dim=1).cpu()
+        wide = torch.tensor([len(window) for window in some])[:, None] > self.widths
+        return logits.masked_fill(wide, -torch.inf)
