@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from safepatch.data.corpus import Corpus
     from safepatch.data.prompts import Prompt
     from safepatch.errors import NotTrusted, PatchBypassed, SafepatchError
+    from safepatch.hosting.audit_log import audit
     from safepatch.merging import MergeRecipe, merge, split
     from safepatch.models.load import ModelConfig, load_pipeline
     from safepatch.runtime.apply import apply
@@ -39,6 +40,7 @@ _HOMES: dict[str, str] = {
     "Status": "safepatch.runtime.check",
     "TrainConfig": "safepatch.training.config",
     "apply": "safepatch.runtime.apply",
+    "audit": "safepatch.hosting.audit_log",
     "check": "safepatch.runtime.check",
     "fuse": "safepatch.runtime.fuse",
     "fuse_model": "safepatch.runtime.fuse",
@@ -70,6 +72,7 @@ __all__ = [
     "Status",
     "TrainConfig",
     "apply",
+    "audit",
     "check",
     "fuse",
     "fuse_model",

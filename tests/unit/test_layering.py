@@ -22,6 +22,7 @@ ROWS = (
     ("training", "attacks"),
     ("evaluation",),
     ("reporting",),
+    ("hosting",),
     ("demo", "comparison", "resurgence", "doctor"),
     ("cli",),
     ("__main__", "__init__"),  # the first calls `cli`; the second names what is public, and loads none of it

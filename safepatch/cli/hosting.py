@@ -1,0 +1,40 @@
+"""Verbs for hosts: audit, keygen, serve."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from safepatch.cli import app, say
+from safepatch.cli.options import AllowPickle, Device, Dtype, Model, Tokenizer, opened
+
+
+@app.command()
+def audit(
+    prompts: Annotated[Path, typer.Argument(help="A log of prompts: CSV, TSV, JSONL, JSON, TOML or text.")],
+    patch: Annotated[Path, typer.Option(help="The patch, single or merged.")],
+    out: Annotated[
+        Path, typer.Option("-o", "--out", help="Folder of audit.csv and audit.html; may be half done.")
+    ] = Path("audit"),
+    model: Model = "tiny-sd",
+    column: Annotated[str | None, typer.Option(help="That holds the prompts, where its name does not say so.")] = None,
+    gate_threshold: Annotated[
+        float | None, typer.Option(help="Probability from which a gate opens; what the patch says if not given.")
+    ] = None,
+    reads: Annotated[
+        str, typer.Option(help="What a gate reads: windows, any few words in a row, or prompt, all of it at once.")
+    ] = "windows",
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    tokenizer: Tokenizer = None,
+    allow_pickle: AllowPickle = False,
+) -> None:
+    """Say which prompts a patch would act on, and by which words; no image is made."""
+    from safepatch.files import require_writable
+    from safepatch.hosting.audit_log import audit as run
+    from safepatch.runtime.check import require_fit
+
+    require_writable(out / "audit.csv")
+    require_fit(model, patch, allow_pickle)  # before gigabytes of weights are read
+    pipe = opened(model, device, dtype, tokenizer, allow_pickle)
+    say(*run(prompts, pipe, patch, out, column, gate_threshold, reads).lines())

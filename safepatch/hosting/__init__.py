@@ -1,0 +1,1 @@
+"""What a host does around drawing: audit prompts beforehand, leave receipts, serve."""

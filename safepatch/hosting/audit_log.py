@@ -1,0 +1,166 @@
+"""An audit of a prompt file as a folder: a CSV that grows as it goes and goes on after a kill, and a page about it."""
+
+import json
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safepatch.artifact.patch_artifact import PatchArtifact
+from safepatch.data.readers import Line, read_prompts
+from safepatch.diffusion import Components
+from safepatch.errors import SafepatchError
+from safepatch.files import claimed, write_text
+from safepatch.hosting.audit import ACTED, VERDICTS, Auditor
+from safepatch.hosting.audit_csv import AuditLog
+from safepatch.hosting.hashes import file_hash, reading_hashes
+from safepatch.progress import bar
+from safepatch.reporting.audited import AuditPage, CategoryAudit, Phrase, write_audit
+
+LOG, PAGE, SETTINGS = "audit.csv", "audit.html", "settings.json"
+CHUNK = 512  # prompts after which what was found is on the disk
+PHRASES, EXAMPLES = 25, 20  # of each category on the page
+_OTHER = {"prompts": "the prompts of another file", "patch": "another patch", "model": "another model's text encoder"}
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What an audit found.
+
+    Attributes:
+        log, page: its files.
+        prompts: how many, of which `earlier` had been audited before.
+        earlier: by a run that was cut off.
+        seconds: that this run took for the others.
+        counts: prompts by verdict, of the whole patch.
+        by_category: the same of each category.
+    """
+
+    log: Path
+    page: Path
+    prompts: int
+    earlier: int
+    seconds: float
+    counts: Mapping[str, int]
+    by_category: Mapping[str, Mapping[str, int]]
+
+    def lines(self) -> list[str]:
+        """For people."""
+        new = self.prompts - self.earlier
+        speed = f", {new / self.seconds:,.0f} a second" if new and self.seconds else ""
+        gone = f" ({self.earlier:,} by an earlier run)" if self.earlier else ""
+        told = [f"{self.prompts:,} prompts{gone}{speed}: {_told(self.counts)}"]
+        told += [f"  {name}: {_told(counts)}" for name, counts in self.by_category.items()]
+        return [*told, f"audit: {self.page} and {self.log}"]
+
+
+def audit(
+    prompts: str | Path,
+    pipe: Any,
+    patch: str | Path,
+    out: str | Path = "audit",
+    column: str | None = None,
+    gate_threshold: float | None = None,
+    reads: str = "windows",
+) -> Summary:
+    """Say for every prompt of a file what `patch` would do to it, before anything is drawn; see `Auditor`.
+
+    Args:
+        prompts: a file that `read_prompts` reads.
+        pipe: the pipeline.
+        patch: path of the patch.
+        out: folder for `audit.csv`, which is appended to where an earlier run was cut off, and `audit.html`.
+        column: that holds the prompts, where it is not found by its name.
+        gate_threshold, reads: as in `Auditor`.
+
+    Raises:
+        PromptError: for a prompt file that cannot be used.
+        SafepatchError: when `out` holds another audit, is in use, or cannot be written.
+    """
+    file, artifact, folder = read_prompts(prompts, column), PatchArtifact.open(patch), Path(out)
+    auditor = Auditor(pipe, artifact, gate_threshold, reads)
+    settings = {
+        "prompts": file_hash(file.path),
+        "patch": artifact.content_hash,
+        "model": reading_hashes(Components.of(pipe)),
+        "column": file.took["prompt"],
+        "gate_threshold": gate_threshold,
+        "reads": reads,
+    }
+    with claimed(folder):
+        _require_same(folder, settings)
+        log = AuditLog(folder / LOG, auditor.categories)
+        earlier, started = log.resume(), time.monotonic()
+        _append(log, auditor, file.lines[earlier:])
+        seconds = time.monotonic() - started
+        about = {"prompts": file.described(), "patch": f"{Path(patch).name}, {artifact.info.title}"}
+        about |= {"hash of the patch": artifact.content_hash, "a gate reads": reads}
+        return _reported(log, about, earlier, seconds)
+
+
+def _append(log: AuditLog, auditor: Auditor, lines: Sequence[Line]) -> None:
+    with bar(total=len(lines), desc="auditing", unit="prompt", leave=False) as progress:
+        for start in range(0, len(lines), CHUNK):
+            some = lines[start : start + CHUNK]
+            log.append(some, auditor([_readable(line.text) for line in some]))
+            progress.update(len(some))
+
+
+def _readable(text: str) -> str:
+    """Halves of a character, which JSON can hold and no tokenizer reads, are question marks."""
+    return text.encode(errors="replace").decode()
+
+
+def _require_same(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Raise unless the folder is empty of audits, or holds this one."""
+    path = folder / SETTINGS
+    if not path.exists():
+        if (folder / LOG).exists():
+            raise SafepatchError(f"{folder / LOG} is there without its {SETTINGS}; choose another -o")
+        write_text(path, json.dumps(settings, indent=1))
+        return
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        different = [name for name, value in settings.items() if kept.get(name) != value]
+    except (OSError, ValueError, AttributeError):
+        raise SafepatchError(f"{path} cannot be read; choose another -o") from None
+    if different:
+        what = _OTHER.get(different[0], f"another {different[0]}")
+        raise SafepatchError(f"{folder} holds an audit of {what}; choose another -o, or delete that folder")
+
+
+def _reported(log: AuditLog, about: Mapping[str, str], earlier: int, seconds: float) -> Summary:
+    """The page, and the summary, of what stands in the log."""
+    counts, by_category = Counter[str](), {name: Counter[str]() for name in log.categories}
+    words: dict[str, dict[str, list[tuple[str, float]]]] = {name: {} for name in log.categories}
+    opened, thresholds = {name: Counter[str]() for name in log.categories}, dict.fromkeys(log.categories, "")
+    for row in log.rows():
+        counts[row["verdict"]] += 1
+        for name in log.categories:
+            by_category[name][row[name]] += 1
+            thresholds[name] = row[f"{name} threshold"] or thresholds[name]
+            if row[name] == ACTED:
+                phrase = row[f"{name} words"]
+                opened[name][phrase] += 1
+                examples = words[name].setdefault(phrase, [])
+                if len(examples) < EXAMPLES:
+                    examples.append((row["prompt"], float(row[f"{name} probability"])))
+    categories = []
+    for name in log.categories:
+        most = [Phrase(each, n, words[name][each]) for each, n in opened[name].most_common(PHRASES)]
+        others = len(opened[name]) - len(most)
+        categories.append(CategoryAudit(name, _ordered(by_category[name]), thresholds[name], most, others))
+    page = AuditPage(about, counts.total(), _ordered(counts), VERDICTS, categories)
+    write_audit(log.path.parent / PAGE, page)
+    told = {each.name: each.counts for each in categories}
+    return Summary(log.path, log.path.parent / PAGE, page.prompts, earlier, seconds, page.counts, told)
+
+
+def _ordered(counts: Mapping[str, int]) -> dict[str, int]:
+    return {verdict: counts.get(verdict, 0) for verdict in VERDICTS}
+
+
+def _told(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {verdict}" for verdict, count in counts.items())

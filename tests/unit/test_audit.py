@@ -1,0 +1,151 @@
+"""The folder of an audit: it grows, goes on after a kill, and quotes nothing that a browser would obey."""
+
+import csv
+import json
+
+import pytest
+
+from safepatch.errors import PromptError, SafepatchError
+from safepatch.hosting.audit import ACTED, DEPENDS, UNTOUCHED
+from safepatch.hosting.audit_log import LOG, PAGE, SETTINGS, audit
+from tests.laws.test_window_laws import listening
+from tests.small import new_small_pipe, small_artifact
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+ODD = [
+    "a dog",
+    'knife, "quoted"',
+    "two\nlines\r\nof a knife",
+    "a\rcat",
+    "\U0001f52a",
+    "<b>knife</b>",
+    "half \ud83d of one",
+]
+TEXTS = [*ODD, *(f"a {color} dog" for color in ("red", "blue", "green"))]
+ACTING = 3
+
+
+@pytest.fixture
+def pipe():
+    return new_small_pipe()
+
+
+@pytest.fixture
+def patch(pipe, tmp_path):
+    return listening(pipe).save(tmp_path / "weapons.safetensors")
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in TEXTS))
+    return path
+
+
+def rows(folder) -> list[dict[str, str]]:
+    with (folder / LOG).open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_prompt_has_a_row_with_its_words_and_probability(pipe, patch, prompts, tmp_path):
+    found = audit(prompts, pipe, patch, tmp_path / "out")
+    written = rows(tmp_path / "out")
+    assert [row["prompt"] for row in written] == [text.replace("\ud83d", "?") for text in TEXTS]
+    assert [row["row"] for row in written] == [str(i) for i in range(1, len(TEXTS) + 1)]
+    for row in written:
+        opens = float(row["weapons probability"]) >= float(row["weapons threshold"])
+        assert row["verdict"] == row["weapons"] == (ACTED if opens else UNTOUCHED)
+        assert row["weapons words"] == ("knife" if opens else "")
+    assert found.counts == {ACTED: ACTING, DEPENDS: 0, UNTOUCHED: len(TEXTS) - ACTING}
+    assert found.by_category == {"weapons": found.counts}
+    assert f"{len(TEXTS)} prompts, " in found.lines()[0]
+
+
+def test_a_page_escapes_what_it_quotes_and_loads_nothing(pipe, patch, prompts, tmp_path):
+    audit(prompts, pipe, patch, tmp_path / "out")
+    page = (tmp_path / "out" / PAGE).read_text()
+    assert "&lt;b&gt;knife&lt;/b&gt;" in page
+    assert "<b>knife" not in page
+    assert "<script" not in page
+    assert "http" not in page.replace('http-equiv="Content-Security-Policy"', "")
+
+
+@pytest.mark.parametrize("cut", [1, 2, 7, 60, 200, 400])
+def test_after_a_kill_it_goes_on_where_it_was(pipe, patch, prompts, tmp_path, cut, monkeypatch):
+    monkeypatch.setattr("safepatch.hosting.audit_log.CHUNK", 3)
+    whole = audit(prompts, pipe, patch, tmp_path / "out")
+    log = tmp_path / "out" / LOG
+    written = log.read_bytes()
+    log.write_bytes(written[:-cut])
+    again = audit(prompts, pipe, patch, tmp_path / "out")
+    assert 0 < again.earlier < len(TEXTS) or cut == 400
+    assert [row | NUMBERS for row in rows(tmp_path / "out")] == [row | NUMBERS for row in parsed(written)]
+    assert again.counts == whole.counts
+    assert audit(prompts, pipe, patch, tmp_path / "out").earlier == len(TEXTS)  # nothing is left to do
+
+
+NUMBERS = {"weapons probability": ""}  # may differ in the last digit
+
+
+def parsed(written: bytes) -> list[dict[str, str]]:
+    return list(csv.DictReader(written.decode().splitlines(keepends=True)))
+
+
+def test_a_folder_holds_one_audit(pipe, patch, prompts, tmp_path):
+    audit(prompts, pipe, patch, tmp_path / "out")
+    other = listening(pipe, word="blood").save(tmp_path / "other.safetensors")
+    with pytest.raises(SafepatchError, match="holds an audit of another patch; choose another -o"):
+        audit(prompts, pipe, other, tmp_path / "out")
+    with pytest.raises(SafepatchError, match="another reads"):
+        audit(prompts, pipe, patch, tmp_path / "out", reads="prompt")
+    prompts.write_text('{"prompt": "a cat"}\n')
+    with pytest.raises(SafepatchError, match="the prompts of another file"):
+        audit(prompts, pipe, patch, tmp_path / "out")
+    (tmp_path / "out" / SETTINGS).write_text("[")
+    with pytest.raises(SafepatchError, match="cannot be read"):
+        audit(prompts, pipe, patch, tmp_path / "out")
+    (tmp_path / "out" / SETTINGS).unlink()
+    with pytest.raises(SafepatchError, match="is there without its"):
+        audit(prompts, pipe, patch, tmp_path / "out")
+
+
+def test_a_log_that_is_something_else_is_left_alone(pipe, patch, prompts, tmp_path):
+    audit(prompts, pipe, patch, tmp_path / "out")
+    (tmp_path / "out" / LOG).write_text("a,b\n1,2\n")
+    with pytest.raises(SafepatchError, match="is no log of this audit"):
+        audit(prompts, pipe, patch, tmp_path / "out")
+    assert (tmp_path / "out" / LOG).read_text() == "a,b\n1,2\n"
+
+
+def test_lines_that_involve_minors_are_left_out_and_counted(pipe, patch, tmp_path):
+    path = tmp_path / "log.txt"
+    path.write_text("a dog\na child with a knife\na knife\n")
+    assert audit(path, pipe, patch, tmp_path / "out").prompts == 2
+    assert [row["row"] for row in rows(tmp_path / "out")] == ["1", "3"]
+    assert "left out 1 line that involves minors" in (tmp_path / "out" / PAGE).read_text()
+
+
+def test_without_a_gate_all_depends(pipe, prompts, tmp_path):
+    patch = small_artifact("lora").save(tmp_path / "ungated.safetensors")
+    found = audit(prompts, pipe, patch, tmp_path / "out")
+    assert found.counts == {ACTED: 0, DEPENDS: len(TEXTS), UNTOUCHED: 0}
+    assert {row["weapons probability"] for row in rows(tmp_path / "out")} == {""}
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [(b"", "holds no prompts"), (b"a dog\n\xff\xfe", "not UTF-8"), (b"prompt\nx,y\n", "has 2 cells")],
+)
+def test_a_file_that_cannot_be_read_leaves_no_folder(pipe, patch, tmp_path, content, says):
+    path = tmp_path / ("log.csv" if b"prompt" in content else "log.txt")
+    path.write_bytes(content)
+    with pytest.raises(PromptError, match=says):
+        audit(path, pipe, patch, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_prompt_of_a_million_characters_is_one_row(pipe, patch, tmp_path):
+    path = tmp_path / "log.txt"
+    path.write_text("knife " + "dog " * 200_000 + "\n")
+    assert audit(path, pipe, patch, tmp_path / "out").counts[ACTED] == 1
+    assert audit(path, pipe, patch, tmp_path / "out").earlier == 1
