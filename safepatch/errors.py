@@ -65,6 +65,10 @@ class MergeError(SafepatchError, ValueError):
     """Patches that cannot be merged as asked."""
 
 
+class ReceiptError(SafepatchError):
+    """An image whose receipt is missing, damaged, unsigned where it must not be, or not its own."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the closest of `known`, or the list of them when none is close."""
     names = sorted(known)

@@ -45,6 +45,14 @@ def generate(
     prediction_type: Annotated[
         str | None, typer.Option(help="Of a single file's UNet: epsilon or v_prediction; default: what its family has.")
     ] = None,
+    receipt: Annotated[
+        bool, typer.Option("--receipt", help="Put into the PNG, and beside it, how it was made and what the patch did.")
+    ] = False,
+    key: Annotated[Path | None, typer.Option(help="With --receipt: sign it with this key, see keygen.")] = None,
+    receipt_prompt: Annotated[
+        bool,
+        typer.Option("--receipt-prompt", help="With --receipt: the prompt itself stands in it, not its hash alone."),
+    ] = False,
 ) -> None:
     """Generate one image, with or without a patch."""
     from contextlib import nullcontext
@@ -53,19 +61,28 @@ def generate(
     from safepatch.diffusion import generate as run
     from safepatch.diffusion import save_image
     from safepatch.files import require_writable
+    from safepatch.hosting.making import Asked
+    from safepatch.hosting.stamp import Stamp
     from safepatch.hub import located
     from safepatch.runtime.apply import apply
     from safepatch.runtime.check import require_fit
 
     admit([prompt])
     require_writable(out)
+    if not receipt and (key or receipt_prompt):
+        raise SafepatchError("--key and --receipt-prompt are for receipts; give --receipt too")
+    stamp = Stamp.of(key, receipt_prompt) if receipt else None  # a key that is none is told before anything is drawn
     scales = _scale(scale)
     if patch:
         require_fit(model, located(patch), allow_pickle)  # before gigabytes of weights are read
     pipe = opened(model, device, dtype, tokenizer, allow_pickle, prediction_type)
     options = {"start": start, "end": end, "gate": gate, "gate_threshold": gate_threshold, "speed": speed}
     options |= {"reads": reads, "trusted": trust[0] if trust and len(trust) == 1 else trust}
-    with apply(pipe, patch, scales, **options) if patch else nullcontext():
+    with apply(pipe, patch, scales, **options) if patch else nullcontext() as handle:
+        if stamp:
+            asked = Asked.of(pipe, prompt, seed, steps, guidance_scale, negative_prompt)
+            say(*stamp.draw(pipe, handle, patch, asked, out))
+            return
         images = run(pipe, [prompt], [seed], steps, guidance_scale, [negative_prompt] if negative_prompt else None)
     save_image(images[0], out)
     typer.echo(f"image: {out}")

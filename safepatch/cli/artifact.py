@@ -1,4 +1,4 @@
-"""Verbs for patch files: merge, split, inspect, verify."""
+"""Verbs for files: merge, split, inspect, verify."""
 
 import json
 from dataclasses import replace
@@ -22,6 +22,7 @@ from safepatch.cli.options import (
 from safepatch.errors import SafepatchError
 
 if TYPE_CHECKING:
+    from safepatch.hosting.receipt import Verified
     from safepatch.merging import MergeRecipe
 
 
@@ -142,20 +143,54 @@ def inspect(
 
 @app.command()
 def verify(
-    patch: PatchFile,
+    file: Annotated[Path, typer.Argument(help="A patch file, or a PNG with a receipt.")],
     allow_zero: Annotated[
         bool, typer.Option("--allow-zero", help="Let a patch pass that changes nothing: zeros, weights of 0.")
     ] = False,
     key: Keys = None,
+    replay: Annotated[bool, typer.Option("--replay", help="Draw the image again, and compare the pixels.")] = False,
+    model: Model = "tiny-sd",
+    patch: Annotated[Path | None, typer.Option(help="With --replay: the patch it was drawn with.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="With --replay, where the receipt holds only its hash.")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="Likewise.")] = None,
+    device: Device = "cpu",
+    dtype: ModelDtype = None,
+    tokenizer: Tokenizer = None,
+    allow_pickle: AllowPickle = False,
 ) -> None:
-    """Check a patch file: structure, content hash, finite values, that it can act; with --key whose it is."""
+    """Check a patch file (structure, hash, finite values, that it can act) or an image's receipt; with --key, whose."""
+    from safepatch.hosting.receipt import is_png, verify_image
+
+    if not is_png(file):
+        if replay or file.suffix.lower() == ".png":
+            raise SafepatchError(f"{file} is no PNG with a receipt; give an image that was drawn with --receipt")
+        _verify_patch(file, allow_zero, key)
+        return
+    if key and len(key) > 1:
+        raise SafepatchError("a receipt has one signature; give one --key")
+    verified = verify_image(file, key[0] if key else None)
+    say(f"ok: {file} is as its receipt says", f"key: {_signed(verified)}", *verified.lines())
+    if replay:
+        from safepatch.hosting.replay import replay as draw_again
+
+        pipe = opened(model, device, dtype, tokenizer, allow_pickle)
+        say(*draw_again(file, verified, pipe, patch, prompt, negative_prompt))
+
+
+def _verify_patch(file: Path, allow_zero: bool, key: list[Path] | None) -> None:
     from safepatch.artifact.patch_artifact import verify as run
 
-    say(f"ok: {patch} is intact ({', '.join(run(patch, allow_zero).categories)})")
+    say(f"ok: {file} is intact ({', '.join(run(file, allow_zero).categories)})")
     if key:
         from safepatch.signing import require_signed
 
-        say(f"signed by: {require_signed(patch, key)}")
+        say(f"signed by: {require_signed(file, key)}")
+
+
+def _signed(verified: "Verified") -> str:
+    if verified.key is None:
+        return "not signed, anybody could have written it"
+    return f"signed with {verified.key}" + ("" if verified.is_vouched_for else "; give --key to say whose it is")
 
 
 @app.command()

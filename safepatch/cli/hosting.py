@@ -38,3 +38,16 @@ def audit(
     require_fit(model, patch, allow_pickle)  # before gigabytes of weights are read
     pipe = opened(model, device, dtype, tokenizer, allow_pickle)
     say(*run(prompts, pipe, patch, out, column, gate_threshold, reads).lines())
+
+
+@app.command()
+def keygen(
+    out: Annotated[
+        Path, typer.Option("-o", "--out", help="PEM file of the private key; the public one goes beside it.")
+    ],
+) -> None:
+    """Make a pair of keys to sign receipts with."""
+    from safepatch.hosting.keys import keygen as run
+
+    private, public = run(out)
+    say(f"private key: {private} (keep it to yourself)", f"public key: {public}")

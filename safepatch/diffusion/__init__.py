@@ -46,6 +46,7 @@ from safepatch.diffusion.loading import (
 from safepatch.diffusion.sampling import (
     add_noise,
     alphas,
+    as_picture,
     decode_latents,
     encode,
     encode_images,
@@ -78,6 +79,7 @@ __all__ = [
     "Window",
     "add_noise",
     "alphas",
+    "as_picture",
     "batched",
     "calling_pipeline",
     "decode_latents",

@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from safepatch.diffusion.components import Components, denoiser
@@ -149,6 +150,7 @@ def generate(
     steps: int = 20,
     guidance_scale: float | None = None,
     negative_prompts: Sequence[str] | None = None,
+    **more: Any,
 ) -> Tensor:
     """Images of `prompts`, one seed each, in [0, 1], shape (B, 3, H, W), on the CPU.
 
@@ -161,6 +163,7 @@ def generate(
         steps: of denoising.
         guidance_scale: of classifier-free guidance; None takes what is usual for the model's family.
         negative_prompts: one per prompt.
+        more: what else the pipeline is called with, e.g. `height` and `width`.
 
     Raises:
         PromptError: when a prompt is empty or the counts differ.
@@ -176,6 +179,7 @@ def generate(
         negative_prompt=list(negative_prompts) if negative_prompts else None,
         generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
         output_type="pt",
+        **more,
         **_nothing_to_keep(pipe, len(seeds)),
     ).images
     return images.float().cpu()
@@ -238,11 +242,25 @@ def quiet(pipe: DiffusionPipeline) -> DiffusionPipeline:
     return pipe
 
 
-def save_image(image: Tensor, path: Path) -> None:
-    """Write an image in [0, 1], shape (3, H, W), as PNG, all or nothing; raises `SafepatchError` when it cannot be."""
+def as_picture(image: Tensor) -> Image.Image:
+    """An image in [0, 1], shape (3, H, W), in 8 bits."""
+    return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy())
+
+
+def save_image(image: Tensor, path: Path, texts: Mapping[str, str] | None = None) -> None:
+    """Write an image as PNG, all or nothing; raises `SafepatchError` when it cannot be.
+
+    Args:
+        image: in [0, 1], shape (3, H, W).
+        path: of the file.
+        texts: by keyword, that the file carries beside the pixels (iTXt).
+    """
+    chunks = PngInfo()
+    for keyword, text in (texts or {}).items():
+        chunks.add_itxt(keyword, text)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:
-            Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy()).save(file, "PNG")
+            as_picture(image).save(file, "PNG", pnginfo=chunks)
     except OSError as error:
         raise unwritable(path, error, "choose another -o") from error

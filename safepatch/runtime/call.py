@@ -1,8 +1,8 @@
 """A call of the host, as far as a patch is concerned with it."""
 
 import weakref
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -73,26 +73,63 @@ class Begun:
     """A call of the host that is under way, as one attachment sees it.
 
     Attributes:
+        given: as the host was called, all rows of it.
         call: with the rows to correct; None where there is nothing to correct.
         settings: as they were when it began.
         is_prepared: whether the patch had its say.
         has_entered: whether the host's first layer has run.
         acted: on which of the rows to correct something acts, (rows,) bool on the CPU; None for none.
         handed: residuals that were passed as an argument, if any.
+        judged: by category what its gates said of the rows to correct, (rows,) probabilities on the CPU.
     """
 
+    given: Call | None = None
     call: Call | None = None
     settings: Settings = NONE
     is_prepared: bool = False
     has_entered: bool = False
     acted: Tensor | None = None
     handed: Handed | None = None
+    judged: dict[str, Tensor] = field(default_factory=dict)
 
     def note(self, scales: Tensor) -> None:
         """Corrections of these strengths, (groups,) or (rows, groups) on the CPU, are added."""
         assert self.call is not None, "nothing acts in a call without rows to correct"
         acts = (scales != 0).any(-1).expand(self.call.rows.stop - self.call.rows.start)
         self.acted = acts if self.acted is None else self.acted | acts
+
+    def hear(self, categories: Sequence[str], probabilities: Tensor) -> None:
+        """Gates of these categories said this of the rows to correct, (rows, gates); of one's several the highest."""
+        for name, each in zip(categories, probabilities.unbind(1), strict=False):
+            self.judged[name] = torch.maximum(self.judged.get(name, each), each)
+
+
+class Step(NamedTuple):
+    """What a patch did in one call of the host; of all rows of the call, those of the negative prompt too.
+
+    Attributes:
+        timestep: of the call.
+        acted: which rows something was added to, (B,) bool.
+        judged: by category what its gate said, (B,) probabilities; NaN of rows that it was not asked about.
+    """
+
+    timestep: float
+    acted: Tensor
+    judged: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, begun: Begun) -> "Step":
+        """Of a call that has ended."""
+        given = begun.given
+        assert given is not None, "it has begun"
+        acted, judged = torch.zeros(len(given.sample), dtype=torch.bool), {}
+        rows = begun.call.rows if begun.call else slice(0, 0)
+        if begun.acted is not None:
+            acted[rows] = begun.acted
+        for name, probabilities in begun.judged.items():
+            judged[name] = torch.full((len(acted),), torch.nan)
+            judged[name][rows] = probabilities
+        return cls(given.timestep, acted, judged)
 
 
 class Seen(NamedTuple):

@@ -254,6 +254,7 @@ class Corrector:
         """
         is_open = probabilities >= cast(Tensor, part.thresholds)
         self.stats.count(gated_rows=is_open.numel(), open_rows=int(is_open.sum()))
+        begun.hear(part.categories, probabilities)
         if self.on_gate:
             self.on_gate(cast(Call, begun.call).row_timesteps, probabilities)
         openings = probabilities if begun.settings.gate == "soft" else is_open.float()

@@ -34,7 +34,7 @@ from safepatch.patch.gate import MODES, READINGS
 from safepatch.patch.hooks import Calls, Hooks
 from safepatch.patch.host import HostHooks
 from safepatch.patch.lora import LayerHooks, LoraPatch
-from safepatch.runtime.call import Begun, Call, Settings
+from safepatch.runtime.call import Begun, Call, Settings, Step
 from safepatch.runtime.corrector import SPEEDS, Corrector, Stats
 from safepatch.runtime.denoising import Denoising, Denoisings
 from safepatch.runtime.drain import Drain
@@ -51,6 +51,7 @@ class Handle:
 
     Attributes:
         categories: what the patch is for, where it came from a file.
+        on_step: a function that is shown what the patch did in each call of the UNet, when it has ended; or None.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Handle:
         self.gate = gate
         self.speed = speed
         self.reads = reads
+        self.on_step: Callable[[Step], object] | None = None
         self._fail_closed = fail_closed
         self._calls = Calls(Begun)
         self._drain = Drain(self._unet)
@@ -161,6 +163,16 @@ class Handle:
     def weights(self) -> dict[str, float]:
         """What each category's corrections are multiplied by beside the scale, as the patch was merged."""
         return {name: part.weight for part in self._parts for name in part.categories}
+
+    @property
+    def thresholds(self) -> dict[str, float]:
+        """From which probability on each category's gate opens, of those that have one."""
+        gated = [part for part in self._parts if part.thresholds is not None]
+        return {
+            name: float(value)
+            for part in gated
+            for name, value in zip(part.categories, part.thresholds, strict=False)  # pyright: ignore[reportArgumentType]
+        }
 
     @property
     def stats(self) -> Stats:
@@ -280,7 +292,8 @@ class Handle:
         for inner in self._inner:
             inner.begin()
         begun.settings = Settings(self.scale, self.gate, self.speed, self.reads)
-        begun.call = self._to_correct(Call.of(self._kind, args, kwargs), denoising, begun.settings)
+        begun.given = Call.of(self._kind, args, kwargs)
+        begun.call = self._to_correct(begun.given, denoising, begun.settings)
         return begun
 
     def _update(self, hooks: LayerHooks, part: ActivePart, begun: Begun, skipped: Sequence[int]) -> None:
@@ -323,15 +336,22 @@ class Handle:
         missed = [what for inner in self._inner for what in inner.end()]
         if begun.handed is not None and not begun.handed.is_taken:
             missed.append(f"'{self._kind.residuals}' was not taken up")
-        if begun.call is None or output is None:
+        if output is None:
             return None
+        if begun.call is not None:
+            self._require_taken(begun, missed)
+        if self.on_step:
+            self.on_step(Step.of(begun))
+        return None
+
+    def _require_taken(self, begun: Begun, missed: Sequence[str]) -> None:
+        """What was to be corrected must have been."""
         if self._fail_closed and not begun.has_entered:
             self._bypassed(f"its {self._kind.entry} was replaced or not called; apply the patch again")
         if self._fail_closed and missed:
             self._bypassed(f"{missed[0]}: hooks inside it are lost, or it was wrapped; apply the patch again")
         if begun.acted is not None and (rows := int(begun.acted.sum())):
             self.stats.count(acted_calls=1, acted_rows=rows)
-        return None
 
     def _unprepared(self) -> None:
         """The UNet ran, and the patch was not asked: an error, unless it was not there when the call began."""

@@ -1,0 +1,69 @@
+"""What a patch did to each image of a batch, step by step, as its handle tells."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from safepatch.runtime.call import Step
+from safepatch.runtime.handle import Handle
+
+
+@dataclass
+class Drawn:
+    """What was done to one image.
+
+    Attributes:
+        timesteps: of the calls of what denoises, in their order.
+        acted: numbers of the calls in which something was added to a row of the image, the first being 0.
+        gates: by category, what its gate said in each call, a probability; None where it was not asked.
+    """
+
+    timesteps: list[float] = field(default_factory=list)
+    acted: list[int] = field(default_factory=list)
+    gates: dict[str, list[float | None]] = field(default_factory=dict)
+
+    def opened(self, thresholds: Mapping[str, float]) -> tuple[str, ...]:
+        """The categories whose gate opened at some step."""
+        most = {name: max((p for p in said if p is not None), default=-1.0) for name, said in self.gates.items()}
+        return tuple(sorted(name for name, p in most.items() if p >= thresholds.get(name, math.inf)))
+
+
+@contextmanager
+def recording(handle: Handle | None, images: int = 1) -> Iterator[list[Drawn]]:
+    """Within the block, what `handle` does is noted down for each image of a batch; without one, nothing happens.
+
+    The rows of a call are, once or several times, those of all images in their order.
+    """
+    drawn = [Drawn() for _ in range(images)]
+    if handle is None:
+        yield drawn
+        return
+    before = handle.on_step
+    handle.on_step = lambda step: _note(drawn, step)
+    try:
+        yield drawn
+    finally:
+        handle.on_step = before
+
+
+def _note(drawn: Sequence[Drawn], step: Step) -> None:
+    aligned = len(step.acted) % len(drawn) == 0
+    for number, each in enumerate(drawn):
+        rows = slice(number, None, len(drawn)) if aligned else slice(None)  # in doubt whatever happened, to any row
+        if step.acted[rows].any():
+            each.acted.append(len(each.timesteps))
+        for name, said in step.judged.items():
+            past = each.gates.setdefault(name, [])
+            past += [None] * (len(each.timesteps) - len(past))
+            past.append(_highest(said[rows]))
+        each.timesteps.append(step.timestep)
+        for past in each.gates.values():
+            past += [None] * (len(each.timesteps) - len(past))
+
+
+def _highest(said: Tensor) -> float | None:
+    heard = [p for p in said.tolist() if not math.isnan(p)]
+    return max(heard, default=None)
