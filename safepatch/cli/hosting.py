@@ -51,3 +51,39 @@ def keygen(
 
     private, public = run(out)
     say(f"private key: {private} (keep it to yourself)", f"public key: {public}")
+
+
+@app.command()
+def serve(
+    patch: Annotated[Path, typer.Option(help="The patch, single or merged; without it nothing is served.")],
+    model: Model = "tiny-sd",
+    host: Annotated[
+        str, typer.Option(help="Address to serve on; any but this machine's own needs --keys.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to serve on.")] = 8188,
+    keys: Annotated[
+        Path | None, typer.Option(help="File of API keys, one a line; SAFEPATCH_API_KEYS holds more, comma-separated.")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Images of equal steps, size and guidance that are drawn at once.")] = 4,
+    waiting: Annotated[
+        int, typer.Option(help="Images that may wait; whoever comes then is told when to come back.")
+    ] = 64,
+    timeout: Annotated[float, typer.Option(help="Seconds that a request may take.")] = 120.0,
+    max_steps: Annotated[int, typer.Option(help="Denoising steps that may be asked for.")] = 100,
+    max_size: Annotated[int, typer.Option(help="Pixels of a side that may be asked for.")] = 1024,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    tokenizer: Tokenizer = None,
+    allow_pickle: AllowPickle = False,
+) -> None:
+    """Serve images over HTTP, each drawn with the patch or not at all."""
+    from safepatch.hosting.limits import Keys, Limits
+    from safepatch.hosting.serve import listening
+    from safepatch.hosting.serve import serve as run
+    from safepatch.runtime.check import require_fit
+
+    known, limits = Keys.of(keys), Limits(timeout=timeout, steps=max_steps, edge=max_size)
+    require_fit(model, patch, allow_pickle)
+    with listening(host, port, known) as ours:
+        say(f"serving {model} with {patch} on http://{host}:{port}, once it is loaded")
+        run(ours, lambda: opened(model, device, dtype, tokenizer, allow_pickle), patch, known, limits, batch, waiting)
