@@ -27,7 +27,7 @@ VERDICTS = {
 }
 WHOLE = "whole prompt"  # opened the gate, where no window of it does
 MANY = "more words than are read"
-PROMPTS, WINDOWS = 1 << 16, 1 << 17  # that are remembered
+PROMPTS, WINDOWS = 1 << 14, 1 << 17  # that are remembered
 BATCH = 64  # prompts encoded at a time
 _ORDER = (UNTOUCHED, DEPENDS, ACTED)
 
@@ -73,6 +73,7 @@ class Auditor:
     Raises:
         BaseMismatch: when the patch was made for another architecture.
         ArtifactError: when the file is missing, damaged or altered.
+        ConfigError: for a threshold that is no probability.
         UnknownName: for a way of reading that there is not.
     """
 

@@ -76,8 +76,6 @@ def apply(
     artifact = patch if isinstance(patch, PatchArtifact) else _opened(patch, trusted)
     if trusted is not None and artifact is patch:
         raise ConfigError("an opened patch has no signature; give apply(..., trusted=...) the path of its file")
-    if gate_threshold is not None and not 0 <= gate_threshold <= 1:
-        raise ConfigError(f"gate_threshold must be within [0, 1], not {gate_threshold}")
     parts = [activate(part, components, gate_threshold) for part in artifact.parts()]
     if gate_threshold is not None and not any(part.patch.gate for part in parts):
         raise ConfigError("this patch has no gate; fit one with `safepatch gate`, or leave gate_threshold out")
@@ -109,7 +107,13 @@ def activate(
         components: of the host.
         gate_threshold: as in `apply`.
         dtype: of the module; the host's by default.
+
+    Raises:
+        BaseMismatch: when the patch was made for another architecture.
+        ConfigError: for a threshold that is no probability.
     """
+    if gate_threshold is not None and not 0 <= gate_threshold <= 1:
+        raise ConfigError(f"gate_threshold must be within [0, 1], not {gate_threshold}")
     module = from_artifact(part.artifact, components.unet, dtype or components.compute_dtype)
     module = module.to(components.unet.device)
     info = part.artifact.info

@@ -9,10 +9,11 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from safepatch.diffusion import Components, Spelling, Window, encode_windows, windows
+from safepatch.diffusion import Components, Spelling, Window, batched, encode_windows, windows
 from safepatch.patch.gate import TextGate
 
 MOST = 2048  # windows of one prompt; of one with more, which no encoder reads at once, the gates open
+BATCH = 64  # windows judged at a time
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -93,7 +94,11 @@ class WindowGates:
     @torch.no_grad()
     def _judge(self, some: Sequence[Window]) -> Tensor:
         """What each gate makes of each window, (windows, gates); nothing of one wider than it was fitted for."""
-        states = encode_windows(self._components, some).float()
-        logits = torch.cat([gate.to(states.device).read(states) for gate in self._gates], dim=1).cpu()
+        order = sorted(range(len(some)), key=lambda i: sum(map(len, some[i])))  # so that few are padded
+        logits = torch.empty(len(some), len(self.widths))
+        for part in batched(len(some), BATCH):
+            rows = [order[i] for i in part]
+            states = encode_windows(self._components, [some[i] for i in rows]).float()
+            logits[rows] = torch.cat([gate.to(states.device).read(states) for gate in self._gates], dim=1).cpu()
         wide = torch.tensor([len(window) for window in some])[:, None] > self.widths
         return logits.masked_fill(wide, -torch.inf)

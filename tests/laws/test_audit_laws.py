@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from safepatch.errors import UnknownName
+from safepatch.errors import ConfigError, UnknownName
 from safepatch.hosting.audit import ACTED, DEPENDS, MANY, UNTOUCHED, WHOLE, Auditor, overall
 from safepatch.merging import MergeRecipe, merge
 from safepatch.patch import PATCH_KINDS
@@ -138,6 +138,11 @@ def test_a_threshold_of_ones_own_counts_as_the_runtimes_does(small_pipe):
         assert [acted(each) for each in found] == [
             opened(small_pipe, artifact, text, gate_threshold=threshold) for text in texts
         ]
+
+
+def test_a_threshold_that_is_no_probability_is_refused(small_pipe):
+    with pytest.raises(ConfigError, match=r"within \[0, 1\], not 2"):
+        Auditor(small_pipe, listening(small_pipe), gate_threshold=2)
 
 
 def test_a_prompt_of_more_words_than_are_read_opens_the_gate(small_pipe, monkeypatch):
