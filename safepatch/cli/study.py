@@ -90,6 +90,9 @@ def resurge(
     learning_rate: Annotated[float, typer.Option("--learning-rate", help="A small model's is ten times that.")] = 1e-4,
     pictures: Annotated[int, typer.Option("--pictures", help="That the model draws to learn from.")] = 128,
     device: MatrixDevice = None,
+    dtype: Dtype = None,
+    tokenizer: Tokenizer = None,
+    allow_pickle: AllowPickle = False,
     n: Annotated[int | None, typer.Option("-n", "--n", help="Images per rate; 200.")] = None,
     steps: Steps = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder of rows and report.")] = Path("runs/resurge"),
@@ -100,7 +103,8 @@ def resurge(
     from safepatch.reporting.tables import pivot, with_interval
     from safepatch.resurgence import WAYS, Tuning, run_resurgence
 
-    given = {"device": device, "protocol.n": n, "protocol.steps": steps, "out": out}
+    given = {"device": device, "dtype": dtype, "tokenizer": tokenizer, "allow_pickle": allow_pickle or None}
+    given |= {"protocol.n": n, "protocol.steps": steps, "out": out}
     overrides = [f"{name}={value}" for name, value in given.items() if value is not None]
     lists = {"models": models or ["tiny-sd"], "categories": category, "detectors": detector}
     matrix = matrix_of(patch or [], lists, overrides)
