@@ -10,7 +10,9 @@ if TYPE_CHECKING:
     from safepatch.artifact.patch_artifact import PatchArtifact, verify
     from safepatch.data.corpus import Corpus
     from safepatch.data.prompts import Prompt
-    from safepatch.errors import NotTrusted, PatchBypassed, SafepatchError
+    from safepatch.errors import NotTrusted, PatchBypassed, PromptBlocked, SafepatchError
+    from safepatch.guard.file import Guard
+    from safepatch.guard.guarded import guarded
     from safepatch.hosting.audit_log import audit
     from safepatch.merging import MergeRecipe, merge, split
     from safepatch.models.load import ModelConfig, load_pipeline
@@ -30,12 +32,14 @@ _HOMES: dict[str, str] = {
     "Prompt": "safepatch.data.prompts",
     "Category": "safepatch.taxonomy",
     "ModelConfig": "safepatch.models.load",
+    "Guard": "safepatch.guard.file",
     "Handle": "safepatch.runtime.handle",
     "MergeRecipe": "safepatch.merging",
     "NotTrusted": "safepatch.errors",
     "PatchArtifact": "safepatch.artifact.patch_artifact",
     "PatchBypassed": "safepatch.errors",
     "PatchInfo": "safepatch.artifact.info",
+    "PromptBlocked": "safepatch.errors",
     "SafepatchError": "safepatch.errors",
     "Status": "safepatch.runtime.check",
     "TrainConfig": "safepatch.training.config",
@@ -44,6 +48,7 @@ _HOMES: dict[str, str] = {
     "check": "safepatch.runtime.check",
     "fuse": "safepatch.runtime.fuse",
     "fuse_model": "safepatch.runtime.fuse",
+    "guarded": "safepatch.guard.guarded",
     "heal": "safepatch.training.healing",
     "load_pipeline": "safepatch.models.load",
     "load_train_config": "safepatch.training.config",
@@ -60,6 +65,7 @@ _HOMES: dict[str, str] = {
 __all__ = [
     "Category",
     "Corpus",
+    "Guard",
     "Handle",
     "MergeRecipe",
     "ModelConfig",
@@ -68,6 +74,7 @@ __all__ = [
     "PatchBypassed",
     "PatchInfo",
     "Prompt",
+    "PromptBlocked",
     "SafepatchError",
     "Status",
     "TrainConfig",
@@ -76,6 +83,7 @@ __all__ = [
     "check",
     "fuse",
     "fuse_model",
+    "guarded",
     "heal",
     "load_pipeline",
     "load_train_config",

@@ -57,6 +57,20 @@ class PatchBypassed(SafepatchError, RuntimeError):
     """An image was made, or was about to be returned, without the patch that should have been active."""
 
 
+class PromptBlocked(SafepatchError, RuntimeError):
+    """A prompt that a guard refused.
+
+    Args:
+        message: names the category and its probability.
+        category: that claims it; empty where nobody could read it.
+        probability: of it.
+    """
+
+    def __init__(self, message: str = "", category: str = "", probability: float = 0.0) -> None:
+        super().__init__(message)
+        self.category, self.probability = category, probability
+
+
 class PromptError(SafepatchError, ValueError):
     """A prompt or prompt set that may not or cannot be used."""
 

@@ -38,6 +38,7 @@ from safepatch.cli import (  # noqa: E402 -- each adds its verbs to `app`
     doctor,  # noqa: F401
     evaluate,  # noqa: F401
     exchange,  # noqa: F401
+    guard,  # noqa: F401
     hosting,  # noqa: F401
     hub,  # noqa: F401
     study,  # noqa: F401

@@ -20,7 +20,7 @@ ROWS = (
     ("runtime", "export"),
     ("objectives",),
     ("training", "attacks"),
-    ("evaluation",),
+    ("evaluation", "guard"),
     ("reporting",),
     ("hosting",),
     ("demo", "comparison", "resurgence", "doctor"),
@@ -37,7 +37,7 @@ NEVER = {"evaluation": {"training", "objectives"}}
 TINY_UNITS = {"models", "detectors", "demo"}  # the rest of the package knows no model by name
 
 MODEL_LIBRARIES = {"diffusers", "transformers"}
-MODEL_UNITS = {"diffusion", "tiny", "detectors"}
+MODEL_UNITS = {"diffusion", "tiny", "detectors", "guard"}
 
 
 def unit_of(path: Path) -> str:

@@ -1,0 +1,131 @@
+"""Verbs about prompts: guard train, guard score, guard inspect."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from safepatch.cli import app, say
+from safepatch.cli.options import AllowPickle, Device, Tokenizer, opened
+
+guards = typer.Typer(help="Which prompts are for a category: a classifier of prompts.", no_args_is_help=True)
+app.add_typer(guards, name="guard")
+
+GuardModel = Annotated[str | None, typer.Option("--model", help="Whose text encoder clip reads, and a patch's gates.")]
+
+
+@guards.command()
+def train(
+    categories: Annotated[list[str], typer.Argument(help="Shipped categories, or category files.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Where to write the guard.")],
+    encoder: Annotated[str, typer.Option("--encoder", help="clip, the model's own; or minilm, an extra.")] = "clip",
+    model: GuardModel = None,
+    labels: Annotated[
+        str | None, typer.Option("--labels", help="Hand-labelled prompts to learn from: a file, or english.")
+    ] = None,
+    answers: Annotated[
+        str | None, typer.Option("--answers", help="Somebody's answers, a language model's for instance: a file.")
+    ] = None,
+    unlabelled: Annotated[
+        list[str] | None, typer.Option("--prompts", help="Prompts that nobody has labelled; may be repeated.")
+    ] = None,
+    test: Annotated[
+        str | None, typer.Option("--test", help="Hand-labelled prompts for figures only: a file, or english.")
+    ] = None,
+    patch: Annotated[Path | None, typer.Option("--patch", help="A patch whose gates vote too; needs --model.")] = None,
+    captions: Annotated[int | None, typer.Option(help="Texts to learn from, by category; 1536.")] = None,
+    hidden: Annotated[int | None, typer.Option(help="Width of a head's layer; 16.")] = None,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Draw how well it is calibrated, .png or .svg.")] = None,
+    device: Device = "cpu",
+    tokenizer: Tokenizer = None,
+    allow_pickle: AllowPickle = False,
+) -> None:
+    """Distil a guard from weak labelers' votes on texts made of the categories' words; says how good it is."""
+    from safepatch.data.corpus import Corpus
+    from safepatch.files import require_writable
+    from safepatch.guard.measure import table
+    from safepatch.guard.train import GuardConfig
+    from safepatch.guard.train import train as run
+
+    numbers = {name: value for name, value in {"captions": captions, "hidden": hidden}.items() if value is not None}
+    voters = {"labels": labels, "answers": answers, "test": test, "patch": str(patch) if patch else None}
+    config = GuardConfig(encoder, unlabelled=tuple(unlabelled or ()), seed=seed, **voters, **numbers)
+    require_writable(out)
+    corpora = [Corpus.open(name) for name in categories]
+    needs_model = encoder == "clip" or patch is not None
+    pipe = opened(model or "tiny-sd", device, None, tokenizer, allow_pickle) if needs_model else None
+    guard = run(corpora, config, pipe)
+    stated = guard.save(out)
+    for name, report in guard.info.report.items():
+        say("", f"{TITLES[name]}", "", *table(report))
+    if plot:
+        from safepatch.reporting.reliability import save_reliability
+
+        save_reliability(plot, {TITLES[name]: each["calibration"] for name, each in guard.info.report.items()})
+    say("", f"wrote {out} ({out.stat().st_size / 1e6:.2f} MB, {stated[:14]}) for {', '.join(guard.categories)}")
+
+
+TITLES = {"words": "the categories' own words, in unseen wordings", "test": "hand-labelled prompts, and harmless ones"}
+
+
+@guards.command()
+def score(
+    prompts: Annotated[Path, typer.Argument(help="A .csv or .tsv with a column of prompts, or a .txt, one a line.")],
+    guard: Annotated[Path, typer.Option("--guard", help="A guard's file.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Where to write verdicts and probabilities, a .csv.")],
+    model: GuardModel = None,
+    column: Annotated[str | None, typer.Option("--column", help="That holds the prompts.")] = None,
+    patch: Annotated[Path | None, typer.Option("--patch", help="Say which of its categories the guard lacks.")] = None,
+    device: Device = "cpu",
+    tokenizer: Tokenizer = None,
+    allow_pickle: AllowPickle = False,
+) -> None:
+    """Score every prompt of a file, however long; what cannot be read is told, and does not pass."""
+    from safepatch.guard.file import Guard
+    from safepatch.guard.score import score_file
+
+    judge = Guard.open(guard)
+    if patch:
+        _compare(judge.categories, patch)
+    reads_model = judge.info.encoder == "clip"
+    judge.bind(opened(model or "tiny-sd", device, None, tokenizer, allow_pickle) if reads_model else None)
+    tally = score_file(judge, prompts, out, column)
+    claimed = ", ".join(f"{name} {tally.claimed[name]}" for name in judge.categories)
+    say(f"{tally.rows} prompts: {tally.passed} pass; {claimed}; wrote {out}")
+    for line in tally.told:
+        typer.echo(f"note: unread: {line}", err=True)
+    if tally.unread > len(tally.told):
+        typer.echo(f"note: {tally.unread - len(tally.told)} more unread, see the column verdict", err=True)
+
+
+def _compare(guarded: tuple[str, ...], patch: Path) -> None:
+    from safepatch.artifact.info import read_info
+
+    patched = read_info(patch).categories
+    for these, those, what in ((guarded, patched, "the patch"), (patched, guarded, "the guard")):
+        if missing := sorted(set(these) - set(those)):
+            typer.echo(f"warning: {what} knows nothing of {', '.join(missing)}", err=True)
+
+
+@guards.command()
+def inspect(
+    guard: Annotated[Path, typer.Argument(help="A guard's file.")],
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, with everything that was recorded.")] = False,
+) -> None:
+    """Check a guard's file and say what it is and how good it was."""
+    from dataclasses import asdict
+
+    from safepatch.guard.file import Guard, stated_hash
+    from safepatch.guard.measure import table
+
+    info = Guard.open(guard).info
+    if as_json:
+        typer.echo(json.dumps(asdict(info) | {"hash": stated_hash(guard)}, indent=1, sort_keys=True))
+        return
+    say(f"hash           {stated_hash(guard)}", f"encoder        {info.encoder}")
+    for name, definition in info.categories.items():
+        say(f"{name}: {definition}; from {info.thresholds[name]:.3f} on")
+    for name, report in info.report.items():
+        say("", TITLES.get(name, name), "", *table(report))

@@ -1,0 +1,1 @@
+"""Which prompts are for a category: a classifier distilled from weak labelers, for hosts that may refuse."""

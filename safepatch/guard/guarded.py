@@ -1,0 +1,169 @@
+"""A guard before a pipeline: what it is asked is scored first, then drawn, refused, or drawn in other words.
+
+The pipeline's class is exchanged for one that reads its arguments and then does what it did; nothing inside is touched,
+so patches may be applied before, after or meanwhile.
+"""
+
+import functools
+import inspect
+import warnings
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from safepatch.errors import PromptBlocked, lookup
+from safepatch.guard.file import Guard
+
+ACTIONS = ("score", "block", "rewrite")
+PROMPTS = ("prompt", "prompt_2", "prompt_3")  # what pipelines call their texts
+STATES = ("prompt_embeds", "prompt_embeds_2", "pooled_prompt_embeds")
+REMEMBERED = 256  # decisions
+_GUARDS = "_safepatch_guards"  # attribute of a guarded pipeline
+
+
+class Decision(NamedTuple):
+    """What was made of one prompt.
+
+    Attributes:
+        prompt: as it was asked.
+        drawn: as it is drawn; None where it was refused.
+        category: that is most probable, by its threshold.
+        probability: of it.
+        chances: of every category, by name.
+    """
+
+    prompt: str
+    drawn: str | None
+    category: str
+    probability: float
+    chances: Mapping[str, float]
+
+
+class Guarded:
+    """A guard at a pipeline; leaving the `with` block, or `remove()`, takes it away.
+
+    Attributes:
+        guard: what decides.
+        action: `score`, `block` or `rewrite`; may be changed between calls.
+        decisions: the latest, in order.
+    """
+
+    def __init__(self, pipe: Any, guard: Guard, action: str) -> None:
+        lookup(dict.fromkeys(ACTIONS), action, what="action of a guard")
+        self.guard, self.action = guard, action
+        self.decisions: deque[Decision] = deque(maxlen=REMEMBERED)
+        self._pipe = pipe
+        if not hasattr(pipe, _GUARDS):
+            setattr(pipe, _GUARDS, [])
+            pipe.__class__ = _guarded_class(type(pipe))
+        getattr(pipe, _GUARDS).append(self)
+
+    def __enter__(self) -> "Guarded":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def remove(self) -> None:
+        """Take the guard away; twice is harmless."""
+        guards = getattr(self._pipe, _GUARDS, [])
+        if self in guards:
+            guards.remove(self)
+            if not guards:
+                delattr(self._pipe, _GUARDS)
+                self._pipe.__class__ = type(self._pipe).__mro__[1]
+
+    def admit(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """A call's arguments as they may be drawn.
+
+        Raises:
+            PromptBlocked: for a prompt that is refused, and for text states, whose words nobody can read.
+        """
+        changed = dict(given)
+        if any(given.get(name) is not None for name in STATES) and self.action != "score":
+            raise PromptBlocked("a guard reads words, not text states; pass prompt= instead of prompt_embeds=")
+        for name in PROMPTS:
+            text = given.get(name)
+            if isinstance(text, str):
+                changed[name] = self._decided([text])[0]
+            elif text is not None:
+                changed[name] = self._decided(list(text))
+        return changed
+
+    def _decided(self, texts: list[str]) -> list[str]:
+        chances = self.guard(texts)
+        return [self._decide(text, chance.tolist()) for text, chance in zip(texts, chances, strict=True)]
+
+    def _decide(self, text: str, chances: list[float]) -> str:
+        worst, name, chance = self._worst(chances)
+        drawn: str | None = text
+        if worst >= 0 and self.action == "block":
+            drawn = None
+        elif worst >= 0 and self.action == "rewrite":
+            drawn = self._rewritten(text, chances)
+        said = dict(zip(self.guard.categories, chances, strict=True))
+        self.decisions.append(Decision(text, drawn, name, chance, said))
+        if drawn is None:
+            why = "blocked" if self.action == "block" else "blocked, for no rewriting helps"
+            raise PromptBlocked(f"a prompt is {why}: {name} with probability {chance:.2f}", name, chance)
+        if drawn != text:
+            warnings.warn(f"a prompt for {name} ({chance:.2f}) is drawn in other words: '{drawn[:200]}'", stacklevel=6)
+        return drawn
+
+    def _worst(self, chances: list[float]) -> tuple[float, str, float]:
+        """The category furthest beyond its threshold, how far, and its probability."""
+        beyond = (torch.tensor(chances) - self.guard.thresholds).tolist()
+        place = max(range(len(beyond)), key=beyond.__getitem__)
+        return beyond[place], self.guard.categories[place], chances[place]
+
+    def _rewritten(self, text: str, chances: list[float]) -> str | None:
+        """The text with the claimed categories' concepts replaced; None where it is still claimed, or names none."""
+        new = text
+        for name, chance in zip(self.guard.categories, chances, strict=True):
+            new = self.guard.rewritten(new, name) if chance >= self.guard.info.thresholds[name] else new
+        return new if new != text and self._worst(self.guard([new])[0].tolist())[0] < 0 else None
+
+
+def guarded(pipe: Any, guard: str | Path | Guard, action: str = "block") -> Guarded:
+    """Put a guard before a pipeline.
+
+    Args:
+        pipe: a diffusers pipeline that is asked in words; with a patch or without.
+        guard: path of a guard's file, or an opened one.
+        action: `score`: everything is drawn, and `Guarded.decisions` tells what was thought of it; `block`: what a
+            category claims raises `PromptBlocked`; `rewrite`: its concepts' replacements are drawn instead, with a
+            warning, and what still is claimed, or names no concept, is blocked.
+
+    Returns:
+        The handle; use it in `with`, or call its `remove()`.
+
+    Raises:
+        ArtifactError: when the file is missing, damaged, altered, or no guard.
+        BaseMismatch: when the guard was trained on another text encoder than the pipeline's.
+        UnknownName: for another action.
+    """
+    opened = guard if isinstance(guard, Guard) else Guard.open(guard)
+    return Guarded(pipe, opened.bind(pipe), action)
+
+
+def lacking(guard: Guard, categories: tuple[str, ...]) -> list[str]:
+    """The guard's categories that a patch for `categories` lacks: what it lets pass there nothing corrects."""
+    return sorted(set(guard.categories) - set(categories))
+
+
+def _guarded_class(kind: type) -> type:
+    """A class that is `kind` but for what stands before its calls."""
+    call: Any = kind.__call__
+    signature = inspect.signature(call)
+
+    @functools.wraps(call)
+    def admitted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(self, *args, **kwargs)
+        for guard in list(getattr(self, _GUARDS, ())):
+            given.arguments |= guard.admit(given.arguments)
+        return call(*given.args, **given.kwargs)
+
+    return type(kind.__name__, (kind,), {"__call__": admitted, "__module__": kind.__module__, "__doc__": kind.__doc__})

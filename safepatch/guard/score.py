@@ -1,0 +1,157 @@
+"""Score a file of prompts row by row: nothing of it is held but a few rows, however long it is."""
+
+import csv
+import io
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import torch
+
+from safepatch.data.columns import DELIMITERS, NAMES, listed, match, plain
+from safepatch.errors import PromptError
+from safepatch.files import replacing, unwritable
+from safepatch.guard.encoders import LONGEST
+from safepatch.guard.file import Guard
+from safepatch.progress import bar
+
+ROWS = 512  # scored at a time
+PASS, UNREAD = "pass", "unread"  # verdicts beside names of categories
+CELL = 1 << 26  # characters of one cell, which csv bounds
+NAMED = 5  # unread rows that are told
+
+
+class Row(NamedTuple):
+    """A row of the file.
+
+    Attributes:
+        number: the first row of data being 1.
+        text: the prompt.
+        problem: why it cannot be read; empty where it can.
+    """
+
+    number: int
+    text: str
+    problem: str
+
+
+@dataclass
+class Tally:
+    """What came of a file.
+
+    Attributes:
+        rows: how many.
+        claimed: by category, how many are for it.
+        passed: how many are for none.
+        unread: how many could not be read: they are in the output, and did not pass.
+        told: the first of them, each as a line.
+    """
+
+    rows: int = 0
+    claimed: Counter = field(default_factory=Counter)
+    passed: int = 0
+    unread: int = 0
+    told: list[str] = field(default_factory=list)
+
+
+def score_file(guard: Guard, path: Path, out: Path, column: str | None = None) -> Tally:
+    """Write a CSV of every prompt with its verdict and its probability by category.
+
+    Args:
+        guard: bound to its encoder.
+        path: a CSV or TSV file with a column of prompts, or a text file of one a line.
+        out: where the CSV appears, all or nothing; may not be `path`.
+        column: that holds the prompts, where it is not found by its name.
+
+    Raises:
+        PromptError: when the file is missing, of another format, or has no such column.
+        SafepatchError: when `out` cannot be written.
+    """
+    tally = Tally()
+    try:
+        with path.open("rb") as file, replacing(out) as written, _long_cells():
+            rows = _rows(file, path, column)
+            text = io.TextIOWrapper(written, encoding="utf-8", newline="", errors="backslashreplace")
+            writer = csv.writer(text, lineterminator="\n")
+            writer.writerow(["row", "prompt", "verdict", *guard.categories])
+            shown = bar(desc="scoring", unit="prompt")
+            while some := list(islice(rows, ROWS)):
+                writer.writerows(_scored(guard, some, tally))
+                shown.update(len(some))
+            shown.close()
+            text.flush()
+            text.detach()
+    except FileNotFoundError as error:
+        raise PromptError(f"no prompt file {path}; check the path") from error
+    except OSError as error:
+        raise unwritable(out, error, "choose another -o") from error
+    return tally
+
+
+def _scored(guard: Guard, rows: Sequence[Row], tally: Tally) -> Iterator[list]:
+    readable = [row for row in rows if not row.problem]
+    chances = iter(guard([row.text for row in readable]))
+    for row in rows:
+        tally.rows += 1
+        if row.problem:
+            tally.unread += 1
+            tally.told += [f"row {row.number} {row.problem}"] if len(tally.told) < NAMED else []
+            yield [row.number, row.text[:80], UNREAD, *["" for _ in guard.categories]]
+            continue
+        chance = next(chances)
+        names = _named(guard, chance)
+        tally.claimed.update(names)
+        tally.passed += not names
+        yield [row.number, row.text, " + ".join(names) or PASS, *(f"{float(value):.4f}" for value in chance)]
+
+
+def _named(guard: Guard, chance: torch.Tensor) -> list[str]:
+    return [name for name, is_it in zip(guard.categories, guard.flags(chance).tolist(), strict=True) if is_it]
+
+
+# ---- reading -----------------------------------------------------------------------------------------------------
+
+
+def _rows(file: BinaryIO, path: Path, column: str | None) -> Iterator[Row]:
+    """Rows as they come; bytes that are not UTF-8 are kept until it is known whose they are."""
+    suffix = path.suffix.lower()
+    lines = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    if suffix == ".txt":
+        texts = (line.strip() for line in lines)
+        return (_row(number, text) for number, text in enumerate(filter(None, texts), start=1))
+    if suffix not in DELIMITERS:
+        raise PromptError(f"{path.name} cannot be read row by row; use .csv, .tsv, or .txt with one prompt a line")
+    return _cells(lines, path, column, DELIMITERS[suffix][0])
+
+
+def _cells(lines: io.TextIOWrapper, path: Path, column: str | None, delimiter: str) -> Iterator[Row]:
+    rows = csv.reader((line for line in lines if not line.startswith("#")), delimiter=delimiter)
+    header = [name.strip() for name in next(rows, [])]
+    wanted = [plain(column)] if column else NAMES["prompt"]
+    name = match(header, wanted)
+    if name is None:
+        raise PromptError(f"{path.name} has no column of prompts (it has {listed(header)}); name one with --column")
+    place = header.index(name)
+    numbered = enumerate((row for row in rows if any(row)), start=1)
+    return (_row(number, row[place] if place < len(row) else "") for number, row in numbered)
+
+
+def _row(number: int, text: str) -> Row:
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        return Row(number, text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace"), "is not UTF-8")
+    if len(text) > LONGEST:
+        return Row(number, text, f"has {len(text)} characters, more than {LONGEST}")
+    return Row(number, text, "")
+
+
+@contextmanager
+def _long_cells() -> Iterator[None]:
+    before = csv.field_size_limit(CELL)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)

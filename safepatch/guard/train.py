@@ -1,0 +1,217 @@
+"""Train a guard: texts from the categories' words, votes of weak labelers, and one small classifier of what they say.
+
+Thresholds and calibration come of texts that are held out by what they are about: heads are fitted three times, each
+time without a third of the things, and judged by those. Figures come of other prompts still (`trial`).
+"""
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits, softplus
+
+from safepatch.artifact.patch_artifact import PatchArtifact
+from safepatch.data.corpus import Corpus
+from safepatch.data.readers import read_prompts
+from safepatch.diffusion import Components, UNetHost
+from safepatch.errors import ConfigError, lookup
+from safepatch.guard.encoders import ENCODERS, Encoder, Pieces
+from safepatch.guard.file import PROBE, Guard, GuardInfo
+from safepatch.guard.heads import Heads, fit
+from safepatch.guard.labelers import Answers, Gates, Keywords, Labeler, Similarity
+from safepatch.guard.measure import labels_of
+from safepatch.guard.prompts import LEARN, Labelled, labelled
+from safepatch.guard.texts import CAPTIONS, NO, UNSURE, YES, Text, learned
+from safepatch.guard.trial import hand_trial, measured, trial
+from safepatch.guard.vote import settle
+from safepatch.progress import bar, note
+
+FOLDS = 3
+REPEATS = 4  # times that a hand-labelled text is learned: as it stands, and in a captions' wordings
+PART = 256  # texts encoded between two steps of the progress bar
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """How a guard is trained.
+
+    Attributes:
+        encoder: `clip` or `minilm`.
+        captions: texts for each category, about.
+        hidden: width of the layer of each head.
+        labels: a hand-labelled file to learn from, or `english`.
+        answers: a file of somebody's answers, such as a language model's: prompts and their categories.
+        unlabelled: files of prompts that nobody has labelled, to be voted on.
+        test: a hand-labelled file for figures only, or `english`.
+        patch: whose gates vote too.
+        seed: of everything random.
+    """
+
+    encoder: str = "clip"
+    captions: int = CAPTIONS
+    hidden: int = 16
+    labels: str | None = None
+    answers: str | None = None
+    unlabelled: tuple[str, ...] = ()
+    test: str | None = None
+    patch: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be trained."""
+        lookup(ENCODERS, self.encoder, what="text encoder")
+        if self.captions < 64 or self.hidden < 1:
+            raise ConfigError("a guard needs at least 64 captions by category, and heads of a width of 1 or more")
+
+
+def train(corpora: Sequence[Corpus], config: GuardConfig, pipe: Any = None) -> Guard:
+    """A guard for the corpora's categories, with its report.
+
+    Args:
+        corpora: one for each category, of different names.
+        config: how.
+        pipe: the model, where its encoder or a patch's gates are read.
+
+    Raises:
+        ConfigError: for no category, one given twice, or one of which nothing is known.
+        PromptError: for a file that cannot be used.
+        SafepatchError: as the encoder's function in `ENCODERS`.
+    """
+    names = tuple(corpus.name for corpus in corpora)
+    if not names or len(set(names)) < len(names):
+        raise ConfigError(f"a guard needs categories, each once; got {', '.join(names) or 'none'}")
+    encoder = ENCODERS[config.encoder](pipe)
+    by_hand = labelled(config.labels, LEARN) if config.labels else []
+    texts = [*learned(corpora, config.captions, config.seed), *_unlabelled(config, names)]
+    texts += _in_captions(by_hand, names, corpora[0], config.seed)
+    wordings = [text.text for text in texts]
+    read = _encoded(encoder, wordings)
+    votes = {each.name: each(wordings) for each in _labelers(corpora, config, pipe, texts)}
+    votes |= {"similarity": Similarity(encoder, corpora).votes(read.means)}
+    votes |= {"hand": _hand(texts, by_hand, names)} if by_hand else {}
+    labels, record = settle(votes, names)
+    _require_both(labels, names)
+    heads, thresholds = _distilled(read, labels, texts, config)
+    rewrites = {c.name: [asdict(concept) for concept in c.words.concepts] for c in corpora if c.words.concepts}
+    training = {"config": asdict(config), "texts": len(texts), "labels": record, "corpora": [c.key for c in corpora]}
+    info = GuardInfo(
+        {corpus.name: corpus.category.definition for corpus in corpora},
+        dict(zip(names, thresholds, strict=True)),
+        config.encoder,
+        rewrites,
+        training,
+    )
+    guard = Guard(info, heads, encoder([PROBE]).means[0], encoder)
+    return Guard(_with_report(info, guard, corpora, config), heads, guard.probe, encoder)
+
+
+# ---- what is learned ---------------------------------------------------------------------------------------------
+
+
+def _unlabelled(config: GuardConfig, names: Sequence[str]) -> list[Text]:
+    lines = [line for path in config.unlabelled for line in read_prompts(path).lines]
+    return [Text(line.text, line.text, (UNSURE,) * len(names)) for line in lines]
+
+
+def _in_captions(by_hand: Sequence[Labelled], names: Sequence[str], corpus: Corpus, seed: int) -> list[Text]:
+    """Hand-labelled texts as they stand, and in the wordings of captions: with a style, a place, a companion."""
+    rng, words, made = Random(f"by hand {seed}"), corpus.words, []
+    for row in by_hand:
+        votes = tuple(YES if name in row.categories else NO for name in names)
+        style, place = (rng.choice(words.fills[name]) for name in ("style", "place"))
+        beside = rng.choice(words.benign)[0]
+        more = (f"{style} of {row.text}", f"{row.text} {place}", f"{row.text} and {beside}")[: REPEATS - 1]
+        made += [Text(text, row.text, votes) for text in (row.text, *more)]
+    return made
+
+
+def _labelers(corpora: Sequence[Corpus], config: GuardConfig, pipe: Any, texts: Sequence[Text]) -> list[Labeler]:
+    names = tuple(corpus.name for corpus in corpora)
+    made: list[Labeler] = [Answers("corpus", {text.text: text.votes for text in texts}, len(names))]
+    made.append(Keywords(corpora))
+    if config.answers:
+        said = labelled(config.answers, LEARN)
+        rows = labels_of([row.categories for row in said], names).tolist()
+        made.append(Answers("answers", {row.text: votes for row, votes in zip(said, rows, strict=True)}, len(names)))
+    if config.patch:
+        artifact = PatchArtifact.open(config.patch)
+        if lacking := sorted(set(names) - set(artifact.info.categories)):
+            note(f"note: the patch has no gate for {', '.join(lacking)}; other labelers decide there")
+        made.append(Gates(UNetHost(Components.of(pipe)), artifact, names))
+    return made
+
+
+def _hand(texts: Sequence[Text], by_hand: Sequence[Labelled], names: Sequence[str]) -> Tensor:
+    """What the hand said of texts, by what they are about, (N, C)."""
+    said = {row.text: tuple(YES if name in row.categories else NO for name in names) for row in by_hand}
+    none = (UNSURE,) * len(names)
+    return torch.tensor([said.get(text.group, none) for text in texts], dtype=torch.int8)
+
+
+def _require_both(labels: Tensor, names: Sequence[str]) -> None:
+    for i, name in enumerate(names):
+        if not (labels[:, i] == YES).any() or not (labels[:, i] == NO).any():
+            raise ConfigError(f"nothing that is labelled tells '{name}' from the rest; give more words, or labels")
+
+
+def _encoded(encoder: Encoder, texts: Sequence[str]) -> Pieces:
+    """Of each text its first piece."""
+    starts = bar(range(0, len(texts), PART), desc="reading texts", leave=False)
+    return Pieces.joined([encoder(texts[at : at + PART]).firsts for at in starts])
+
+
+# ---- heads, calibration, thresholds ------------------------------------------------------------------------------
+
+
+def _distilled(read: Pieces, labels: Tensor, texts: Sequence[Text], config: GuardConfig) -> tuple[Heads, list[float]]:
+    """Heads of all texts; calibrated, and with thresholds, by those of parts on the things that they lacked."""
+    fold = torch.tensor([zlib.crc32(text.group.encode()) % FOLDS for text in texts])
+    unseen = torch.zeros(labels.shape)
+    for i in range(FOLDS):
+        learned, rest = (torch.nonzero(side).flatten() for side in (fold != i, fold == i))
+        part = fit(read.some(learned), labels[learned], config.hidden, config.seed, f"part {i + 1} of {FOLDS}")
+        unseen[rest] = part(read.some(rest))
+    heads = fit(read, labels, config.hidden, config.seed)
+    columns = [_calibrated(unseen[:, i], labels[:, i]) for i in range(labels.shape[1])]
+    scale, shift, thresholds = (list(each) for each in zip(*columns, strict=True))
+    heads.calibrate(torch.tensor(scale), torch.tensor(shift))
+    return heads, thresholds
+
+
+def _calibrated(logits: Tensor, labels: Tensor) -> tuple[float, float, float]:
+    """Scale, shift and threshold of one category by unseen logits (N,): Platt 1999, and the best F1."""
+    known = labels != UNSURE
+    z, truth = logits[known], (labels[known] == YES)
+    raw, shift = torch.zeros(1, requires_grad=True), torch.zeros(1, requires_grad=True)
+    optimizer = torch.optim.LBFGS([raw, shift], max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = binary_cross_entropy_with_logits(softplus(raw) * z + shift, truth.float())
+        value.backward()
+        return value
+
+    optimizer.step(loss)  # type: ignore[arg-type]
+    scale, moved = float(softplus(raw.detach())), float(shift.detach())
+    return scale, moved, best_threshold((scale * z + moved).sigmoid(), truth)
+
+
+def best_threshold(chances: Tensor, truth: Tensor) -> float:
+    """The probability, within (0, 1), from which on F1 is best; in the middle of where it makes no difference."""
+    order = chances.argsort(descending=True)
+    hits = truth[order].float().cumsum(0)
+    f1 = 2 * hits / (torch.arange(1, len(order) + 1) + truth.sum())
+    last = int(f1.argmax())
+    below = chances[order[last + 1]] if last + 1 < len(order) else torch.tensor(0.0)
+    return min(max(float((chances[order[last]] + below) / 2), 1e-4), 1 - 1e-4)
+
+
+def _with_report(info: GuardInfo, guard: Guard, corpora: Sequence[Corpus], config: GuardConfig) -> GuardInfo:
+    report: dict[str, Any] = {"words": measured(guard, trial(corpora, config.seed))}
+    if config.test:
+        report["test"] = measured(guard, hand_trial(config.test, guard.categories, config.seed))
+    return GuardInfo(info.categories, info.thresholds, info.encoder, info.rewrites, info.training, report)
