@@ -33,9 +33,9 @@ def train(
     test: Annotated[
         str | None, typer.Option("--test", help="Hand-labelled prompts for figures only: a file, or english.")
     ] = None,
-    patch: Annotated[Path | None, typer.Option("--patch", help="A patch whose gates vote too; needs --model.")] = None,
-    captions: Annotated[int | None, typer.Option(help="Texts to learn from, by category; 1536.")] = None,
-    hidden: Annotated[int | None, typer.Option(help="Width of a head's layer; 16.")] = None,
+    patch: Annotated[str | None, typer.Option("--patch", help="A patch of --model, whose gates vote too.")] = None,
+    captions: Annotated[int, typer.Option(help="Texts to learn from, by category.")] = 1024,
+    hidden: Annotated[int, typer.Option(help="Width of a head's layer.")] = 8,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     plot: Annotated[Path | None, typer.Option("--plot", help="Draw how well it is calibrated, .png or .svg.")] = None,
     device: Device = "cpu",
@@ -49,9 +49,7 @@ def train(
     from safepatch.guard.train import GuardConfig
     from safepatch.guard.train import train as run
 
-    numbers = {name: value for name, value in {"captions": captions, "hidden": hidden}.items() if value is not None}
-    voters = {"labels": labels, "answers": answers, "test": test, "patch": str(patch) if patch else None}
-    config = GuardConfig(encoder, unlabelled=tuple(unlabelled or ()), seed=seed, **voters, **numbers)
+    config = GuardConfig(encoder, captions, hidden, labels, answers, tuple(unlabelled or ()), test, patch, seed)
     require_writable(out)
     corpora = [Corpus.open(name) for name in categories]
     needs_model = encoder == "clip" or patch is not None

@@ -30,7 +30,7 @@ class GuardInfo:
     """What a guard is, without its tensors.
 
     Attributes:
-        categories: by name, what each means.
+        categories: by name, what each means, sorted by name.
         thresholds: by category, the probability from which a prompt is said to be for it, within (0, 1).
         encoder: what the heads read, a name in `ENCODERS`.
         rewrites: by category, its concepts as `asdict` writes them, with what takes their place.
@@ -48,6 +48,8 @@ class GuardInfo:
     def __post_init__(self) -> None:
         """Refuse what no guard could work with."""
         names, thresholds = set(self.categories), self.thresholds
+        if list(self.categories) != sorted(names):
+            raise ArtifactError("damaged: a guard's categories are not in order; train it again")
         if not names or set(thresholds) != names or not set(self.rewrites) <= names:
             raise ArtifactError("damaged: a guard's categories and thresholds disagree; train it again")
         if not all(isinstance(value, float) and 0 < value < 1 for value in thresholds.values()):

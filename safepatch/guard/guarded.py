@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from safepatch.diffusion import denoiser, uncompiled
 from safepatch.errors import PromptBlocked, lookup
 from safepatch.guard.file import Guard
+from safepatch.runtime.handle import attached
 
 ACTIONS = ("score", "block", "rewrite")
 PROMPTS = ("prompt", "prompt_2", "prompt_3")  # what pipelines call their texts
@@ -146,12 +148,16 @@ def guarded(pipe: Any, guard: str | Path | Guard, action: str = "block") -> Guar
         UnknownName: for another action.
     """
     opened = guard if isinstance(guard, Guard) else Guard.open(guard)
+    _say_lacking(pipe, opened)
     return Guarded(pipe, opened.bind(pipe), action)
 
 
-def lacking(guard: Guard, categories: tuple[str, ...]) -> list[str]:
-    """The guard's categories that a patch for `categories` lacks: what it lets pass there nothing corrects."""
-    return sorted(set(guard.categories) - set(categories))
+def _say_lacking(pipe: Any, guard: Guard) -> None:
+    """A patch on the pipeline corrects nothing of what it was not made for."""
+    handles = attached(uncompiled(denoiser(pipe)))
+    patched = {name for handle in handles for name in handle.categories}
+    if patched and (missing := sorted(set(guard.categories) - patched)):
+        warnings.warn(f"the patch lacks {', '.join(missing)}; there the guard alone decides", stacklevel=3)
 
 
 def _guarded_class(kind: type) -> type:

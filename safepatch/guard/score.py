@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, TextIO
 
 import torch
 
@@ -73,18 +73,14 @@ def score_file(guard: Guard, path: Path, out: Path, column: str | None = None) -
     """
     tally = Tally()
     try:
-        with path.open("rb") as file, replacing(out) as written, _long_cells():
-            rows = _rows(file, path, column)
-            text = io.TextIOWrapper(written, encoding="utf-8", newline="", errors="backslashreplace")
-            writer = csv.writer(text, lineterminator="\n")
+        with _opened(path) as file, replacing(out) as written, _as_text(written) as text, _long_cells():
+            rows, writer = _rows(file, path, column), csv.writer(text, lineterminator="\n")
             writer.writerow(["row", "prompt", "verdict", *guard.categories])
             shown = bar(desc="scoring", unit="prompt")
             while some := list(islice(rows, ROWS)):
                 writer.writerows(_scored(guard, some, tally))
                 shown.update(len(some))
             shown.close()
-            text.flush()
-            text.detach()
     except FileNotFoundError as error:
         raise PromptError(f"no prompt file {path}; check the path") from error
     except OSError as error:
@@ -116,10 +112,14 @@ def _named(guard: Guard, chance: torch.Tensor) -> list[str]:
 # ---- reading -----------------------------------------------------------------------------------------------------
 
 
-def _rows(file: BinaryIO, path: Path, column: str | None) -> Iterator[Row]:
-    """Rows as they come; bytes that are not UTF-8 are kept until it is known whose they are."""
+def _opened(path: Path) -> TextIO:
+    """The file's lines; bytes that are not UTF-8 are kept until it is known which row's they are."""
+    return path.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
+
+
+def _rows(lines: TextIO, path: Path, column: str | None) -> Iterator[Row]:
+    """Rows as they come."""
     suffix = path.suffix.lower()
-    lines = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
     if suffix == ".txt":
         texts = (line.strip() for line in lines)
         return (_row(number, text) for number, text in enumerate(filter(None, texts), start=1))
@@ -128,7 +128,7 @@ def _rows(file: BinaryIO, path: Path, column: str | None) -> Iterator[Row]:
     return _cells(lines, path, column, DELIMITERS[suffix][0])
 
 
-def _cells(lines: io.TextIOWrapper, path: Path, column: str | None, delimiter: str) -> Iterator[Row]:
+def _cells(lines: TextIO, path: Path, column: str | None, delimiter: str) -> Iterator[Row]:
     rows = csv.reader((line for line in lines if not line.startswith("#")), delimiter=delimiter)
     header = [name.strip() for name in next(rows, [])]
     wanted = [plain(column)] if column else NAMES["prompt"]
@@ -146,6 +146,17 @@ def _row(number: int, text: str) -> Row:
     if len(text) > LONGEST:
         return Row(number, text, f"has {len(text)} characters, more than {LONGEST}")
     return Row(number, text, "")
+
+
+@contextmanager
+def _as_text(file: BinaryIO) -> Iterator[TextIO]:
+    """A writer of text into `file`, which stays open."""
+    text = io.TextIOWrapper(file, encoding="utf-8", newline="", errors="backslashreplace")
+    try:
+        yield text
+        text.flush()
+    finally:
+        text.detach()
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """The texts that a guard learns from, made of categories' words, and those that it is tried on.
 
-Texts about one thing belong to one group, and a group is never on both sides of a validation: what a guard makes of a
-pistol says something of how it will take pistols that it has not met only if it has not met that one.
+Texts of one group are never on both sides of a validation. Harmless ones about one thing are a group: nobody lists all
+that is harmless, so what counts is how a guard takes things that it has not met. What a category is, its file does
+list: there every wording is a group of its own, and every text that a person has labelled, with its captions.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,7 +20,7 @@ from safepatch.data.words import noun
 from safepatch.training.gates import common_captions
 
 YES, NO, UNSURE = 1, 0, -1  # votes of a labeler
-CAPTIONS = 1536  # by category, those for it and all others
+CAPTIONS = 1024  # by category, those for it and all others
 SLIPS = 8  # one in so many captions is repeated with a slip of the keyboard
 # Of an unsafe thing that shall not be there; `{x}` is its name without an article, `{y}` something harmless.
 NEGATIONS = ("{y}, no {x}", "{y} without {x}", "no {x} in the picture, just {y}", "{y} but not a single {x}")
@@ -33,7 +34,7 @@ class Text(NamedTuple):
 
     Attributes:
         text: the wording.
-        group: what it is about.
+        group: what it is about, or itself.
         votes: by category, in the guard's order: YES, NO, or UNSURE where nobody thought of that category.
     """
 
@@ -59,12 +60,12 @@ def _of(corpus: Corpus, n: int, seed: int) -> Iterable[tuple[str, str, int]]:
     part, rng = max(1, n // 4), Random(f"guard {corpus.name} {seed}")
     pairs, kept = corpus.pairs(part, seed), corpus.retain(part, seed)
     for i, pair in enumerate(pairs):
-        group = about(pair.unsafe)
-        yield pair.unsafe.text, group, YES
+        text = pair.unsafe.text
+        yield text, text, YES
         if i % SLIPS == 0:
-            yield slipped(corpus, pair.unsafe.text, rng), group, YES
+            yield slipped(corpus, text, rng), text, YES
         if corpus.rewrite.by != "guided":
-            yield pair.safe.text, group, NO
+            yield pair.safe.text, about(pair.unsafe), NO
     yield from ((prompt.text, about(prompt), NO) for prompt in kept)
     yield from ((text, text, NO) for text in common_captions(corpus, part, seed))
     yield from ((text, group, NO) for text, group in negated(corpus, part // 2, rng, NEGATIONS))

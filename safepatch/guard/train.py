@@ -1,7 +1,7 @@
 """Train a guard: texts from the categories' words, votes of weak labelers, and one small classifier of what they say.
 
-Thresholds and calibration come of texts that are held out by what they are about: heads are fitted three times, each
-time without a third of the things, and judged by those. Figures come of other prompts still (`trial`).
+Thresholds and calibration come of texts that are held out by group (`safepatch.guard.texts`): heads are fitted to one
+half of the groups, and judged by the other. Figures come of other prompts still (`safepatch.guard.trial`).
 """
 
 import zlib
@@ -30,7 +30,7 @@ from safepatch.guard.trial import hand_trial, measured, trial
 from safepatch.guard.vote import settle
 from safepatch.progress import bar, note
 
-FOLDS = 3
+FOLDS = 2
 REPEATS = 4  # times that a hand-labelled text is learned: as it stands, and in a captions' wordings
 PART = 256  # texts encoded between two steps of the progress bar
 
@@ -53,7 +53,7 @@ class GuardConfig:
 
     encoder: str = "clip"
     captions: int = CAPTIONS
-    hidden: int = 16
+    hidden: int = 8
     labels: str | None = None
     answers: str | None = None
     unlabelled: tuple[str, ...] = ()
@@ -81,6 +81,7 @@ def train(corpora: Sequence[Corpus], config: GuardConfig, pipe: Any = None) -> G
         PromptError: for a file that cannot be used.
         SafepatchError: as the encoder's function in `ENCODERS`.
     """
+    corpora = sorted(corpora, key=lambda corpus: corpus.name)
     names = tuple(corpus.name for corpus in corpora)
     if not names or len(set(names)) < len(names):
         raise ConfigError(f"a guard needs categories, each once; got {', '.join(names) or 'none'}")
@@ -168,7 +169,7 @@ def _encoded(encoder: Encoder, texts: Sequence[str]) -> Pieces:
 
 
 def _distilled(read: Pieces, labels: Tensor, texts: Sequence[Text], config: GuardConfig) -> tuple[Heads, list[float]]:
-    """Heads of all texts; calibrated, and with thresholds, by those of parts on the things that they lacked."""
+    """Heads of all texts; calibrated, and with thresholds, by those of parts on the groups that they lacked."""
     fold = torch.tensor([zlib.crc32(text.group.encode()) % FOLDS for text in texts])
     unseen = torch.zeros(labels.shape)
     for i in range(FOLDS):
