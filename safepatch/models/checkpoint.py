@@ -113,6 +113,30 @@ def open_checkpoint(path: Path, allow_pickle: bool = False, prediction_type: str
 Shapes = dict[str, list[int]]
 
 
+def original_unet_config(shapes: Shapes) -> dict[str, Any]:
+    """The configuration of a UNet in the original layout, told by its own tensors alone.
+
+    Args:
+        shapes: by the names that they have in whole checkpoints.
+
+    Raises:
+        UnsupportedModel: when it is none of Stable Diffusion 1, 2 or XL.
+    """
+    try:
+        family = _unet_family(shapes)
+        unet = json.loads((CONFIGS / f"{family}.json").read_text(encoding="utf-8"))["unet"]
+        return unet | _unet_sizes(unet, shapes)
+    except (KeyError, IndexError) as error:
+        raise UnsupportedModel(f"the UNet is not of Stable Diffusion 1, 2 or XL: it has no tensor {error}") from error
+
+
+def _unet_family(shapes: Shapes) -> str:
+    """SDXL's UNets are told sizes, the refiner's has a fourth level; SD2's maps into attention are no convolutions."""
+    if any(name.startswith(f"{UNET}label_emb.") for name in shapes):
+        return "sdxl-refiner" if f"{UNET}input_blocks.9.0.op.weight" in shapes else "sdxl"
+    return "sd2" if len(shapes[f"{UNET}input_blocks.1.1.proj_in.weight"]) == 2 else "sd1"
+
+
 def _read_header(path: Path, allow_pickle: bool) -> tuple[Shapes, dict[str, str]]:
     weights = open_weights(path, allow_pickle)
     return {name: list(stored.shape) for name, stored in weights.tensors.items()}, dict(weights.metadata)

@@ -116,8 +116,20 @@ def activate(
         raise ConfigError(f"gate_threshold must be within [0, 1], not {gate_threshold}")
     module = from_artifact(part.artifact, components.unet, dtype or components.compute_dtype)
     module = module.to(components.unet.device)
+    states = instruction_states(components, list(part.artifact.info.instructions.values()))
+    return ready(part, module, states, gate_threshold)
+
+
+def ready(part: Part, module: Patch, states: Tensor, gate_threshold: float | None = None) -> ActivePart:
+    """A part's module with what its file says of it.
+
+    Args:
+        part: the patch and its weight.
+        module: made of it.
+        states: text states of its instructions, (1, tokens, width).
+        gate_threshold: as in `apply`.
+    """
     info = part.artifact.info
-    states = instruction_states(components, list(info.instructions.values()))
     if module.gate is None:
         return ActivePart(module, states, part.weight, info.categories)
     records = [info.config["gate"][name] for name in info.categories]

@@ -119,7 +119,6 @@ class Corrector:
 
     Attributes:
         parts: those that compute residuals.
-        has_gate: whether any part, of whatever kind, has one.
         words: what gates that read windows make of the words behind a call's text states.
         stats: counters; those of gated rows are kept here.
         on_gate: shown the timesteps and the gates' probabilities (B, gates), if set.
@@ -127,7 +126,6 @@ class Corrector:
 
     def __init__(self, parts: Sequence[ActivePart], words: Words) -> None:
         self.parts = tuple(part for part in parts if isinstance(part.patch, ResidualPatch))
-        self.has_gate = any(part.patch.gate for part in parts)
         self.words = words
         self.stats = Stats()
         self.on_gate: Callable[[Any, Tensor], None] | None = None

@@ -7,11 +7,10 @@ threads may share a UNet. What is said here of the UNet holds for the transforme
 """
 
 import copy
-import math
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -30,7 +29,7 @@ from safepatch.diffusion import (
 )
 from safepatch.errors import ConfigError, PatchBypassed, lookup
 from safepatch.patch import Features, Residuals
-from safepatch.patch.gate import MODES, READINGS
+from safepatch.patch.gate import READINGS
 from safepatch.patch.hooks import Calls, Hooks
 from safepatch.patch.host import HostHooks
 from safepatch.patch.lora import LayerHooks, LoraPatch
@@ -38,7 +37,7 @@ from safepatch.runtime.call import Begun, Call, Settings, Step
 from safepatch.runtime.corrector import SPEEDS, Corrector, Stats
 from safepatch.runtime.denoising import Denoising, Denoisings
 from safepatch.runtime.drain import Drain
-from safepatch.runtime.parts import ActivePart, Scale
+from safepatch.runtime.parts import ActivePart, Scale, check_scale, check_window, gate_mode
 from safepatch.runtime.residuals import with_residuals
 from safepatch.runtime.words import Words
 
@@ -195,13 +194,7 @@ class Handle:
 
     @scale.setter
     def scale(self, scale: Scale) -> None:
-        for value in scale.values() if isinstance(scale, Mapping) else [scale]:
-            if not 0 <= value < math.inf:  # NaN too
-                raise ConfigError(f"scale must be 0 (off) or more, not {value}")
-        for name in scale if isinstance(scale, Mapping) else ():
-            lookup(dict.fromkeys(self.categories), name, what="category of this patch")
-        for part in self._parts:
-            part.scales(scale)  # refuses what the part cannot tell apart
+        check_scale(self._parts, scale)
         self._scale = scale
         self._corrector.forget()
 
@@ -216,12 +209,7 @@ class Handle:
 
     @gate.setter
     def gate(self, gate: str | None) -> None:
-        gated = self._corrector.has_gate
-        if gate is not None and gate not in MODES:
-            raise ConfigError(f"gate must be one of {', '.join(MODES)}, not '{gate}'")
-        if gate in ("hard", "soft") and not gated:
-            raise ConfigError(f"this patch has no gate to be {gate}; fit one with `safepatch gate`, or leave gate out")
-        self._gate = gate or ("hard" if gated else "off")
+        self._gate = gate_mode(self._parts, gate)
         self._corrector.forget()
 
     @property
@@ -231,10 +219,8 @@ class Handle:
 
     @window.setter
     def window(self, window: tuple[float, float]) -> None:
-        start, end = window
-        if not 0 <= start < end <= 1:
-            raise ConfigError(f"start and end must be 0 <= start < end <= 1, not {start} and {end}")
-        self._denoisings.window = (start, end)
+        check_window(window)
+        self._denoisings.window = window
 
     @property
     def speed(self) -> str:

@@ -1,13 +1,15 @@
 """A patch module that is ready to act on one host, and how strongly it does."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from safepatch.errors import ConfigError
+from safepatch.errors import ConfigError, lookup
 from safepatch.patch import Patch
+from safepatch.patch.gate import MODES
 
 Scale = float | Mapping[str, float]
 
@@ -47,3 +49,32 @@ class ActivePart(NamedTuple):
                 "patches by cat, to keep them apart"
             )
         return torch.tensor(scales[: self.patch.groups]) * self.weight
+
+
+def check_scale(parts: Sequence[ActivePart], scale: Scale) -> None:
+    """Raise for a scale out of range, of a category that there is not, or that parts cannot tell apart."""
+    for value in scale.values() if isinstance(scale, Mapping) else [scale]:
+        if not 0 <= value < math.inf:  # NaN too
+            raise ConfigError(f"scale must be 0 (off) or more, not {value}")
+    for name in scale if isinstance(scale, Mapping) else ():
+        known = sorted({name for part in parts for name in part.categories})
+        lookup(dict.fromkeys(known), name, what="category of this patch")
+    for part in parts:
+        part.scales(scale)  # refuses what the part cannot tell apart
+
+
+def gate_mode(parts: Sequence[ActivePart], gate: str | None) -> str:
+    """How the gates of these parts are to act, `hard` by default where there are any; raises `ConfigError`."""
+    gated = any(part.patch.gate for part in parts)
+    if gate is not None and gate not in MODES:
+        raise ConfigError(f"gate must be one of {', '.join(MODES)}, not '{gate}'")
+    if gate in ("hard", "soft") and not gated:
+        raise ConfigError(f"this patch has no gate to be {gate}; fit one with `safepatch gate`, or leave gate out")
+    return gate or ("hard" if gated else "off")
+
+
+def check_window(window: tuple[float, float]) -> None:
+    """Raise `ConfigError` unless it is a part of the denoising, from 0 (pure noise) to 1 (the image)."""
+    start, end = window
+    if not 0 <= start < end <= 1:
+        raise ConfigError(f"start and end must be 0 <= start < end <= 1, not {start} and {end}")
