@@ -77,6 +77,7 @@ class Attachment:
         options = {**model_options.get("transformer_options", {}), NEGATIVE: frozenset(negative)}
         return executor(x, timestep, {**model_options, "transformer_options": options}, *rest)
 
+    @torch.compiler.disable()
     def around_unet(
         self,
         executor: Any,

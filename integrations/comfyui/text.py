@@ -58,10 +58,10 @@ class Encoder:
         return Said(pooled, states, (states, states))
 
     def register_forward_hook(self, function: Callable, **_: Any) -> RemovableHandle:
-        """Let `function(encoder, (tokens,), {}, output)` know whatever ComfyUI asks it; tokens (B, T)."""
+        """Let `function(encoder, (tokens,), {layer}, output)` know whatever ComfyUI asks it; tokens (B, T)."""
 
         def heard(model: Any, args: tuple, output: tuple) -> None:
-            function(self, (self._numbers(args[0]),), {}, output)
+            function(self, (self._numbers(args[0]),), {"layer": (model.layer, model.layer_idx)}, output)
 
         return self._model.register_forward_hook(heard)
 

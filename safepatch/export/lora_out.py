@@ -80,7 +80,11 @@ def _config_of(artifact: PatchArtifact) -> Mapping[str, Any]:
     if info.is_bundle:
         raise ConfigError("a bundle is several patches; export its parts (safepatch split), or merge them by cat")
     if info.kind != LoraPatch.kind:
-        raise ConfigError(f"a {info.kind} patch is a network of its own and no LoRA; train one with patch.kind=lora")
+        nor = ", nor a ControlNet, which would not read its instruction" if info.kind == "control" else ""
+        raise ConfigError(
+            f"a {info.kind} patch is a network of its own and no LoRA{nor}; train one with patch.kind=lora, or in "
+            "ComfyUI use safepatch's nodes (integrations/comfyui)"
+        )
     if dense := [name for name in updated_weights(artifact) if artifact.rank(f"lora.{name}") is None]:
         raise ConfigError(f"'{dense[0]}' has no factors after this merge; merge by cat, or train one patch")
     if "cross_attention_dim" not in info.fingerprint:

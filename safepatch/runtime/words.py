@@ -159,7 +159,7 @@ class Words:
         values = Places.of(*shape).take(torch.stack(layers, dim=1))
         with self._lock:
             for row, each in zip(given, zip(values, heard, strict=True), strict=True):
-                key = (number, shape, len(layers), tuple(row))
+                key = (number, shape, len(layers), kwargs.get("layer"), tuple(row))  # of one that tells one layer alone
                 self._prompts.pop(key, None)
                 self._prompts[key] = Noted(*each)
             while len(self._prompts) > max(PROMPTS, len(given)):

@@ -3,10 +3,11 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+from diffusers import ControlNetModel
 from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -16,11 +17,12 @@ from safepatch.diffusion import quiet
 from safepatch.errors import ArtifactError, BaseMismatch, ConfigError, SafepatchError, UnknownName, UnsupportedModel
 from safepatch.export import FORMATS, export, import_lora
 from safepatch.merging import merge
+from safepatch.patch import ControlPatch
 from safepatch.patch.files import to_artifact
 from safepatch.runtime.apply import apply
 from safepatch.taxonomy import Category
 from tests.families import draw, small_config, small_family_pipe
-from tests.small import INSTRUCTION, awaken, new_artifact, new_patch, new_small_pipe
+from tests.small import INSTRUCTION, awaken, new_artifact, new_patch, new_small_pipe, rows
 
 WEIGHT = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
 MINE = Category("mine", "things of the test", "no things")
@@ -138,6 +140,30 @@ def test_a_kind_that_is_no_lora_says_so(kind, tmp_path):
     with pytest.raises(ConfigError, match=f"a {kind} patch is a network of its own and no LoRA"):
         export(path, tmp_path / "x.safetensors")
     assert not (tmp_path / "x.safetensors").exists()
+
+
+@torch.no_grad()
+def test_a_control_patch_is_a_controlnet_only_where_it_is_told_the_instruction_too():
+    """Why none is exported: a pipeline, or a user interface, tells a ControlNet the prompt alone."""
+    unet = new_small_pipe().unet
+    patch = cast(ControlPatch, new_patch(unet, "control"))
+    net = ControlNetModel.from_unet(unet).eval()
+    weights = {name.removeprefix("clone."): tensor for name, tensor in patch.state_dict().items()}
+    renamed = {
+        name.replace("zero_down", "controlnet_down_blocks").replace("zero_mid", "controlnet_mid_block"): tensor
+        for name, tensor in weights.items()
+    }
+    lacking = net.load_state_dict(renamed, strict=False)
+    assert not lacking.unexpected_keys
+    assert all("cond_embedding" in name for name in lacking.missing_keys)  # of the hint, which ends in zeros
+    sample, timesteps, states = rows()
+    instruction, hint = rows(1, seed=1)[2], torch.ones(2, 3, 128, 128)
+    ours = patch(sample, timesteps, states, instruction)
+    for told, is_same in ((torch.cat((instruction.expand(2, -1, -1), states), dim=1), True), (states, False)):
+        down, mid = net(sample, timesteps, told, hint, return_dict=False)
+        pairs = zip((*ours.down, ours.mid), (*down, mid), strict=True)
+        apart = max(float((a - b).abs().max() / a.abs().max()) for a, b in pairs)
+        assert apart < 1e-4 if is_same else apart > 0.01
 
 
 def test_merges_are_exported_by_cat_alone(lora, tmp_path):
