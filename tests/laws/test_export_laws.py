@@ -142,6 +142,13 @@ def test_a_kind_that_is_no_lora_says_so(kind, tmp_path):
     assert not (tmp_path / "x.safetensors").exists()
 
 
+@pytest.mark.parametrize("kind", ["control", "lite"])
+def test_a_patch_that_is_no_lora_does_not_look_like_one_to_diffusers(kind, tmp_path):
+    path = new_artifact(new_small_pipe().unet, kind).save(tmp_path / "patch.safetensors")
+    with pytest.raises(ValueError, match="Invalid LoRA checkpoint"):
+        quiet(new_small_pipe()).load_lora_weights(str(tmp_path), weight_name=path.name)
+
+
 @torch.no_grad()
 def test_a_control_patch_is_a_controlnet_only_where_it_is_told_the_instruction_too():
     """Why none is exported: a pipeline, or a user interface, tells a ControlNet the prompt alone."""
