@@ -11,7 +11,8 @@ PY := .venv/bin/python
 READY := .venv/.ready
 TORCH := $(shell grep '^torch==' constraints.txt)
 ART := build/art
-NPM_ART := emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0 @lobehub/fluent-emoji-3d@1.1.0
+NPM_ART := emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0 @lobehub/fluent-emoji-3d@1.1.0 \
+  @lobehub/fluent-emoji-flat@1.1.0 emojione@2.2.7 openmoji@15.0.0
 # What is left of pip's output is what it downloads, what it installs, and what went wrong.
 CALM := 2>&1 | { grep --line-buffered -vE '^(Requirement already|Collecting|Looking in|Using cached)|Location .* is ignored' || true; }
 
@@ -82,9 +83,13 @@ $(READY): pyproject.toml constraints.txt
 
 $(ART)/.ready:
 	@command -v npm >/dev/null || { echo "make tiny fetches the emoji with npm; install Node.js first" >&2; exit 1; }
-	mkdir -p $(ART)/google $(ART)/twitter $(ART)/fluent
+	$(PY) -m pip install -q resvg-py -c constraints.txt
+	mkdir -p $(ART)/google $(ART)/twitter $(ART)/fluent $(ART)/flat $(ART)/emojione $(ART)/openmoji
 	cd $(ART) && npm pack --silent $(NPM_ART)
 	tar -xzf $(ART)/emoji-datasource-google-16.0.0.tgz -C $(ART)/google
 	tar -xzf $(ART)/emoji-datasource-twitter-16.0.0.tgz -C $(ART)/twitter
 	tar -xzf $(ART)/lobehub-fluent-emoji-3d-1.1.0.tgz -C $(ART)/fluent
+	tar -xzf $(ART)/lobehub-fluent-emoji-flat-1.1.0.tgz -C $(ART)/flat
+	tar -xzf $(ART)/emojione-2.2.7.tgz -C $(ART)/emojione package/assets/png_128x128
+	tar -xzf $(ART)/openmoji-15.0.0.tgz -C $(ART)/openmoji package/color/svg
 	@touch $@

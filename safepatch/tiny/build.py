@@ -1,6 +1,6 @@
 """Rebuild the embedded model from the recipe: `python -m safepatch.tiny.build WORK` (hours on two cores; resumes).
 
-Order: autoencoder, tokenizer and text encoder, UNet, detector, siblings. Checkpoints stay in WORK, so an interrupted
+Order: autoencoder, tokenizer and text encoder, UNet, detectors, siblings. Checkpoints stay in WORK, so an interrupted
 build goes on where it stopped; what ships is written to `safepatch/assets`.
 """
 
@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from safepatch.tiny.classifier import train_classifier
 from safepatch.tiny.models import ASSETS, BASE, load_tiny
+from safepatch.tiny.second import train_second
 from safepatch.tiny.siblings import RECIPES, sibling_pool, train_sibling
 from safepatch.tiny.text import train_text_encoder
 from safepatch.tiny.unet import POOL, assemble, denoising_loss, encode_pool, train_unet
@@ -31,6 +32,8 @@ def build(work: Path) -> None:
     assemble(unet, vae, text_encoder, tokenizer).to(torch.float16).save_pretrained(ASSETS / BASE)
     classifier = train_classifier(load_tiny(BASE), work / "detector.pt")
     save_file({k: v.half() if v.is_floating_point() else v for k, v in classifier.state_dict().items()}, DETECTOR)
+    second = train_second(load_tiny(BASE), work / "second.pt")
+    save_file({k: v.half() for k, v in second.state_dict().items()}, SECOND)
     (ASSETS / "siblings").mkdir(exist_ok=True)
     for name in RECIPES:
         build_sibling(name, work)
@@ -44,7 +47,7 @@ def build_sibling(name: str, work: Path) -> None:
     train_sibling(base.unet, loss, recipe, work / f"{name}.pt", out)
 
 
-DETECTOR = ASSETS / "detector.safetensors"
+DETECTOR, SECOND = ASSETS / "detector.safetensors", ASSETS / "detector-second.safetensors"
 
 if __name__ == "__main__":
     build(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/tiny"))
