@@ -3,6 +3,7 @@
 import json
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -54,7 +55,7 @@ def altered(path: Path, out: Path, change=None, text: str | None = None) -> Path
     with Image.open(path) as picture:
         picture.load()
         chunks = PngInfo()
-        chunks.add_itxt(KEYWORD, picture.text[KEYWORD] if text is None else text)
+        chunks.add_itxt(KEYWORD, text_of(picture) if text is None else text)
         copied = picture.copy()
     if change:
         change(copied)
@@ -62,7 +63,11 @@ def altered(path: Path, out: Path, change=None, text: str | None = None) -> Path
     return out
 
 
-def flip(picture: Image.Image) -> None:
+def text_of(picture: Any) -> str:
+    return picture.text[KEYWORD]
+
+
+def flip(picture: Any) -> None:
     red, green, blue = picture.getpixel((3, 4))
     picture.putpixel((3, 4), (red ^ 1, green, blue))
 
@@ -125,14 +130,14 @@ def test_a_changed_pixel_and_anothers_receipt_are_noticed(drawn, tmp_path):
     with pytest.raises(ReceiptError, match="of other pixels: one was changed, or it is another image's"):
         verify_image(changed)
     with Image.open(drawn / "shut.png") as other:
-        text = other.text[KEYWORD]
+        text = text_of(other)
     with pytest.raises(ReceiptError, match="of other pixels"):
         verify_image(altered(drawn / "opens.png", tmp_path / "others.png", text=text))
 
 
 def test_an_altered_receipt_is_noticed(drawn, tmp_path):
     with Image.open(drawn / "opens.png") as picture:
-        signed = json.loads(picture.text[KEYWORD])
+        signed = json.loads(text_of(picture))
     signed["receipt"]["identical_to_base"] = True
     with pytest.raises(ReceiptError, match="altered after it was signed"):
         verify_image(altered(drawn / "opens.png", tmp_path / "a.png", text=json.dumps(signed)))
@@ -161,7 +166,7 @@ def test_a_damaged_receipt_is_one_line(drawn, tmp_path, text):
 @pytest.mark.parametrize(("name", "value"), [("seed", "7"), ("size", [64]), ("steps", True), ("patch", {"hash": 1})])
 def test_a_receipt_with_a_field_of_another_kind_is_refused(drawn, tmp_path, name, value):
     with Image.open(drawn / "opens.png") as picture:
-        receipt = json.loads(picture.text[KEYWORD])["receipt"]
+        receipt = json.loads(text_of(picture))["receipt"]
     text = sealed({**receipt, name: value}, None)
     with pytest.raises(ReceiptError, match="damaged"):
         verify_image(altered(drawn / "opens.png", tmp_path / "x.png", text=text))
@@ -211,7 +216,7 @@ def test_replayed_it_is_the_same_and_another_patch_model_or_prompt_is_refused(pi
 
 def test_a_receipt_that_lies_does_not_survive_a_replay(pipe, drawn, tmp_path):
     with Image.open(drawn / "opens.png") as picture:
-        receipt = json.loads(picture.text[KEYWORD])["receipt"]
+        receipt = json.loads(text_of(picture))["receipt"]
     for name, value, says in (("seed", 8, "pixels of"), ("identical_to_base", True, "without the patch")):
         lying = altered(drawn / "opens.png", tmp_path / "x.png", text=sealed({**receipt, name: value}, None))
         with pytest.raises(ReceiptError, match=says):
