@@ -194,6 +194,7 @@ def test_a_body_that_does_not_arrive_is_not_waited_for(small_pipe):
 
         async def never():
             await asyncio.sleep(60)
+            return {"type": "http.disconnect"}
 
         async def send(message):
             sent.append(message)
