@@ -8,6 +8,7 @@ import typer
 
 from safepatch.cli import app, say
 from safepatch.cli.options import AllowPickle, Device, Tokenizer, opened
+from safepatch.errors import ArtifactError
 
 guards = typer.Typer(help="Which prompts are for a category: a classifier of prompts.", no_args_is_help=True)
 app.add_typer(guards, name="guard")
@@ -125,5 +126,8 @@ def inspect(
     say(f"hash           {stated_hash(guard)}", f"encoder        {info.encoder}")
     for name, definition in info.categories.items():
         say(f"{name}: {definition}; from {info.thresholds[name]:.3f} on")
-    for name, report in info.report.items():
-        say("", TITLES.get(name, name), "", *table(report))
+    try:
+        for name, report in info.report.items():
+            say("", TITLES.get(name, name), "", *table(report))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ArtifactError(f"{guard}: damaged: its report cannot be read ({error!r}); see --json") from error

@@ -55,6 +55,9 @@ class GuardInfo:
         if not all(isinstance(value, float) and 0 < value < 1 for value in thresholds.values()):
             raise ArtifactError("damaged: a guard's thresholds must be within (0, 1); train it again")
         lookup(ENCODERS, self.encoder, what="text encoder")
+        for said in self.rewrites.values():
+            for concept in said:
+                Concept(**concept)
 
 
 class Guard:

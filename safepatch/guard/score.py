@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import dropwhile, islice
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TextIO
 
@@ -81,6 +81,8 @@ def score_file(guard: Guard, path: Path, out: Path, column: str | None = None) -
                 writer.writerows(_scored(guard, some, tally))
                 shown.update(len(some))
             shown.close()
+    except csv.Error as error:
+        raise PromptError(f"{path.name} is damaged after row {tally.rows} ({error}); correct it") from error
     except FileNotFoundError as error:
         raise PromptError(f"no prompt file {path}; check the path") from error
     except OSError as error:
@@ -129,7 +131,7 @@ def _rows(lines: TextIO, path: Path, column: str | None) -> Iterator[Row]:
 
 
 def _cells(lines: TextIO, path: Path, column: str | None, delimiter: str) -> Iterator[Row]:
-    rows = csv.reader((line for line in lines if not line.startswith("#")), delimiter=delimiter)
+    rows = csv.reader(dropwhile(lambda line: line.startswith("#"), lines), delimiter=delimiter)
     header = [name.strip() for name in next(rows, [])]
     wanted = [plain(column)] if column else NAMES["prompt"]
     name = match(header, wanted)
