@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from safepatch.diffusion import encode_prompts
 from safepatch.diffusion.components import Components
-from tests.families import _unet_name, small_family_pipe, write_original
+from tests.families import small_family_pipe, unet_name, write_original
 
 NODES = Path(__file__).parents[1] / "integrations" / "comfyui"
 WRAPPERS = {"OUTER_SAMPLE": "outer_sample", "PREDICT_NOISE": "predict_noise", "DIFFUSION_MODEL": "diffusion_model"}
@@ -135,7 +135,7 @@ class StubModel:
 
     def get_key_patches(self, prefix: str) -> dict[str, list[tuple[Tensor, Callable]]]:
         unet = self.model.diffusion_model.unet[0]
-        state = {f"{prefix}{_unet_name(name, unet)}": tensor for name, tensor in unet.state_dict().items()}
+        state = {f"{prefix}{unet_name(name, unet)}": tensor for name, tensor in unet.state_dict().items()}
         return {name: [(tensor, lambda weight, **_: weight)] for name, tensor in state.items()}
 
 

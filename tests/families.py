@@ -171,7 +171,7 @@ def draw(pipe: Any, **options: Any) -> Tensor:
 def original_layout(pipe: Any, family: str) -> dict[str, Tensor]:
     """Every weight of the pipeline under its name and in its shape in the original layout."""
     family = family.removesuffix("-inpaint")
-    tensors = {f"model.diffusion_model.{_unet_name(name, pipe.unet)}": t for name, t in pipe.unet.state_dict().items()}
+    tensors = {f"model.diffusion_model.{unet_name(name, pipe.unet)}": t for name, t in pipe.unet.state_dict().items()}
     for name, tensor in pipe.vae.state_dict().items():
         attention = ".attentions." in name and tensor.ndim == 2  # was a 1 x 1 convolution
         tensors[f"first_stage_model.{_vae_name(name)}"] = tensor[:, :, None, None] if attention else tensor
@@ -204,7 +204,7 @@ UNET_ENDS = {
 }  # fmt: skip
 
 
-def _unet_name(name: str, unet: Any) -> str:
+def unet_name(name: str, unet: Any) -> str:
     layer, _, end = name.rpartition(".")
     if layer in UNET_ENDS:
         return f"{UNET_ENDS[layer]}.{end}"

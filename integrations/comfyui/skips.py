@@ -11,7 +11,7 @@ from safepatch.patch.base import plus
 from safepatch.runtime.call import Begun
 from safepatch.runtime.corrector import Corrector
 
-Rows = slice | Tensor
+from .rows import Rows
 
 
 class Skips:
