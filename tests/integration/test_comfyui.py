@@ -61,9 +61,10 @@ def gated(unet: Any, kind: str, bias: float, category: str = "weapons", seed: in
         patch = new_patch(unet, kind, seed=None)
         patch.add_gate(unet, 4)
         awaken(patch, seed, 0.05)
-        for parameter in patch.gate.parameters():
+        gate: Any = patch.gate
+        for parameter in gate.parameters():
             parameter.zero_()
-        patch.gate.bias.fill_(bias)
+        gate.bias.fill_(bias)
         artifact = to_artifact(patch, unet, {category: INSTRUCTION}, license="MIT")
     config = {**artifact.info.config, "gate": {category: {"threshold": 0.5}}}
     return replace(artifact, info=replace(artifact.info, config=config))
@@ -336,27 +337,32 @@ def test_it_refuses_in_one_line_what_it_cannot_do(world):
         assert "\n" not in str(caught.value)
 
 
+def changeable(world) -> Any:
+    """Another model of the stub, of the same weights."""
+    return StubModel(world.pipe.unet)
+
+
 def test_it_refuses_models_that_it_does_not_know():
     world = stub_world()
     artifact = gated(world.pipe.unet, "control", OPEN)
     world.apply(artifact)  # control
-    model = StubModel(world.pipe.unet)
-    model.sampling.timestep = lambda sigma: 0.25 * sigma.log()  # type: ignore[method-assign]
+    model = changeable(world)
+    model.sampling.timestep = lambda sigma: 0.25 * sigma.log()
     with pytest.raises(UnsupportedModel, match="does not count its timesteps"):
         world.apply(artifact, model=model)
-    model = StubModel(world.pipe.unet)
+    model = changeable(world)
     stored = model.get_key_patches
 
     def changed(prefix: str) -> Any:
         return {name: [(part[0][0].to(torch.int8), part[0][1])] for name, part in stored(prefix).items()}
 
-    model.get_key_patches = changed  # type: ignore[method-assign]
+    model.get_key_patches = changed
     with pytest.raises(UnsupportedModel, match="weights are quantized"):
         world.apply(artifact, model=model)
-    model.get_key_patches = lambda prefix: {n: p for n, p in stored(prefix).items() if "middle" not in n}  # type: ignore
+    model.get_key_patches = lambda prefix: {n: p for n, p in stored(prefix).items() if "middle" not in n}
     with pytest.raises(UnsupportedModel, match="is not of Stable Diffusion 1, 2 or XL"):
         world.apply(artifact, model=model)
-    model.get_key_patches = lambda prefix: {n: p for n, p in stored(prefix).items() if "output_blocks.5" not in n}  # type: ignore
+    model.get_key_patches = lambda prefix: {n: p for n, p in stored(prefix).items() if "output_blocks.5" not in n}
     with pytest.raises(UnsupportedModel, match=r"Stable Diffusion 1, 2 (or|and) XL"):
         world.apply(artifact, model=model)
     model.model = type("Flux", (), {"diffusion_model": object()})()
