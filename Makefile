@@ -16,7 +16,7 @@ NPM_ART := emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0 @lobeh
 # What is left of pip's output is what it downloads, what it installs, and what went wrong.
 CALM := 2>&1 | { grep --line-buffered -vE '^(Requirement already|Collecting|Looking in|Using cached)|Location .* is ignored' || true; }
 
-.PHONY: help demo test check fuzz soak table merge-table transfer-table attacks attacks-search patches wheel tiny clean
+.PHONY: help demo test check docs fuzz soak table merge-table transfer-table attacks attacks-search patches wheel tiny clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -32,6 +32,11 @@ check: $(READY)  ## lint, formatting, types, layering, README tables
 	.venv/bin/ruff format --check
 	.venv/bin/pyright
 	$(PY) -m pytest -q tests/unit/test_layering.py $(wildcard tests/unit/test_readme*.py)
+
+docs: $(READY)  ## build the documentation into build/docs; any warning is an error
+	@$(PY) -m pip install -q -e '.[docs]' -c constraints.txt $(CALM)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	@echo build/docs/index.html
 
 fuzz: $(READY)  ## mutate patch files, 3000 of them, and show them to every reader (minutes)
 	$(PY) tests/stress/fuzz.py --mutants 3000
