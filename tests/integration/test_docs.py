@@ -54,6 +54,7 @@ def test_control_a_wrong_command_is_noticed(command: str) -> None:
         parsed(command)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.stem)
 def test_the_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "patches").symlink_to(ROOT / "patches")
