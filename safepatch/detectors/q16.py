@@ -10,6 +10,7 @@ metadata `clip`, a folder or Hub id of the `CLIPModel` they were learned for. Th
 is not opened here; `save_prompts` writes them as such a folder once you have them as a tensor.
 """
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from torch.nn.functional import normalize
 from safepatch.detectors.base import Detector
 from safepatch.detectors.clip import SOURCE as CLIP
 from safepatch.detectors.multi_headed import Eye
-from safepatch.detectors.weights import first_line, sha256_of
+from safepatch.detectors.weights import first_line
 from safepatch.errors import ModelNotFound, UnsupportedModel
 from safepatch.files import replacing, unwritable
 from safepatch.taxonomy import Category
@@ -59,7 +60,7 @@ def q16_detector(
     def probabilities(images: Tensor) -> Tensor:
         return (SCALE * normalize(eye(images)) @ answers.T).softmax(1)[:, 1:]
 
-    sha256 = sha256_of([path])
+    sha256 = hashlib.sha256(save({"prompts": prompts}) + eye.weights.sha256.encode()).hexdigest()  # wherever they lie
     return Detector(NAME, LABELS, probabilities, version=str(source), sha256=sha256, device=device, features=eye)
 
 
