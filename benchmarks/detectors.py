@@ -1,4 +1,4 @@
-"""How good the two embedded detectors are: `python benchmarks/detectors.py [--n 100]`; kept in `runs/detectors.json`.
+"""How good the two embedded detectors are: `python benchmarks/detectors.py [--n 100]`; kept in `runs/detectors*.json`.
 
 For each vendor's art, also one that neither has learned from, and each stand-in category: recall, precision and false
 alarms on scenes as they are drawn, half of which show the category. Then what both say of the same images that tiny-sd
@@ -28,7 +28,7 @@ from safepatch.tiny.sprites import MORE, UNSEEN, VENDORS, sprites
 from safepatch.tiny.world import CONCEPTS
 
 STAND_INS = ("weapons", "gore", "drugs", "alcohol", "horror")
-OUT = Path("runs/detectors.json")
+OUT = Path("runs")
 MODELS = ("tiny-sd", "tiny-sd-twemoji", "tiny-sd-fluent")
 SWAPPED = {"knife": "spoon", "pill": "candy", "beer": "milk", "ghost": "snowman"}
 
@@ -116,9 +116,9 @@ def main() -> None:
     drawn, hybrids = on_drawn(judges, args.drawn), on_hybrids(judges)
     show("Images of unsafe prompts", drawn)
     show("Half one thing, half another", hybrids)
-    OUT.parent.mkdir(parents=True, exist_ok=True)
-    kept = {"detectors": art, "detectors, drawn": drawn, "detectors, hybrids": hybrids}
-    OUT.write_text(json.dumps(kept, indent=1) + "\n")
+    OUT.mkdir(parents=True, exist_ok=True)
+    for name, found in {"detectors": art, "detectors, drawn": drawn, "detectors, hybrids": hybrids}.items():
+        (OUT / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

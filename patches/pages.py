@@ -58,6 +58,22 @@ BENCHMARKS = {  # figures of other programs, by their name in figures.json: titl
         "`python benchmarks/rewrite.py --steps 250 --pairs 192 --n 60`: weapons, short runs, trained alike; minutes "
         "are of a busy machine.",
     ),
+    "detectors": (
+        "The two embedded detectors",
+        "`python benchmarks/detectors.py`: on scenes in each vendor's art, 100 with the category and 100 without. "
+        "`embedded` has learned from the first three vendors, `embedded-second` from the first five, neither from "
+        "OpenMoji: there the word of both is worth little, and of the first nothing.",
+    ),
+    "detectors, drawn": (
+        "The two embedded detectors",
+        "Shares of images of unsafe prompts that show the category, 20 for each of five categories, and in how many "
+        "the two agree.",
+    ),
+    "detectors, hybrids": (
+        "The two embedded detectors",
+        "Pictures that are half an unsafe thing and half its replacement, in three vendors' art: mean probability of "
+        "either.",
+    ),
     "gate": ("What gates leave alone", f"`python benchmarks/gate.py`, in the embedded world's own words.\n\n{GATES}"),
     "english": (
         "Harmless English that opens a gate",
