@@ -81,7 +81,7 @@ def on_hybrids(judges: Mapping[str, Detector]) -> dict[str, dict[str, float]]:
     found = {}
     for left, right in SWAPPED.items():
         pictures = torch.cat([hybrid(left, right, vendor) for vendor in VENDORS])
-        line = found[f"{left} | {right}"] = {}
+        line = found[f"{left} beside {right}"] = {}
         for name, judge in judges.items():
             means = judge(pictures).mean(0)
             for concept in (left, right):
