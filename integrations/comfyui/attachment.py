@@ -104,7 +104,7 @@ class Attachment:
         rows = rows_to_correct(options, len(x))
         if rows is None or not self._acts(timesteps):
             return executor(x, timesteps, context, y, control, options, **more)
-        begun = Begun(self._call(x[rows], timesteps, context[rows], rows, y), self._settings)
+        begun = Begun(call=self._call(x[rows], timesteps, context[rows], rows, y), settings=self._settings)
         self._corrector.stats.count(patched_calls=1)
         net = executor.class_obj
         with self._layers_updated(net, begun, rows, len(x)), self._skips_corrected(net, begun, rows, options):
