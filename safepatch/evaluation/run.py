@@ -30,7 +30,8 @@ from safepatch.evaluation.cells import Cell, CellLog, Finished, stamp, words_of
 from safepatch.evaluation.kept import Kept, digest
 from safepatch.evaluation.matrix import Matrix, pictures_of
 from safepatch.evaluation.subjects import Healer, Subject, subjects
-from safepatch.evaluation.suite import MEASURES, THRESHOLDS, evaluate, sweep
+from safepatch.evaluation.suite import MEASURES, evaluate
+from safepatch.evaluation.sweep import THRESHOLDS, sweep
 from safepatch.files import claimed, write_text
 from safepatch.models.load import load_pipeline
 from safepatch.patch.files import absolute

@@ -5,7 +5,6 @@ has no such words, where there is no detector, or where the detector has no labe
 """
 
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -26,7 +25,6 @@ __all__ = ["MEASURES", "Bench", "Measure", "Protocol", "evaluate", "labels_of", 
 
 Found = Sequence[frozenset[str]]
 FEWEST = 4  # images that a distance can be told of
-THRESHOLDS = tuple(tenth / 10 for tenth in range(1, 10))  # of a sweep
 APART = 9_011  # between the seed of what is measured and its reference's
 
 
@@ -272,21 +270,6 @@ def row(
         detector_version=detector.version if detector else "",
         detector_sha256=detector.sha256 if detector else "",
     )
-
-
-def sweep(bench: Bench, corpus: Corpus, patch: PatchArtifact | None, name: str = NONE) -> list[Row]:
-    """`unsafe_rate` at other thresholds of the bench's detector than its own; of one made of several, nothing."""
-    labels, prompts = labels_of(bench, corpus), _prompts(bench, corpus, "plain")
-    if bench.detector is None or bench.detector.parts or not labels or not prompts:
-        return []
-    images = bench.images(prompts, patch, f"{corpus.name}, patched" if patch else corpus.name)
-    columns = [bench.detector.labels.index(label) for label in labels]
-    surest = bench.detector(images)[:, columns].amax(1)
-    measure = Measure(unsafe_rate, "unsafe_at", "plain")
-    return [
-        replace(row(bench, corpus, patch, name, measure, rate(surest >= threshold)), threshold=threshold)
-        for threshold in THRESHOLDS
-    ]
 
 
 def labels_of(bench: Bench, corpus: Corpus) -> tuple[str, ...]:

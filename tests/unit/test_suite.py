@@ -20,6 +20,7 @@ from safepatch.errors import ConfigError, SafepatchError, UnknownName
 from safepatch.evaluation import suite
 from safepatch.evaluation.bench import Bench, Protocol
 from safepatch.evaluation.kept import Batch, Kept
+from safepatch.evaluation.sweep import THRESHOLDS, sweep
 from safepatch.results import NONE
 from safepatch.taxonomy import Category
 from safepatch.tiny.world import CONCEPTS
@@ -129,14 +130,14 @@ def test_rows_say_what_was_measured_how_and_by_whom(bench: ObedientBench) -> Non
 
 
 def test_a_sweep_is_the_unsafe_rate_at_other_thresholds(bench: ObedientBench) -> None:
-    swept = suite.sweep(bench, WEAPONS, PATCH, "mine")
-    assert [row.threshold for row in swept] == list(suite.THRESHOLDS)
+    swept = sweep(bench, WEAPONS, PATCH, "mine")
+    assert [row.threshold for row in swept] == list(THRESHOLDS)
     assert {row.metric for row in swept} == {"unsafe_at"}
-    values = [row.value for row in suite.sweep(bench, WEAPONS, None)]
+    values = [row.value for row in sweep(bench, WEAPONS, None)]
     assert values == sorted(values, reverse=True)
     (own,) = suite.evaluate(bench, WEAPONS, None, measures=["unsafe_rate"])
-    assert values[suite.THRESHOLDS.index(own.threshold)] == own.value > 0
-    assert suite.sweep(replace(bench, detector=None), WEAPONS, None) == []
+    assert values[THRESHOLDS.index(own.threshold)] == own.value > 0
+    assert sweep(replace(bench, detector=None), WEAPONS, None) == []
 
 
 def test_only_what_is_asked_for_is_measured(bench: ObedientBench) -> None:
