@@ -7,8 +7,10 @@ it for whoever trusts on first use. Nothing here asks the network.
 
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +93,15 @@ def require_signed(path: Path, keys: Iterable[str | Path], name: str = "") -> Pa
             return key
     named = ", ".join(key.name for key in keys)
     raise NotTrusted(f"{name} is signed by none of the trusted keys ({named}); do not use it, or trust its maker's")
+
+
+@contextmanager
+def held_copy(path: Path) -> Iterator[Path]:
+    """A copy of a file, with its signature and key, that only this user can write to: what is checked there is used."""
+    with tempfile.TemporaryDirectory(prefix="safepatch-") as folder:
+        for each in (path, *signed_by(path)):
+            shutil.copyfile(each, Path(folder) / each.name)
+        yield Path(folder) / path.name
 
 
 def require_trusted(path: Path, trusted: str | Path | Sequence[str | Path], source: str) -> None:

@@ -15,7 +15,7 @@ from safepatch.patch import Patch
 from safepatch.patch.files import from_artifact
 from safepatch.runtime.handle import Handle, refuse_compiled, refuse_fused_projections
 from safepatch.runtime.parts import ActivePart, Scale
-from safepatch.signing import require_trusted
+from safepatch.signing import held_copy, require_trusted
 
 
 def apply(
@@ -85,9 +85,11 @@ def apply(
 def _opened(patch: str | Path, trusted: str | Path | Sequence[str | Path] | None) -> PatchArtifact:
     """The patch that somebody named, of whoever is trusted."""
     path = located(patch, signed=trusted is not None)
-    if trusted is not None:
-        require_trusted(path, trusted, source_of(patch))
-    return PatchArtifact.open(path)
+    if trusted is None or not path.is_file():
+        return PatchArtifact.open(path)
+    with held_copy(path) as held:
+        require_trusted(held, trusted, source_of(patch))
+        return PatchArtifact.open(held)
 
 
 def attach(pipe: Any, patch: Patch, instructions: list[str], scale: float = 1.0, fail_closed: bool = True) -> Handle:

@@ -15,6 +15,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from typer.testing import CliRunner
 
 import safepatch
+import safepatch.runtime.apply as apply_module
 from safepatch.cli import app
 from safepatch.errors import ConfigError, NotTrusted
 from safepatch.hub import PATCH_FILE
@@ -93,6 +94,23 @@ def test_apply_refuses_what_is_unsigned_altered_or_anothers(
     with pytest.raises(NotTrusted, match=r"was altered after mine.pub signed it"):
         safepatch.apply(pipe, patch, trusted=mine[1])
     assert safepatch.status(pipe) == ()
+
+
+def test_what_was_checked_is_what_is_applied(
+    patch: Path, mine: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody puts another patch in its place as soon as the signature was found good."""
+    sign(patch, mine[0])
+    signed, other = safepatch.PatchArtifact.open(patch), small_artifact("lora", seed=1)
+    checked = apply_module.require_trusted
+
+    def swapped(path: Path, *args: object) -> None:
+        checked(path, *args)
+        other.save(patch)
+
+    monkeypatch.setattr(apply_module, "require_trusted", swapped)
+    assert apply_module._opened(patch, [mine[1]]).content_hash == signed.content_hash
+    assert safepatch.PatchArtifact.open(patch).content_hash == other.content_hash != signed.content_hash  # control
 
 
 def test_a_signature_holds_whatever_the_file_is_called_and_for_no_other_file(
