@@ -14,6 +14,7 @@ from safepatch.patch.gate import TextGate
 
 MOST = 2048  # windows of one prompt; of one with more, which no encoder reads at once, the gates open
 BATCH = 64  # windows judged at a time
+SAMPLE: Window = ()  # that tells encoders apart: nothing between a start and an end
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -46,6 +47,11 @@ class Memo(Generic[K, V]):
                 self._made.popitem(last=False)
         return known
 
+    def forget(self) -> None:
+        """Forget all."""
+        with self._lock:
+            self._made.clear()
+
     def __len__(self) -> int:
         """How many are remembered."""
         return len(self._made)
@@ -72,8 +78,23 @@ class WindowGates:
         self._components = components
         self._gates = [gate for gate, _ in gates]
         self._spelling = Spelling(components.text_encoders()[0][0])
+        self._reading = list[Tensor]()
         self.widths = torch.tensor([width for _, widths in gates for width in widths])
         self.memo = Memo[Window, Tensor](room)
+
+    @torch.no_grad()
+    def renew(self) -> None:
+        """Forget what was made of windows if the text encoders read otherwise since, as with a LoRA or a new token."""
+        pairs = self._components.text_encoders()
+        learned = [sorted(tokenizer.get_added_vocab().values()) for tokenizer, _ in pairs]
+        reading = [torch.tensor(learned[0]), encode_windows(self._components, [SAMPLE])]
+        reading += [
+            encoder.get_input_embeddings().weight[some] for some, (_, encoder) in zip(learned, pairs, strict=True)
+        ]
+        if self._reading and not all(map(torch.equal, reading, self._reading)):
+            self._spelling = Spelling(pairs[0][0])
+            self.memo.forget()
+        self._reading = reading
 
     def bag(self, tokens: Sequence[int]) -> list[Window]:
         """The distinct windows of a prompt that is given as tokens."""

@@ -167,6 +167,7 @@ class Words:
 
     def _read(self, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
         """What each gate makes of the strongest window of each prompt, given as tokens: (gates,) logits for each."""
+        self._windows.renew()
         bags = [self._windows.bag(tokens) for tokens in prompts]
         judged = self._windows.judged(bags)
         return [self._windows.strongest(bag, judged) for bag in bags]

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import Tensor
 
 from safepatch.artifact.patch_artifact import PatchArtifact
@@ -209,6 +210,54 @@ def test_what_a_gate_made_of_words_is_forgotten_in_order_and_judged_again(small_
         assert handle.stats.open_rows == 4
         assert len(handle._words._prompts) == 4
         assert len(handle._words._windows.memo) == 2
+
+
+def other_weights(pipe) -> None:
+    with torch.no_grad():
+        pipe.text_encoder.encoder.layers[0].self_attn.v_proj.weight.mul_(-1)
+
+
+def an_adapter(pipe) -> None:
+    pipe.text_encoder.add_adapter(LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False))
+
+
+@pytest.mark.parametrize("change", [other_weights, an_adapter])
+def test_what_a_gate_made_of_words_is_forgotten_when_the_encoder_reads_otherwise(small_pipe, change):
+    components, artifact = Components.of(small_pipe), listening(small_pipe)
+
+    def new_listener() -> Words:
+        return Words(components, [activate(part, components) for part in artifact.parts()])
+
+    def heard_by(listener: Words) -> Tensor:
+        return listener.behind(encode_prompts(components, [KNIFE]))[0]
+
+    listener = new_listener()
+    before = heard_by(listener)
+    assert torch.equal(heard_by(listener), before)
+    change(small_pipe)
+    fresh = heard_by(new_listener())
+    assert not torch.allclose(fresh, before, atol=1e-3)  # the control
+    assert torch.equal(heard_by(listener), fresh)
+
+
+def learn(pipe, token: str, like: str) -> None:
+    """Give the pipeline a token that its encoder reads as another word, as textual inversion does."""
+    if token in pipe.tokenizer.get_added_vocab():
+        pipe.unload_textual_inversion([token])
+    pipe.load_textual_inversion(pipe.text_encoder.get_input_embeddings().weight[spelled(pipe, like)[0][0]], token=token)
+
+
+def test_tokens_learned_while_a_patch_is_applied_are_words_of_their_own(small_pipe):
+    with apply(small_pipe, listening(small_pipe)) as handle:
+        draw(small_pipe, prompt="a cat")
+        learn(small_pipe, "<it>", "dog")
+        draw(small_pipe, prompt="a <it>")
+        assert handle.stats.open_rows == 0  # the control
+        draw(small_pipe, prompt="a <it> knife")
+        assert handle.stats.open_rows == 2
+        learn(small_pipe, "<it>", KNIFE)
+        draw(small_pipe, prompt="a <it>")
+        assert handle.stats.open_rows == 4
 
 
 def test_more_windows_than_are_read_open_the_gate_and_it_says_so(small_pipe, monkeypatch):
