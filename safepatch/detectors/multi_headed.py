@@ -5,8 +5,9 @@ arXiv 2305.13873, section 4: a head is two linear layers with a batch norm betwe
 brought to unit length, trained by binary cross-entropy on a class-balanced sampler. A picture is unsafe when any head
 says so.
 
-Theirs cannot be had (no license), so a user trains one of labelled pictures: `safepatch detector train`. Unlike their
-published evaluation, ours reads every picture as a whole, never a random crop of it.
+Theirs cannot be shipped (no license): a user trains one of labelled pictures (`safepatch detector train`), or names the
+folder of their published heads. Unlike their published evaluation, ours reads every picture as a whole, never a random
+crop of it.
 """
 
 import hashlib
@@ -17,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
@@ -26,6 +26,7 @@ from transformers import CLIPModel
 from safepatch.detectors.base import Detector
 from safepatch.detectors.clip import SOURCE as CLIP
 from safepatch.detectors.clip import clip_pixels
+from safepatch.detectors.head_files import FILE, read_heads
 from safepatch.detectors.weights import Weights, find_weights, first_line, load_model
 from safepatch.errors import ConfigError, ModelNotFound, UnsupportedModel
 from safepatch.files import replacing, unwritable
@@ -33,7 +34,6 @@ from safepatch.progress import bar
 from safepatch.taxonomy import Category
 
 NAME = "multi-headed"
-FILE = "heads.safetensors"
 HIDDEN, DROPPED = 384, 0.5
 RATE, BATCH, EPOCHS = 2e-4, 64, 31  # theirs
 FEWEST = 300  # steps, of however few pictures
@@ -91,7 +91,7 @@ class Eye:
 def multi_headed_detector(
     categories: Sequence[Category], source: str | Path | None = None, device: str | torch.device = "cpu"
 ) -> Detector:
-    """The classifier in a folder that `safepatch detector train` wrote; a label for each of its heads.
+    """The classifier in a folder that `safepatch detector train` wrote, or of published heads; a label for each head.
 
     Args:
         categories: not needed: its labels are its own.
@@ -107,12 +107,11 @@ def multi_headed_detector(
             f"detector '{NAME}' has no weights of its own; train one (safepatch detector train), and name its folder: "
             f"{NAME}@FOLDER"
         )
-    path = Path(source).expanduser() / FILE
-    tensors, about = _read(path)
-    eye = Eye.open(about["clip"], device)
-    if eye.weights.sha256 != about["clip_sha256"]:
-        raise UnsupportedModel(f"{path} was trained on another CLIP than {eye.weights.version}; train it again")
-    heads = {name: _head(name, tensors, eye.width, path).to(device) for name in about["labels"]}
+    read = read_heads(Path(source).expanduser(), NAME)
+    eye = Eye.open(read.clip, device)
+    if read.clip_sha256 and eye.weights.sha256 != read.clip_sha256:
+        raise UnsupportedModel(f"{read.path} was trained on another CLIP than {eye.weights.version}; train it again")
+    heads = {name: _head(name, own, eye.width, read.path).to(device) for name, own in read.tensors.items()}
 
     @torch.no_grad()
     def features(images: Tensor) -> Tensor:
@@ -123,7 +122,7 @@ def multi_headed_detector(
         seen = eye(images)
         return torch.sigmoid(torch.stack([head(seen) for head in heads.values()], dim=1))
 
-    content = save(tensors) + eye.weights.sha256.encode()  # wherever they lie
+    content = read.content + eye.weights.sha256.encode()
     sha256 = hashlib.sha256(content).hexdigest()
     return Detector(
         NAME, tuple(heads), probabilities, version=str(source), sha256=sha256, device=device, features=features
@@ -178,25 +177,10 @@ def save_heads(heads: Mapping[str, Head], eye: Eye, clip: str | Path | None, fol
     return path
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    if not path.is_file():
-        raise ModelNotFound(f"{path.parent} holds no {FILE} for detector '{NAME}'; safepatch detector train writes one")
+def _head(name: str, own: Mapping[str, Tensor], width: int, path: Path) -> Head:
+    head = Head(width)
     try:
-        with safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {})[NAME])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- not a dictionary
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise UnsupportedModel(f"{path} cannot be read as heads ({first_line(error)}); train it again") from error
-    fields = {"labels": list, "clip": str, "clip_sha256": str}
-    if not isinstance(about, dict) or not all(isinstance(about.get(key), kind) for key, kind in fields.items()):
-        raise UnsupportedModel(f"{path} does not say its labels and its CLIP; train it again")
-    return tensors, about
-
-
-def _head(name: str, tensors: Mapping[str, Tensor], width: int, path: Path) -> Head:
-    head, own = Head(width), {k.removeprefix(f"{name}."): t for k, t in tensors.items() if k.startswith(f"{name}.")}
-    try:
-        head.load_state_dict(own)
+        head.layers.load_state_dict(own)
     except RuntimeError as error:
         raise UnsupportedModel(f"{path}: head '{name}' does not fit ({first_line(error)}); train it again") from error
     return head.eval().requires_grad_(False)

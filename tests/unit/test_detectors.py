@@ -363,6 +363,65 @@ def test_heads_that_cannot_be_used_are_one_line(heads, clip, tmp_path):
     assert opened("multi-headed", heads, VIOLENT).labels  # control
 
 
+@pytest.fixture
+def published(heads, tmp_path) -> Path:
+    """The same heads as Unsafe Diffusion published theirs: a pickled state of layers for each, and no word of CLIP."""
+    tensors = load_file(heads / "heads.safetensors")
+    for label, name in {"violent": "violent.pt", "sexual": "sexual_head.pt"}.items():
+        front = f"{label}.layers."
+        torch.save({k.removeprefix(front): t for k, t in tensors.items() if k.startswith(front)}, tmp_path / name)
+    shutil.copytree(heads / "clip", tmp_path / "clip")
+    return tmp_path
+
+
+def test_published_heads_say_what_ours_say(heads, published):
+    pictures, ours, theirs = (
+        new_pictures(3),
+        opened("multi-headed", heads, VIOLENT),
+        opened("multi-headed", published, VIOLENT),
+    )
+    assert theirs.labels == ("sexual", "violent")
+    torch.testing.assert_close(theirs(pictures), ours(pictures).flip(1), rtol=0, atol=0)
+    assert not torch.equal(ours(pictures)[:, 0], ours(pictures)[:, 1])  # control: the two heads differ
+    assert theirs.sha256
+    whole = {f"projection_head.{k}": t for k, t in torch.load(published / "violent.pt").items()}
+    torch.save(whole, published / "violent.pt")  # as the state of their whole class names them
+    torch.testing.assert_close(opened("multi-headed", published, VIOLENT)(pictures), theirs(pictures), rtol=0, atol=0)
+
+
+class Trap:
+    """Whoever unpickles it freely leaves a file behind."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return (Path.touch, (self.path,))
+
+
+def test_published_heads_that_cannot_be_used_are_one_line_and_nothing_of_theirs_is_run(published):
+    sprung, good = published / "sprung", (published / "violent.pt").read_bytes()
+    bad: dict[str, object] = {
+        "only a state of tensors is opened": {"0.weight": Trap(sprung)},
+        "holds no tensors by name": [torch.zeros(2)],
+        "head 'violent' does not fit": {"0.weight": torch.zeros(3, 3)},
+    }
+    for said, content in bad.items():
+        torch.save(content, published / "violent.pt")
+        with pytest.raises(UnsupportedModel, match=said) as caught:
+            opened("multi-headed", published, VIOLENT)
+        assert "\n" not in str(caught.value)
+    assert not sprung.exists()
+    torch.save(bad["only a state of tensors is opened"], published / "trap.pt")
+    torch.load(published / "trap.pt", weights_only=False)
+    assert sprung.exists()  # control: a free loader runs it
+    (published / "trap.pt").unlink()
+    (published / "violent.pt").write_bytes(good)
+    (published / "violent_head.pt").write_bytes(good)
+    with pytest.raises(UnsupportedModel, match="two heads of one label"):
+        opened("multi-headed", published, VIOLENT)
+
+
 def test_heads_learn_to_tell_embeddings_apart_and_equal_seeds_learn_alike():
     generator = torch.Generator().manual_seed(0)
     safe, violent = torch.randn(80, 16, generator=generator), torch.randn(30, 16, generator=generator)
