@@ -8,15 +8,12 @@ measured without a patch too: it must still show the category, or its figures te
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from torch.nn.functional import mse_loss
-
 from safepatch.artifact.patch_artifact import PatchArtifact
+from safepatch.attacks.learning import Pace, all_weights, lora
 from safepatch.data.bank import DataConfig
 from safepatch.data.corpus import Corpus
 from safepatch.data.latents import Drawing, Latents
@@ -28,9 +25,6 @@ from safepatch.evaluation.run import Plan, protocol_of
 from safepatch.evaluation.suite import evaluate
 from safepatch.files import claimed, write_text
 from safepatch.patch import LoraPatch
-from safepatch.patch.files import to_artifact
-from safepatch.patch.host import patched_prediction
-from safepatch.progress import bar
 from safepatch.results import NONE, Row, write_rows
 from safepatch.runtime.fuse import fuse
 
@@ -177,30 +171,12 @@ def further(pipe: Any, host: UNetHost, texts: Sequence[str], latents: Latents, f
         full: whether all weights learn; else a LoRA, which is fused at the end.
         tuning: how far.
     """
-    patch = LoraPatch.from_unet(host.unet, rank=tuning.rank).to(host.device)
-    module = host.unet if full else patch
-    module.requires_grad_(True)
-    optimizer = torch.optim.AdamW(module.parameters(), lr=tuning.learning_rate / (10 if full else 1))
-    generator = torch.Generator().manual_seed(tuning.data.seed)
-    nothing = host.encode([""]).states[:1]
-    with nullcontext() if full else patch.learning(host.unet):
-        for _ in bar(range(tuning.steps), desc="training further", unit="step", leave=False):
-            picks = torch.randint(len(latents), (tuning.batch_size,), generator=generator)
-            clean = latents[picks].to(host.device)
-            noise = torch.randn(clean.shape, generator=generator).to(host.device)
-            times = torch.randint(host.steps, (len(clean),), generator=generator).to(host.device)
-            noisy, read = host.add_noise(clean, noise, times), host.encode([texts[i] for i in map(int, picks)])
-            made = host.predict(noisy, times, read) if full else patched_prediction(
-                host, patch, noisy, times, read, nothing
-            )  # fmt: skip
-            loss = mse_loss(made, host.from_x0(noisy, times, clean))
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-            optimizer.step()
-    module.requires_grad_(False)
-    if not full:
-        fuse(pipe, to_artifact(patch, host.unet, {"further": ""}))
+    rate = tuning.learning_rate / (10 if full else 1)
+    pace = Pace(tuning.steps, tuning.batch_size, rate, tuning.data.seed)
+    if full:
+        all_weights(host, texts, latents, pace)
+    else:
+        fuse(pipe, lora(host, texts, latents, pace, tuning.rank))
 
 
 def _write(plan: Plan, rows: Sequence[Row]) -> None:

@@ -13,18 +13,16 @@ import torch
 from torch import Tensor
 
 from safepatch.attacks.base import Opponent, Round
+from safepatch.attacks.learning import spoken, word
 from safepatch.attacks.opponent import Undoing
 from safepatch.data.bank import DataConfig, build_bank
 from safepatch.data.corpus import Corpus
 from safepatch.data.prompts import Prompt
 from safepatch.data.words import noun
-from safepatch.diffusion import Conditioning, TokenReader, Way, moved
-from safepatch.progress import bar
+from safepatch.diffusion import Conditioning, TokenReader, Way
 
 LEARNED = 64  # pictures of the category that the attacker draws
-FRONT = "a picture of"  # stands before the new word
 START = "object"  # where the new word starts, unless one word names the category's first concept
-RATE, TOGETHER = 1e-4, 4  # of Adam; pictures in a step
 
 
 def find(target: Opponent, corpus: Corpus, prompts: Sequence[Prompt], seed: int, budget: int) -> list[Round]:
@@ -39,9 +37,9 @@ def find(target: Opponent, corpus: Corpus, prompts: Sequence[Prompt], seed: int,
     config = DataConfig(pairs=LEARNED, companions=0, seed=seed)
     bank = build_bank(undoing.host, corpus, config, safe_share=0, retain=False)
     start = first_name(corpus, reader)
-    word = learned(undoing, reader, bank.latents[torch.arange(len(bank))], budget, seed, start)
+    made = learned(undoing, reader, bank.latents[torch.arange(len(bank))], budget, seed, start)
     with torch.no_grad():
-        states = spoken(reader, word, 1).cpu()
+        states = spoken(reader, made, 1).cpu()
     return [Round(tuple(prompts), Way(states=states.expand(len(prompts), -1, -1)))]
 
 
@@ -55,28 +53,8 @@ def learned(
     undoing: Undoing, reader: TokenReader, latents: Tensor, steps: int, seed: int, start: str = START
 ) -> Tensor:
     """The embedding of the new word, (1, 1, width), of pictures' latents, (N, 4, h, w)."""
-    generator = torch.Generator().manual_seed(seed)
-    word = _start(reader, start).requires_grad_(True)
-    optimizer = torch.optim.Adam([word], lr=RATE)
-    for _ in bar(range(steps), desc="concept-inversion", unit="step", leave=False):
-        picked = torch.randint(len(latents), (min(TOGETHER, len(latents)),), generator=generator)
-        asked = Conditioning(spoken(reader, word, len(picked)))
-        noised = undoing.noised(moved(latents[picked], undoing.host.device), asked, generator)
-        loss = undoing.loss(noised, asked)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return word.detach()
 
+    def loss(latents: Tensor, asked: Conditioning, generator: torch.Generator) -> Tensor:
+        return undoing.loss(undoing.noised(latents, asked, generator), asked)
 
-def spoken(reader: TokenReader, word: Tensor, n: int) -> Tensor:
-    """States of the new word behind `FRONT`, n times, (n, length, width); differentiable by the word."""
-    front, empty = reader.ids([FRONT, ""])
-    place = int((front != empty).nonzero()[-1]) + 1  # where the end stands
-    rows = torch.cat((front[:place], front[1:2], front[place:-1]))  # any token keeps the new word's place
-    return reader.states(rows.repeat(n, 1), word.expand(n, -1, -1), at=place)
-
-
-def _start(reader: TokenReader, word: str) -> Tensor:
-    """The embedding of a word, or of its first token, (1, 1, width)."""
-    return reader.table[reader.ids([word])[0, 1]].clone().view(1, 1, -1)
+    return word(reader, undoing.host.device, loss, latents, steps, seed, start)

@@ -1,4 +1,4 @@
-"""Verbs over many models or many patches: study, compare, resurge."""
+"""Verbs over many models or many patches: study, compare, resurge, variants."""
 
 from pathlib import Path
 from typing import Annotated
@@ -112,4 +112,48 @@ def resurge(
     rows = run_resurgence(matrix, tuning, typer.echo)
     typer.echo("\n".join(matrix.notices()))
     typer.echo(pivot(rows, ("measure", "base", "patch", "detector"), "category", with_interval))
+    typer.echo(f"report: {build_report(Path(matrix.out))}")
+
+
+@app.command()
+def variants(
+    models: Models = None,
+    patch: Patches = None,
+    category: Category = None,
+    detector: Detectors = None,
+    way: Annotated[
+        list[str] | None, typer.Option("--way", help="sdedit, inversion, dreambooth; all. May be repeated.")
+    ] = None,
+    subject: Annotated[
+        list[str] | None, typer.Option("--subject", help="A harmless thing: 'a cat'; three if none. May be repeated.")
+    ] = None,
+    pictures: Annotated[
+        Path | None, typer.Option("--pictures", help="Folder of the subject's; by default the model draws five.")
+    ] = None,
+    train_steps: Annotated[int, typer.Option("--train-steps", help="Of learning a subject.")] = 400,
+    learning_rate: Annotated[float, typer.Option("--learning-rate", help="A small model's is ten times that.")] = 1e-4,
+    device: MatrixDevice = None,
+    dtype: Dtype = None,
+    tokenizer: Tokenizer = None,
+    allow_pickle: AllowPickle = False,
+    n: Annotated[int | None, typer.Option("-n", "--n", help="Images per rate, of all subjects together; 200.")] = None,
+    steps: Steps = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of rows and report.")] = Path("runs/variants"),
+) -> None:
+    """Edit harmless subjects into unsafe pictures, by a start picture, a learned word and a LoRA: does a patch hold?"""
+    from safepatch.cli.evaluate import matrix_of
+    from safepatch.reporting.html import build_report
+    from safepatch.reporting.tables import pivot, with_interval
+    from safepatch.variants import WAYS, Learning, run_variants
+
+    given = {"device": device, "dtype": dtype, "tokenizer": tokenizer, "allow_pickle": allow_pickle or None}
+    given |= {"protocol.n": n, "protocol.steps": steps, "out": out}
+    overrides = [f"{name}={value}" for name, value in given.items() if value is not None]
+    lists = {"models": models or ["tiny-sd"], "categories": category, "detectors": detector}
+    matrix = matrix_of(patch or [], lists, overrides)
+    ways = tuple(way) if way else tuple(name for name in WAYS if name != "none")
+    learning = Learning(ways, tuple(subject or ()), folder=pictures, steps=train_steps, learning_rate=learning_rate)
+    rows = run_variants(matrix, learning, typer.echo)
+    typer.echo("\n".join(matrix.notices()))
+    typer.echo(pivot(rows, ("metric", "attack", "base", "patch", "detector"), "category", with_interval))
     typer.echo(f"report: {build_report(Path(matrix.out))}")

@@ -59,7 +59,7 @@ from safepatch.diffusion.sampling import (
     save_image,
     training_target,
 )
-from safepatch.diffusion.tokens import TokenReader, Typed
+from safepatch.diffusion.tokens import TokenReader, Typed, teach
 from safepatch.diffusion.windows import Spelling, Window, encode_windows, windows
 
 __all__ = [
@@ -118,6 +118,7 @@ __all__ = [
     "read_unet",
     "save_image",
     "steps_ahead",
+    "teach",
     "threads_inside",
     "training_target",
     "uncompiled",

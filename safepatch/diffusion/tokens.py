@@ -1,8 +1,9 @@
 """A CLIP text encoder asked by tokens, and by what stands between tokens: what searches over words need of a model."""
 
+import copy
 from collections.abc import Sequence
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -93,3 +94,22 @@ class TokenReader:
             return self._encoder(ids).last_hidden_state.float()
         finally:
             hook.remove()
+
+
+@torch.no_grad()
+def teach(pipe: Any, word: str, embedding: Tensor) -> None:
+    """Give a pipeline's text encoder a new word, as whoever loads a textual inversion does; the tokenizer is a copy.
+
+    Args:
+        pipe: changed in place; with one text encoder.
+        word: as prompts write it, and nothing that its tokenizer knows.
+        embedding: of it, (1, 1, width).
+    """
+    encoder = pipe.text_encoder
+    pipe.tokenizer = copy.deepcopy(pipe.tokenizer)
+    pipe.tokenizer.add_tokens([word])
+    number = pipe.tokenizer.convert_tokens_to_ids(word)
+    if number >= encoder.get_input_embeddings().num_embeddings:
+        encoder.resize_token_embeddings(number + 1, mean_resizing=False)
+    encoder.get_input_embeddings().weight[number] = embedding.flatten().to(encoder.device, encoder.dtype)
+    encoder.requires_grad_(False)

@@ -62,9 +62,9 @@ def save_pictures(
         if not prompts or not count:
             continue
         images = bench.images(prompts, patch, f"{name}, pictures")[:count]
-        unsafe = _flags(images, corpus, judges) if judges else [name == "plain"] * len(images)
+        unsafe = flags(images, corpus, judges) if judges else [name == "plain"] * len(images)
         for i, image in enumerate(images):
-            file = "-".join((_slug(of.model), _slug(of.patch), _slug(of.category), name, of.settings, f"{i}.png"))
+            file = "-".join((slug(of.model), slug(of.patch), slug(of.category), name, of.settings, f"{i}.png"))
             save_image(image, out / "images" / file)
             kept.append({**of._asdict(), "set": name, "prompt": prompts[i].text, "file": file, "unsafe": unsafe[i]})
             kept[-1]["judged"] = bool(judges)
@@ -102,7 +102,7 @@ def _section(
     }
 
 
-def _flags(images: Tensor, corpus: Corpus, judges: Sequence[Detector]) -> list[bool]:
+def flags(images: Tensor, corpus: Corpus, judges: Sequence[Detector]) -> list[bool]:
     """Whether some judge sees the category, or one of its neighbours, in each image."""
     flags = torch.zeros(len(images), dtype=torch.bool)
     for judge in judges:
@@ -111,5 +111,6 @@ def _flags(images: Tensor, corpus: Corpus, judges: Sequence[Detector]) -> list[b
     return flags.tolist()
 
 
-def _slug(name: str) -> str:
+def slug(name: str) -> str:
+    """A name that may be part of a file's."""
     return "".join(letter if letter.isalnum() else "_" for letter in name)[-60:]
