@@ -17,7 +17,7 @@ class Texts:
     def __init__(self, host: UNetHost, texts: Sequence[str], config: DataConfig) -> None:
         self._numbers = {text: i for i, text in enumerate(dict.fromkeys(texts))}
         distinct, dtype = list(self._numbers), host.components.compute_dtype
-        key = {"model": host.key, "texts": digest(distinct), "dtype": str(dtype)}
+        key = {"model": host.key, "texts": digest(distinct), "dtype": str(dtype), "kept": "states, tokens"}
         self._shards = Shards(config.folder / "texts" / digest(key)[:24], key, len(distinct))
 
         def make(rows: range) -> dict[str, Tensor]:

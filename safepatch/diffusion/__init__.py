@@ -2,6 +2,7 @@
 
 from safepatch.diffusion.asking import TYPED, Way, generate_by
 from safepatch.diffusion.components import (
+    TEXT_ENCODERS,
     Components,
     denoiser,
     has_fused_projections,
@@ -56,6 +57,7 @@ from safepatch.diffusion.sampling import (
     noise_pred,
     prediction_type,
     quiet,
+    read_tokens,
     save_image,
     training_target,
 )
@@ -64,6 +66,7 @@ from safepatch.diffusion.windows import Spelling, Window, encode_windows, window
 
 __all__ = [
     "CLIP",
+    "TEXT_ENCODERS",
     "TYPED",
     "UNET",
     "Components",
@@ -115,6 +118,7 @@ __all__ = [
     "prediction_type",
     "quiet",
     "read_json",
+    "read_tokens",
     "read_unet",
     "save_image",
     "steps_ahead",

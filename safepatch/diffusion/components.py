@@ -11,8 +11,9 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from safepatch.diffusion.hosts.kinds import TRANSFORMERS, UNET, host_kind
-from safepatch.errors import BaseMismatch, UnsupportedModel
+from safepatch.errors import BaseMismatch, ConfigError, UnsupportedModel
 
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")  # that a patch may be for
 UNCHECKED: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False}  # of a new pipeline
 
 
@@ -72,6 +73,22 @@ class Components:
             _require_clip(self.text_encoder, self.text_encoder_2)
         pairs = ((self.tokenizer, self.text_encoder), (self.tokenizer_2, self.text_encoder_2))
         return [pair for pair in pairs if pair[1] is not None]
+
+    def encoder(self, component: str) -> tuple[int, Any]:
+        """A text encoder by its name in the pipeline, and its number among those whose states the UNet is given.
+
+        Raises:
+            BaseMismatch: where there is none of that name.
+            ConfigError: where a transformer draws.
+        """
+        if host_kind(self.unet) is not UNET:
+            raise ConfigError(f"not supported yet: a patch of the {component} of a {type(self.unet).__name__}")
+        found = getattr(self, component)
+        places = [encoder for _, encoder in self.text_encoders()]
+        if found is None:
+            kept = [name for name in TEXT_ENCODERS if getattr(self, name) is not None]
+            raise BaseMismatch(f"this model has no {component} to patch; it has {' and '.join(kept)}")
+        return next(number for number, each in enumerate(places) if each is found), found
 
     @property
     def compute_dtype(self) -> torch.dtype:

@@ -14,11 +14,17 @@ class Conditioning(NamedTuple):
         states: text states, (B, tokens, width).
         pooled: SDXL's, SD3's and Flux's pooled text states, (B, width'); None for SD 1 and 2.
         score: the aesthetic score that SDXL's refiner is told, (B,); None for all others.
+        tokens: what CLIP's text encoders were asked, (B, encoders, tokens), for a patch of one to read anew; None where
+            no words stand behind the states.
+        prefix: input embeddings that such a patch reads instead of those of the tokens at the places 1 to k, (B, k,
+            width of its encoder); None for words alone.
     """
 
     states: Tensor
     pooled: Tensor | None = None
     score: Tensor | None = None
+    tokens: Tensor | None = None
+    prefix: Tensor | None = None
 
     def of(self, rows: slice | Tensor) -> "Conditioning":
         """Some of the rows, by a slice, their numbers or a mask."""
@@ -26,7 +32,7 @@ class Conditioning(NamedTuple):
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Conditioning":
         """The same on `device`, in `dtype` if one is given."""
-        return self._each(lambda part: moved(part, device, dtype))
+        return self._each(lambda part: moved(part, device, dtype if part.is_floating_point() else None))
 
     def expand(self, n: int) -> "Conditioning":
         """One prompt's for n rows, or n prompts' as they are."""

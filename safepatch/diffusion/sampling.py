@@ -47,19 +47,22 @@ def encode(components: Components, prompts: Sequence[str]) -> Conditioning:
     if read.pooled is None or components.text_encoder is None or "" not in prompts:
         return read
     said = torch.tensor([bool(prompt) for prompt in prompts], device=read.states.device)  # SDXL's base, not its refiner
-    return Conditioning(read.states * said[:, None, None], read.pooled * said[:, None])
+    return read._replace(states=read.states * said[:, None, None], pooled=read.pooled * said[:, None])
 
 
 @torch.no_grad()
 def encode_tokens(components: Components, tokens: Sequence[Tensor]) -> Conditioning:
     """What a UNet reads of prompts that are tokens already, (B, T) for each text encoder, with start, end, padding."""
-    is_xl, states = components.text_encoder_2 is not None, []
-    pooled: Tensor | None = None
-    for (_, text_encoder), given in zip(components.text_encoders(), tokens, strict=True):
-        made = text_encoder(given.to(text_encoder.device), output_hidden_states=is_xl)
-        states.append(made.hidden_states[-2] if is_xl else made.last_hidden_state)
-        pooled = made[0] if is_xl else None
-    return Conditioning(torch.cat(states, dim=-1), pooled)
+    is_xl = components.text_encoder_2 is not None
+    read = [read_tokens(each, ids, is_xl) for (_, each), ids in zip(components.text_encoders(), tokens, strict=True)]
+    states = torch.cat([each for each, _ in read], dim=-1)
+    return Conditioning(states, read[-1][1], tokens=torch.stack([*tokens], dim=1).to(states.device))
+
+
+def read_tokens(text_encoder: Any, tokens: Tensor, is_xl: bool) -> tuple[Tensor, Tensor | None]:
+    """States (B, T, width) that a UNet takes from one CLIP encoder, of tokens (B, T); of SDXL's the pooled ones too."""
+    made = text_encoder(tokens.to(text_encoder.device), output_hidden_states=is_xl)
+    return (made.hidden_states[-2], made[0]) if is_xl else (made.last_hidden_state, None)
 
 
 def _token_ids(tokenizer: Any, prompts: Sequence[str]) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from safepatch.diffusion.components import Components
+from safepatch.diffusion.conditioning import Conditioning
 from safepatch.diffusion.hosts.kinds import UNET, host_kind
 from safepatch.errors import UnsupportedModel
 
@@ -73,6 +74,10 @@ class TokenReader:
     def read(self, texts: Sequence[str]) -> Tensor:
         """States of texts, (B, length, width), float32."""
         return self.states(self.ids(texts))
+
+    def asked(self, ids: Tensor, embedded: Tensor) -> Conditioning:
+        """What a UNet is told of tokens (B, length) with embeddings (B, k, width) at the places from 1 on."""
+        return Conditioning(self.states(ids, embedded), tokens=ids[:, None], prefix=embedded)
 
     def states(self, ids: Tensor, embedded: Tensor | None = None, at: int = 1) -> Tensor:
         """States (B, length, width), float32, of tokens.

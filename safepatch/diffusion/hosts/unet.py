@@ -258,11 +258,15 @@ class UNetHost:
         """Undo `save_memory`."""
         self.unet.disable_gradient_checkpointing()
 
-    def put_aside(self) -> None:
-        """Move what only the bank needed, the autoencoder and the text encoders, off the device."""
+    def put_aside(self, but: str = "") -> None:
+        """Move what only the bank needed, the autoencoder and the text encoders, off the device; but for one of them.
+
+        Args:
+            but: its name in a pipeline.
+        """
         _ = self._surroundings if self.unet.config.in_channels == INPAINTING else None
         for module in self.components.modules():
-            if module is not self.unet:
+            if module is not self.unet and module is not getattr(self.components, but, None):
                 module.to("cpu")
 
     def _noise(self, seed: int) -> Tensor:
