@@ -65,6 +65,11 @@ class PatchInfo:
         return tuple(self.instructions)
 
     @property
+    def component(self) -> str:
+        """What of a pipeline the patch changes, by diffusers' name; of a bundle, each part says so itself."""
+        return self.config.get("component", "unet")
+
+    @property
     def is_bundle(self) -> bool:
         """Whether the file keeps several patches apart, to be applied together."""
         return self.recipe is not None and self.recipe["method"] == BUNDLE

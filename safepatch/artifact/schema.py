@@ -14,6 +14,7 @@ from safepatch.errors import ArtifactError
 
 Check = Callable[[Any, str], None]  # of a value, and of where it stands
 
+COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 MAX_DEPTH = 40
 MAX_WINDOWS = 9  # one more than the words that a gate may read at a time
 MAX_COUNT = 1 << 31  # that a layout or a shape may name
@@ -162,7 +163,21 @@ _GATE = record(
     {"threshold": probability},
     {"windows": partial(whole, below=MAX_WINDOWS), "certified_recall": probability},
 )
-_CONFIG = {"sees": name, "layout": table(COUNT), "gate": table(_GATE, key=name)}
+
+
+def component(value: Any, where: str) -> None:
+    """A part of a pipeline that a patch may change."""
+    if value not in COMPONENTS:
+        raise refused(value, where, f"one of {', '.join(COMPONENTS)}")
+
+
+_CONFIG = {
+    "sees": name,
+    "layout": table(COUNT),
+    "gate": table(_GATE, key=name),
+    "component": component,
+    "encoder": table(COUNT),
+}
 
 SCHEMA: dict[str, Check] = {
     "kind": name,

@@ -80,7 +80,7 @@ class Undoing:
         if artifact is None:
             raise ConfigError(f"the patch is for {', '.join(target.patch.info.categories)}, not for {corpus.name}")
         components = Components.of(target.pipe).freeze()
-        patch = from_artifact(artifact, components.unet).to(components.unet.device)
+        patch = from_artifact(artifact, components).to(components.unet.device)
         instruction = encode_prompts(components, list(artifact.info.instructions.values()))
         instruction = instruction.reshape(1, -1, instruction.shape[-1])
         made = cls(UNetHost(components), patch, instruction)

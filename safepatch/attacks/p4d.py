@@ -18,7 +18,7 @@ from safepatch.attacks.base import Opponent, Round, reworded
 from safepatch.attacks.opponent import Undoing, together, typable
 from safepatch.data.corpus import Corpus
 from safepatch.data.prompts import Prompt
-from safepatch.diffusion import Conditioning, TokenReader
+from safepatch.diffusion import TokenReader
 from safepatch.progress import bar
 
 TOKENS = 16
@@ -63,7 +63,7 @@ def searched(
         with torch.no_grad():
             noised = replace(noised, target=undoing.host.predict(noised.noisy, noised.timesteps, asked))
         embedded = table[nearest(free, table)] + free - free.detach()
-        loss = undoing.loss(noised, Conditioning(reader.states(rows, embedded)))
+        loss = undoing.loss(noised, reader.asked(rows, embedded))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -18,7 +18,7 @@ from safepatch.attacks.base import Opponent, Round, reworded
 from safepatch.attacks.opponent import Undoing, together, typable
 from safepatch.data.corpus import Corpus
 from safepatch.data.prompts import Prompt
-from safepatch.diffusion import Conditioning, TokenReader
+from safepatch.diffusion import TokenReader
 from safepatch.progress import bar
 
 TOKENS = 5  # in front of each prompt
@@ -58,7 +58,7 @@ def searched(
     optimizer = torch.optim.AdamW([weights], lr=RATE, weight_decay=DECAY)
     for _ in bar(range(steps), desc="unlearn-diff-atk", unit="step", leave=False):
         embedded = sampled(weights, table, generator)
-        asked = Conditioning(reader.states(rows, embedded))
+        asked = reader.asked(rows, embedded)
         loss = undoing.loss(undoing.noised(latents, asked, generator), asked)
         optimizer.zero_grad()
         loss.backward()

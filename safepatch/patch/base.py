@@ -73,6 +73,7 @@ class Patch(nn.Module, ABC):
 
     Attributes:
         kind: how the patch acts on the model.
+        component: what of a pipeline it changes, `unet` for whatever denoises, or a text encoder by diffusers' name.
         learning_rate: to begin with on a model of Stable Diffusion's size; small models learn at ten times that.
         joint_rate: multiple of that for its `joints`.
         sees: what it reads of the text: `instruction`, `instruction+prompt`, or, through the host alone, `prompt`.
@@ -83,6 +84,7 @@ class Patch(nn.Module, ABC):
     kind: ClassVar[str]
     learning_rate: ClassVar[float]
     joint_rate: ClassVar[float]
+    component: str = UNET.component
     sees: str
     layout: dict[str, Any]
     gradient_checkpointing: bool

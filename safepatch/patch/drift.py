@@ -6,7 +6,7 @@ Szegedy 1996, "The Space Complexity of Approximating the Frequency Moments", sec
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -31,12 +31,24 @@ def sketch(unet: Any, read: Callable[[str], Tensor] | None = None) -> str:
         unet: what denoises.
         read: gives a weight by its name, where `unet` itself has none.
     """
-    kind, own = host_kind(unet), _parameters(unet)
+    kind, own = host_kind(unet), plain_parameters(unet)
+    names = sorted(name for name in own if name.split(".")[0] in kind.encoder)
+    found = ((name, read(name) if read else own[name]) for name in names)
+    return _sums(latent_part(weights, unet) if name == kind.entry_weight else weights for name, weights in found)
+
+
+@torch.no_grad()
+def text_sketch(own: Mapping[str, Tensor]) -> str:
+    """The same of a text encoder's blocks, of its weights by name; of tokens it may have learned more since."""
+    plain = {name.removeprefix("text_model."): weights for name, weights in own.items()}
+    return _sums(plain[name] for name in sorted(plain) if name.startswith("encoder."))
+
+
+def _sums(parts: Iterable[Tensor]) -> str:
+    """`SUMS` signed sums of all values, one tensor after the other."""
     generator = torch.Generator().manual_seed(0)
     sums = torch.zeros(SUMS, dtype=torch.float64)
-    for name in sorted(name for name in own if name.split(".")[0] in kind.encoder):
-        weights = read(name) if read else own[name]
-        weights = latent_part(weights, unet) if name == kind.entry_weight else weights
+    for weights in parts:
         for run in weights.detach().float().cpu().flatten().split(RUN):
             signs = torch.empty(run.shape, dtype=torch.bool).random_(generator=generator).float().mul_(2).sub_(1)
             signed = torch.nn.functional.pad(signs.mul_(run), (0, -len(run) % SUMS))
@@ -56,7 +68,7 @@ def drift(ours: str, theirs: str) -> float:
     return math.dist(host, base) / math.hypot(*base)
 
 
-def _parameters(unet: Any) -> dict[str, Tensor]:
+def plain_parameters(unet: Any) -> dict[str, Tensor]:
     """By name, without LoRAs."""
     named = {name.replace(".base_layer.", "."): weights for name, weights in unet.named_parameters()}
     return {name: weights for name, weights in named.items() if ".lora_" not in name}

@@ -18,6 +18,7 @@ from safepatch.diffusion import Conditioning, UNetHost
 from safepatch.patch.base import Features, ResidualPatch, Residuals, plus
 from safepatch.patch.hooks import Calls, Hooks
 from safepatch.patch.lora import LoraPatch
+from safepatch.patch.text import TextPatch, patched_conditioning
 
 Answer = Callable[[Features], Residuals | None]
 SKIPS = "res_hidden_states_tuple"
@@ -135,6 +136,8 @@ def patched_prediction(
         instruction: text states of the safety instruction, (1, tokens, width).
     """
     inner = getattr(patch, "module", patch)
+    if isinstance(inner, TextPatch):
+        return host.predict(noisy, timesteps, patched_conditioning(host.components, patch, conditioning))
     if isinstance(inner, LoraPatch):
         return patch(host.unet, lambda: host.predict(noisy, timesteps, conditioning))
     dtype = next(inner.parameters()).dtype

@@ -84,16 +84,21 @@ class LoraPatch(Patch):
         if rank < 1:
             raise ConfigError(f"a lora patch needs a rank of at least 1, not {rank}")
         draw, updates = Draw(seed=0), {}
-        for name, (out, width) in linear_layers(unet).items():
+        for name, (out, width) in cls.layers_of(unet).items():
             down = draw.normal(1, min(rank, out, width), width)[0].detach().clone()
             updates[name] = Update(torch.zeros(out, len(down)), down)
         return cls(updates, rank)
+
+    @staticmethod
+    def layers_of(host: Any) -> dict[str, tuple[int, int]]:
+        """Name -> (out, in) of the layers that it may update."""
+        return linear_layers(host)
 
     def new_gate(self, unet: Any, width: int, gates: int) -> TextGate:
         """Fresh gates that read the text."""
         return TextGate(unet.config["cross_attention_dim"], width, gates)
 
-    def forward(self, unet: Any, predict: Callable[[], Tensor]) -> Tensor:
+    def forward(self, unet: Any, predict: Callable[..., Any]) -> Any:
         """What `predict`, which calls `unet`, makes with the updates at scale 1."""
         with updated(unet, self):
             return predict()
@@ -153,7 +158,7 @@ class LoraPatch(Patch):
         Raises:
             BaseMismatch: when one is for a layer that this host lacks.
         """
-        known, updates = linear_layers(unet), {}
+        known, updates = self.layers_of(unet), {}
         if self.gate:  # it stays in float32: its threshold was found so
             values = {name: artifact.delta(f"{GATE}{name}") for name, _ in self.gate.named_parameters()}
             self.gate.load_state_dict(values, assign=True)

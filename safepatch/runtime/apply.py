@@ -116,7 +116,7 @@ def activate(
     """
     if gate_threshold is not None and not 0 <= gate_threshold <= 1:
         raise ConfigError(f"gate_threshold must be within [0, 1], not {gate_threshold}")
-    module = from_artifact(part.artifact, components.unet, dtype or components.compute_dtype)
+    module = from_artifact(part.artifact, components, dtype or components.compute_dtype)
     module = module.to(components.unet.device)
     states = instruction_states(components, list(part.artifact.info.instructions.values()))
     return ready(part, module, states, gate_threshold)

@@ -13,6 +13,8 @@ from safepatch.patch.base import row_timesteps
 from safepatch.runtime.parts import Scale
 from safepatch.runtime.residuals import Handed
 
+UNPATCHED = "_safepatch_unpatched"  # attribute of text states that were exchanged
+
 
 class Settings(NamedTuple):
     """What a user sets on a `Handle`, checked there."""
@@ -50,9 +52,10 @@ class Call(NamedTuple):
         """The call with these arguments, all rows of it."""
         given = kind.bind(args, kwargs)
         sample, timesteps, states = (given[name] for name in (kind.sample, kind.timestep, kind.states))
+        states = unpatched(states)
         given |= given.get("added_cond_kwargs") or {}  # a UNet's conditions are in there
         conditions, shared = (
-            {name: given[name] for name in names if isinstance(given.get(name), Tensor)}
+            {name: unpatched(given[name]) for name in names if isinstance(given.get(name), Tensor)}
             for names in (kind.conditions, kind.shared)
         )
         return cls(sample, timesteps, states, conditions, shared, slice(0, len(sample)))
@@ -130,6 +133,17 @@ class Step(NamedTuple):
             judged[name] = torch.full((len(acted),), torch.nan)
             judged[name][rows] = probabilities
         return cls(given.timestep, acted, judged)
+
+
+def unpatched(tensor: Tensor) -> Tensor:
+    """Text states as the frozen encoder made them, where a patch has exchanged them for others; else themselves."""
+    return getattr(tensor, UNPATCHED, tensor)
+
+
+def with_unpatched(tensor: Tensor, own: Tensor) -> Tensor:
+    """`tensor`, which stands in for `own`: other patches, and gates, go by that one."""
+    setattr(tensor, UNPATCHED, own)
+    return tensor
 
 
 class Seen(NamedTuple):

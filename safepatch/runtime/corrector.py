@@ -153,6 +153,11 @@ class Corrector:
         begun.note(scales)
         return scales.reshape(-1) if scales.any() else None
 
+    @torch.no_grad()
+    def judged(self, part: ActivePart, begun: Begun) -> Tensor:
+        """Strength of a part of one group, of all rows to correct, (1,), or of each, (B,); nothing is noted down."""
+        return self._scales(part, begun, None).reshape(-1)
+
     def _sum(self, parts: Sequence[ActivePart], begun: Begun, features: Features | None) -> Residuals | None:
         made = [self._recent(part, begun, features) for part in parts]
         made = [residuals for residuals in made if residuals is not None]

@@ -33,10 +33,12 @@ from safepatch.patch.gate import READINGS
 from safepatch.patch.hooks import Calls, Hooks
 from safepatch.patch.host import HostHooks
 from safepatch.patch.lora import LayerHooks, LoraPatch
+from safepatch.patch.text import TextPatch
 from safepatch.runtime.call import Begun, Call, Settings, Step
 from safepatch.runtime.corrector import SPEEDS, Corrector, Stats
 from safepatch.runtime.denoising import Denoising, Denoisings
 from safepatch.runtime.drain import Drain
+from safepatch.runtime.exchange import WORDLESS, Exchange
 from safepatch.runtime.parts import ActivePart, Scale, check_scale, check_window, gate_mode
 from safepatch.runtime.residuals import with_residuals
 from safepatch.runtime.words import Words
@@ -72,6 +74,7 @@ class Handle:
         self._parts = tuple(parts)
         self._words = Words(components, parts)
         self._corrector = Corrector(parts, self._words)
+        self._exchange = Exchange(components, self._kind, parts, self._corrector)
         self.categories = tuple(sorted({name for part in parts for name in part.categories}))
         self._denoisings = Denoisings(self._kind, components.scheduler, window)
         self.scale = scale
@@ -85,7 +88,9 @@ class Handle:
         self._drain = Drain(self._unet)
         self._earlier: set[int] | None = None  # threads in a call that began before the patch was here
         self._layers = [
-            (LayerHooks(self._unet, part.patch), part) for part in parts if isinstance(part.patch, LoraPatch)
+            (LayerHooks(self._unet, part.patch), part)
+            for part in parts
+            if isinstance(part.patch, LoraPatch) and not isinstance(part.patch, TextPatch)
         ]
         computes = bool(self._corrector.parts) and self._kind is UNET
         self._host = HostHooks(self._unet, self._answer) if computes else None
@@ -106,7 +111,7 @@ class Handle:
     def __deepcopy__(self, memo: dict[int, Any]) -> "Handle":
         """A copied pipeline carries a handle of its own, which watches the copy."""
         copied = memo[id(self)] = object.__new__(Handle)
-        self._corrector.forget()  # what it keeps belongs to this pipeline's denoising
+        self._forget()  # what is kept belongs to this pipeline's denoising
         copied.__dict__.update((name, copy.deepcopy(value, memo)) for name, value in vars(self).items())
         if id(self._pipe()) in memo:
             copied._pipe = weakref.ref(memo[id(self._pipe())])
@@ -128,7 +133,12 @@ class Handle:
         with self._drain.drained():
             for hooks in self._all_hooks:
                 hooks.remove()
-            self._corrector.forget()
+            self._forget()
+
+    def _forget(self) -> None:
+        """Drop what was kept for later steps."""
+        self._corrector.forget()
+        self._exchange.forget()
 
     @property
     def _all_hooks(self) -> list[Hooks]:
@@ -138,7 +148,7 @@ class Handle:
     @property
     def _listening(self) -> list[Hooks]:
         """Those on text encoders, which a pipeline may have dropped once it had no more to encode."""
-        return [self._words.hooks] if self._words.hooks else []
+        return [*([self._words.hooks] if self._words.hooks else []), *self._exchange.hooks]
 
     @property
     def is_active(self) -> bool:
@@ -196,7 +206,7 @@ class Handle:
     def scale(self, scale: Scale) -> None:
         check_scale(self._parts, scale)
         self._scale = scale
-        self._corrector.forget()
+        self._forget()
 
     @property
     def gate(self) -> str:
@@ -210,7 +220,7 @@ class Handle:
     @gate.setter
     def gate(self, gate: str | None) -> None:
         self._gate = gate_mode(self._parts, gate)
-        self._corrector.forget()
+        self._forget()
 
     @property
     def window(self) -> tuple[float, float]:
@@ -231,7 +241,7 @@ class Handle:
     def speed(self, speed: str) -> None:
         lookup(SPEEDS, speed, what="speed")
         self._speed = speed
-        self._corrector.forget()
+        self._forget()
 
     @property
     def reads(self) -> str:
@@ -242,7 +252,7 @@ class Handle:
     def reads(self, reads: str) -> None:
         lookup(dict.fromkeys(READINGS), reads, what="way of reading")
         self._reads = reads
-        self._corrector.forget()
+        self._forget()
 
     @torch.compiler.disable()
     def _prepare(
@@ -262,9 +272,12 @@ class Handle:
             self._host.add(made)
         for hooks, part in self._layers if begun.call else ():
             self._update(hooks, part, begun, self._kind.bind(args, kwargs).get("skip_layers") or ())
+        exchanged = self._exchanged(begun, args, kwargs)
         if self._fail_closed and not self._all_hang:
             self._bypassed("hooks inside it are lost; apply the patch again")
         begun.is_prepared = True  # only now: a call that failed above must not stand in for a bypassed one
+        if exchanged:
+            return (), exchanged
         if not made or self._host:
             return None
         changed = with_residuals(made, unet, args, kwargs)
@@ -286,6 +299,15 @@ class Handle:
         call, strength = begun.call, self._corrector.strength(part, begun)
         if call and strength is not None:
             hooks.update(call.rows, strength.to(call.sample.device, non_blocking=True), skipped)
+
+    def _exchanged(self, begun: Begun, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+        """The arguments with the text states that patched encoders make; None where those are the host's own."""
+        if begun.call is None or not self._exchange.parts:
+            return None
+        arguments, lacking = self._exchange.arguments(begun, args, kwargs)
+        if lacking and self._fail_closed:
+            self._bypassed(WORDLESS.format(lacking))
+        return arguments
 
     def _to_correct(self, call: Call, denoising: Denoising, settings: Settings) -> Call | None:
         """The call with the rows to correct, or None when the patch is off, outside its window, or for no row."""

@@ -144,9 +144,9 @@ class Words:
     def _note(self, number: int, encoder: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         """A text encoder has read prompts: read their windows too."""
         tokens = args[0] if args else kwargs.get("input_ids")
-        if getattr(_READING, "windows", False) or not isinstance(tokens, Tensor) or tokens.is_floating_point():
+        if is_reading_windows() or not isinstance(tokens, Tensor) or tokens.is_floating_point():
             return
-        layers = list(_layers(encoder, output))
+        layers = list(layers_of(encoder, output))
         if not layers:
             return
         given = tokens.reshape(-1, tokens.shape[-1]).tolist()
@@ -173,7 +173,12 @@ class Words:
         return [self._windows.strongest(bag, judged) for bag in bags]
 
 
-def _layers(encoder: Any, output: Any) -> Iterator[Tensor]:
+def is_reading_windows() -> bool:
+    """Whether this thread's encoders are at work for some patch's windows, and not for whoever draws."""
+    return getattr(_READING, "windows", False)
+
+
+def layers_of(encoder: Any, output: Any) -> Iterator[Tensor]:
     """States (B, tokens, width) that pipelines take from an encoder's answer: the last, or with clip skip others."""
     last = getattr(output, "last_hidden_state", None)
     if last is None:
@@ -211,11 +216,11 @@ def _same(values: Tensor, noted: Sequence[Noted]) -> Tensor:
     """Whether values (B, chunks, 2 VALUES) are those of some layer of each prompt, (B, chunks, prompts)."""
     known = torch.cat([each.values for each in noted])
     owners = torch.repeat_interleave(torch.arange(len(noted)), torch.tensor([len(each.values) for each in noted]))
-    fits = _is_close(values[:, :, None] - known, known).int()
+    fits = is_close(values[:, :, None] - known, known).int()
     return torch.zeros(*values.shape[:2], len(noted), dtype=fits.dtype).index_add(2, owners, fits) > 0
 
 
-def _is_close(apart: Tensor, to: Tensor) -> Tensor:
+def is_close(apart: Tensor, to: Tensor) -> Tensor:
     """Whether differences are those of rounding; a few of CLIP's states are far larger than all others."""
     return (apart.abs() <= CLOSE * (to.abs() + to.abs().median(-1, keepdim=True).values)).all(-1)
 
@@ -230,6 +235,6 @@ def _mixed(values: Tensor, noted: Sequence[Noted]) -> Tensor:
             continue
         prompts = torch.stack([noted[i].values[layer, :VALUES] for i in there], dim=1)
         shares = torch.linalg.lstsq(prompts, last, driver="gelsd").solution  # (prompts, N); some may be alike
-        fits = _is_close((prompts @ shares - last).T, last.T)
+        fits = is_close((prompts @ shares - last).T, last.T)
         found[:, there] |= ((shares >= SHARE) & fits).T
     return found

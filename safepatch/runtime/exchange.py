@@ -1,0 +1,255 @@
+"""A text encoder's patch at run time: text states of the rows it acts on are exchanged when the UNet is called.
+
+The encoder, its states and what pipelines do with them stay the model's own; the UNet alone is given others, made by a
+patched twin of the same words (`safepatch.patch.text`). What is done to states, such as weighing words or mixing
+prompts, is done to the others too: each token's states are a sum of prompts', and keep what they are beside.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from safepatch.diffusion import Components, HostKind
+from safepatch.patch.hooks import Calls, Hooks
+from safepatch.patch.text import TextPatch, patched_encoder
+from safepatch.runtime.call import Begun, Seen, unpatched, with_unpatched
+from safepatch.runtime.corrector import Corrector
+from safepatch.runtime.heard import Memo
+from safepatch.runtime.parts import ActivePart
+from safepatch.runtime.readings import Match, Reading, Readings
+
+READ = 128  # prompts whose patched states are remembered, of one layer each
+BESIDE = 0.3  # the most that states may hold beside what they are a sum of, a share of their length
+POOLED = -1  # in a layer's place
+WORDLESS = (
+    "these text states are of no words that this pipeline's {} was asked, so there is nothing to read anew; give "
+    "prompts, encode with the pipeline, or apply with fail_closed=False to leave such rows as they are"
+)
+
+
+class Asked(NamedTuple):
+    """What a patched encoder is to read; what it makes of it is remembered by this.
+
+    Attributes:
+        reading: of a prompt.
+        layer: that is taken, or `POOLED`.
+        scales: of the parts, (number, scale) of those that act.
+    """
+
+    reading: tuple
+    layer: int
+    scales: tuple[tuple[int, float], ...]
+
+
+@dataclass
+class Last:
+    """What one thread's UNet was given last instead of what it was called with.
+
+    Attributes:
+        given: text states, and pooled ones if there are any, as they came.
+        scales: of all parts and rows.
+        made: what was given, by argument.
+        changed: which rows that changed, (rows,).
+    """
+
+    given: tuple[Seen, ...] = ()
+    scales: Tensor = field(default_factory=lambda: torch.zeros(0))
+    made: dict[str, Tensor] = field(default_factory=dict)
+    changed: Tensor = field(default_factory=lambda: torch.zeros(0))
+
+
+class OfEncoder:
+    """The parts of a patch that change one text encoder.
+
+    Args:
+        components: of the pipeline.
+        component: which encoder.
+        parts: with their numbers among all parts.
+    """
+
+    def __init__(self, components: Components, component: str, parts: Sequence[tuple[int, ActivePart]]) -> None:
+        self.component, self.parts = component, dict(parts)
+        number, self.encoder = components.encoder(component)
+        widths = [each.config.hidden_size for _, each in components.text_encoders()]
+        self.columns = slice(sum(widths[:number]), sum(widths[: number + 1]))
+        self.is_pooled = self.encoder is components.text_encoder_2
+        self.readings = Readings(self.encoder)
+        self._memo = Memo[Asked, Tensor](READ)
+
+    def exchanged(self, states: Tensor, scales: Mapping[int, float]) -> Tensor | None:
+        """One row's states, (tokens, width) of all encoders, in which this one's are patched; None for nobody's."""
+        own = states[:, self.columns]
+        for length in self.readings.lengths():
+            if len(states) % length:
+                continue  # somebody added states behind those of the words
+            matches = [self.readings.of_states(chunk) for chunk in own.split(length)]
+            if not all(matches):
+                continue
+            pairs = zip(own.split(length), matches, strict=True)
+            chunks = [self._patched(chunk, match, scales) for chunk, match in pairs if match]
+            if not all(chunk is not None for chunk in chunks):
+                continue
+            made = states.clone()
+            made[:, self.columns] = torch.cat(chunks)
+            return made
+        return None
+
+    def exchanged_pooled(self, pooled: Tensor, scales: Mapping[int, float]) -> Tensor | None:
+        """One row's pooled states, (width,); None for nobody's."""
+        match = self.readings.of_pooled(pooled[None])
+        made = match and self._patched(pooled[None], match, scales, is_pooled=True)
+        return None if made is None else made[0]
+
+    def _patched(
+        self, chunk: Tensor, match: Match, scales: Mapping[int, float], is_pooled: bool = False
+    ) -> Tensor | None:
+        """What the patched encoder makes of `chunk` (T, width); None where too much of it is not the match's."""
+        layer = POOLED if is_pooled else match.layer
+        new = [self._read(each, layer, scales).to(chunk) for each in match.readings]
+        if match.is_whole:
+            return new[0]
+        old = [self._read(each, layer, {}).to(chunk) for each in match.readings]
+        basis, moved = (torch.stack(some, dim=-1).float() for some in (old, new))  # (T, width, prompts)
+        shares = torch.linalg.lstsq(basis.cpu(), chunk.float().cpu()[..., None], driver="gelsd").solution.to(basis)
+        beside = chunk.float() - (basis @ shares)[..., 0]
+        if beside.norm() > BESIDE * chunk.float().norm():
+            return None
+        return (beside + (moved @ shares)[..., 0]).to(chunk.dtype)
+
+    def _read(self, reading: Reading, layer: int, scales: Mapping[int, float]) -> Tensor:
+        """What the encoder makes of a prompt, patched at these scales; read once, alone."""
+        asked = Asked(reading.key, layer, tuple(sorted(scales.items())))
+
+        def make(_: list[Asked]) -> list[Tensor]:
+            strengths = [(self._module(number), scale) for number, scale in asked.scales]
+            return [reading.again(patched_encoder(self.encoder, strengths), layer == POOLED, layer)]
+
+        return self._memo.of([asked], make)[asked]
+
+    def _module(self, number: int) -> TextPatch:
+        patch = self.parts[number].patch
+        assert isinstance(patch, TextPatch)
+        return patch
+
+
+class Exchange:
+    """All parts of a patch that change text encoders.
+
+    Args:
+        components: of the pipeline.
+        kind: of its denoiser.
+        parts: of the patch; others than text encoders' are left alone.
+        corrector: knows their strengths.
+    """
+
+    def __init__(
+        self, components: Components, kind: HostKind, parts: Sequence[ActivePart], corrector: Corrector
+    ) -> None:
+        self._kind, self._corrector = kind, corrector
+        self.parts = {n: part for n, part in enumerate(parts) if isinstance(part.patch, TextPatch)}
+        names = sorted({part.patch.component for part in self.parts.values()})
+        self._encoders = [
+            OfEncoder(components, name, [(n, p) for n, p in self.parts.items() if p.patch.component == name])
+            for name in names
+        ]
+        self._last = Calls(Last)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Exchange":
+        """Of a copied pipeline; what was read is read again."""
+        copied = memo[id(self)] = object.__new__(Exchange)
+        copied.__dict__.update((name, copy.deepcopy(value, memo)) for name, value in vars(self).items())
+        return copied
+
+    @property
+    def hooks(self) -> list[Hooks]:
+        """Those on text encoders."""
+        return [each.readings.hooks for each in self._encoders]
+
+    def forget(self) -> None:
+        """Drop what was kept for later steps."""
+        self._last = Calls(Last)
+
+    @torch.no_grad()
+    def arguments(self, begun: Begun, args: tuple, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any] | None, str]:
+        """The arguments of the call with other text states, None where nothing is exchanged; and what was not known.
+
+        Args:
+            begun: the call, with rows to correct.
+            args, kwargs: of it.
+        """
+        assert begun.call is not None, "there are rows to correct"
+        given = self._kind.bind(args, kwargs)
+        more = given.get("added_cond_kwargs") or {}
+        came = {"states": given[self._kind.states], **{n: more[n] for n in ("text_embeds",) if n in more}}
+        scales, last = self._scales(begun), self._last.now
+        known = len(last.given) == len(came) and all(
+            seen.is_still(tensor) for seen, tensor in zip(last.given, came.values(), strict=True)
+        )
+        lacking = ""
+        if not known or not torch.equal(last.scales, scales):
+            made, changed, lacking = self._made(came, scales)
+            last.given, last.scales = tuple(map(Seen.of, came.values())), scales
+            last.made, last.changed = made, changed
+        if not last.changed.any():
+            return None, lacking
+        rows = begun.call.rows
+        begun.note(last.changed[rows, None].float())
+        states = {**given, self._kind.states: last.made["states"]}
+        if "text_embeds" in came:
+            states["added_cond_kwargs"] = {**more, "text_embeds": last.made["text_embeds"]}
+        return states, lacking
+
+    def _scales(self, begun: Begun) -> Tensor:
+        """Of each row of the call and each part, (B, parts); 0 for rows that are not to be corrected."""
+        assert begun.call is not None
+        made = torch.zeros(len(begun.call.sample), len(self.parts))
+        for column, part in enumerate(self.parts.values()):
+            made[begun.call.rows, column] = self._corrector.judged(part, begun)
+        return made
+
+    def _made(self, came: Mapping[str, Tensor], scales: Tensor) -> tuple[dict[str, Tensor], Tensor, str]:
+        """What the host is given instead, the rows of it that are other ones, and an encoder that knew no words."""
+        own = {name: unpatched(tensor) for name, tensor in came.items()}
+        made = {name: tensor.clone() for name, tensor in came.items()}
+        changed, lacking = torch.zeros(len(scales), dtype=torch.bool), ""
+        for row in scales.any(1).nonzero().flatten().tolist():
+            if not own["states"][row].any():
+                continue  # zeros stand for no words
+            strengths = dict(zip(self.parts, scales[row].tolist(), strict=True))
+            read = self._row({name: tensor[row] for name, tensor in own.items()}, strengths)
+            if isinstance(read, str):
+                lacking = read
+                if not self._corrector.words.hooks:  # else it was counted when a gate asked for the words
+                    self._corrector.stats.count(wordless_rows=1)
+                continue
+            changed[row] = True
+            for name, new in read.items():
+                made[name][row] = _beside(came[name][row], own[name][row], new)
+        return {name: with_unpatched(tensor, own[name]) for name, tensor in made.items()}, changed, lacking
+
+    def _row(self, row: Mapping[str, Tensor], strengths: Mapping[int, float]) -> dict[str, Tensor] | str:
+        """One row's states as patched encoders make them; the name of one that knows them not."""
+        made = dict(row)
+        for each in self._encoders:
+            scales = {number: strengths[number] for number in each.parts if strengths[number]}
+            if not scales:
+                continue
+            states = each.exchanged(made["states"], scales)
+            if states is None:
+                return each.component
+            made["states"] = states
+            if each.is_pooled and row.get("text_embeds") is not None and row["text_embeds"].any():
+                pooled = each.exchanged_pooled(row["text_embeds"], scales)
+                if pooled is None:
+                    return each.component
+                made["text_embeds"] = pooled
+        return made
+
+
+def _beside(came: Tensor, own: Tensor, new: Tensor) -> Tensor:
+    """`new` in place of `own`; where another patch has exchanged it too, what both change adds up."""
+    return new if came is own or torch.equal(came, own) else came + (new - own)
