@@ -7,10 +7,13 @@ with pictures y of prompts r to retain. Published: a text encoder learns, at 1e-
 without an attack; one prefix token, 30 steps at 1e-3; η 1, w 0.3 with 5 retained prompts a step; every step of the
 attack draws its latents anew. `attack: fast` is a single step (Wong et al. 2020, arXiv 2001.03994).
 
-Ours: a patch learns and the text encoder is frozen, so that what the attack looks at does not depend on what is learned
-and is drawn once, by the base; the prefix is text states between the beginning's and the prompt's, near which random
-ones start, and not a token that the encoder reads; steps go by the sign of the gradient of that step alone (the
-released code adds up gradients); there is an attack from the first step on.
+With `patch.component: text_encoder` what learns is a low-rank update of the text encoder, as published but for the
+rank, and the prefix is embeddings that it reads between the first token's and the prompt's. With any other patch the
+prefix is text states there, and near those random ones start.
+
+Ours: a patch learns and the model is frozen, so that what the attack looks at does not depend on what is learned and is
+drawn once, by the base; steps go by the sign of the gradient of that step alone (the released code adds up gradients);
+there is an attack from the first step on.
 """
 
 from dataclasses import dataclass
@@ -25,11 +28,11 @@ from safepatch.data.concepts import drawn, erased, prompt_bank, require_prompts
 from safepatch.data.corpus import Corpus
 from safepatch.diffusion import Conditioning, UNetHost, joined, moved
 from safepatch.errors import ConfigError
-from safepatch.objectives.adversary import padding
 from safepatch.objectives.base import Losses, Player, Turn, Usual
 from safepatch.objectives.esd import negatively_guided
 from safepatch.objectives.noising import noised
 from safepatch.patch.host import patched_prediction
+from safepatch.patch.text import embeddings, reads_words, room_for
 
 ATTACKS = ("fast", "standard")
 
@@ -41,8 +44,9 @@ class AdvUnlearnConfig(Usual):
     Attributes:
         name: `adv_unlearn`.
         attack: `fast`, one step as long as all; `standard`, `attack_steps` of them, each at the cost of a step more.
-        attack_steps, attack_rate: how many, and how far each moves every value of a text state.
-        tokens: text states of the prefix.
+        attack_steps, attack_rate: how many, and how far each moves every value of a text state; or of an embedding, in
+            standard deviations of the vocabulary's.
+        tokens: of the prefix.
         negative_guidance: η, see `esd`.
         preservation: w, weight of what is retained.
         prompts: what is unlearned, see `esd`: `concepts` or `captions`.
@@ -99,36 +103,44 @@ class AdvUnlearnConfig(Usual):
         with torch.no_grad():
             concept, kept = host.predict(noisy, timesteps, joined([batch.unsafe, retain])).split([n, len(noisy) - n])
             empty = host.predict(noisy[:n], timesteps[:n], batch.safe)
-        padded = retain._replace(states=torch.cat((retain.states, padding(retain.states, self.tokens)), dim=1))
-        asked = joined([prefixed(batch.unsafe, prefix), padded])
-        made = patched_prediction(host, turn.patch, noisy, timesteps, asked, turn.instruction)
-        correct = mse_loss(made[:n], negatively_guided(concept, empty, self.negative_guidance))
-        preserve = mse_loss(made[n:], kept)
+        asked = prefixed(batch.unsafe, prefix, reads_words(turn.patch))
+        made = patched_prediction(host, turn.patch, noisy[:n], timesteps[:n], asked, turn.instruction)
+        still = patched_prediction(host, turn.patch, noisy[n:], timesteps[n:], retain, turn.instruction)
+        correct = mse_loss(made, negatively_guided(concept, empty, self.negative_guidance))
+        preserve = mse_loss(still, kept)
         return {"loss": correct + self.preservation * preserve, "correct": correct, "preserve": preserve}
 
     def _worst(self, turn: Turn) -> Tensor:
         """The adversary's prefix of each row, (B, tokens, width): what brings the base's prediction back best."""
         batch, host = cast(Batch, turn.batch), turn.host
         patch = getattr(turn.patch, "module", turn.patch)  # a distributed trainer's wrapper counts backward passes
-        states = batch.unsafe.states.float()
-        random = torch.randn(len(states), self.tokens, states.shape[2], generator=turn.generator)
-        prefix = states.mean((0, 1)) + states.std((0, 1)) * moved(random, states.device)
+        near, words = batch.unsafe.states.float().flatten(0, 1), reads_words(patch)
+        if words:
+            near = embeddings(host.components, patch.component)
+        random = torch.randn(len(batch.latents), self.tokens, near.shape[1], generator=turn.generator)
+        prefix = near.mean(0) + near.std(0) * moved(random, near.device)
         steps = 1 if self.attack == "fast" else self.attack_steps
-        length = self.attack_rate * self.attack_steps / steps
+        length = self.attack_rate * self.attack_steps / steps * (near.std() if words else 1.0)
         for _ in range(steps):
             noisy, timesteps, _ = noised(turn, batch.latents, self.timestep_power)
             with torch.no_grad():
                 target = host.predict(noisy, timesteps, batch.unsafe)
             with torch.enable_grad():
                 prefix = prefix.requires_grad_(True)
-                asked = prefixed(batch.unsafe, prefix)
+                asked = prefixed(batch.unsafe, prefix, words)
                 made = patched_prediction(host, patch, noisy, timesteps, asked, turn.instruction)
                 (slope,) = torch.autograd.grad(mse_loss(made, target), prefix)
             prefix = (prefix - length * slope.sign().nan_to_num()).detach()
         return prefix
 
 
-def prefixed(asked: Conditioning, prefix: Tensor) -> Conditioning:
-    """Prompts with `prefix` (B, tokens, width) between the beginning's state and their own."""
+def prefixed(asked: Conditioning, prefix: Tensor, words: bool = False) -> Conditioning:
+    """Prompts with `prefix` (B, tokens, width) between the beginning's state, or if `words` token, and their own.
+
+    Raises:
+        ConfigError: where no words stand behind the states.
+    """
     states = asked.states
+    if words and asked.tokens is not None:
+        return asked._replace(tokens=room_for(asked.tokens, prefix.shape[1]), prefix=prefix)
     return asked._replace(states=torch.cat((states[:, :1], prefix.to(states.dtype), states[:, 1:]), dim=1))

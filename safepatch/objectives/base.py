@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from safepatch.data.bank import DataConfig
-from safepatch.diffusion import UNetHost
+from safepatch.diffusion import TEXT_ENCODERS, UNET, UNetHost
 from safepatch.errors import ConfigError
 from safepatch.patch import Patch
 
@@ -109,12 +109,14 @@ class Usual:
 
     Attributes:
         kinds: of patches that it can train.
+        components: of a pipeline that such a patch may change.
         has_steps: whether it learns step by step.
         start: what a patch begins with: `zero`, no effect; `closed_form`, of a lora patch, what that objective solves
             for in seconds, as far as the patch's rank and layers hold it.
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("control", "lite", "lora")
+    components: ClassVar[tuple[str, ...]] = (UNET.component, *TEXT_ENCODERS)
     has_steps: ClassVar[bool] = True
     start: str = "zero"
 
@@ -138,9 +140,16 @@ class Usual:
         return 0
 
     def suited(self, patch: Patch) -> Patch:
-        """All of it; raises `ConfigError` for a kind that is none of `kinds`, or that cannot start so."""
+        """All of it; raises `ConfigError` for a kind or component that is none of its own, or that cannot start so."""
         if self.start not in STARTS:
             raise ConfigError(f"objective.start must be one of {', '.join(STARTS)}, not '{self.start}'")
+        if patch.component not in self.components:
+            raise ConfigError(
+                f"objective={self._name} cannot train a patch of the {patch.component}; set patch.component="
+                f"{' or '.join(self.components)}"
+            )
+        if self.start != "zero" and patch.component != UNET.component:
+            raise ConfigError(f"objective.start={self.start} is for patches of the unet; set objective.start=zero")
         if self.start != "zero" and patch.kind != "lora":
             raise ConfigError(f"objective.start={self.start} is for lora patches; set patch.kind=lora, or start=zero")
         if patch.kind not in self.kinds:

@@ -34,7 +34,7 @@ from safepatch.data.bank import DataConfig
 from safepatch.data.concepts import distinct_concepts, require_prompts
 from safepatch.data.corpus import Corpus
 from safepatch.data.prompts import Pair
-from safepatch.diffusion import UNetHost, batched
+from safepatch.diffusion import UNET, UNetHost, batched
 from safepatch.errors import ConfigError
 from safepatch.objectives.base import Usual
 from safepatch.patch import LoraPatch, Patch
@@ -84,6 +84,7 @@ class ClosedFormConfig(Usual):
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("lora",)
+    components: ClassVar[tuple[str, ...]] = (UNET.component,)
     has_steps: ClassVar[bool] = False
 
     name: str = "closed_form"

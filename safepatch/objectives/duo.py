@@ -24,7 +24,7 @@ from torch.nn.functional import logsigmoid
 from safepatch.data.corpus import Corpus
 from safepatch.data.settings import DataConfig
 from safepatch.data.twin_pictures import TwinBank, Twins, build_twins
-from safepatch.diffusion import Conditioning, UNetHost, joined, moved
+from safepatch.diffusion import UNET, Conditioning, UNetHost, joined, moved
 from safepatch.errors import ConfigError
 from safepatch.objectives.base import Losses, Player, Turn, Usual
 from safepatch.objectives.noising import draw_timesteps
@@ -69,6 +69,8 @@ class DUOConfig(Usual):
 
     def suited(self, patch: Patch) -> Patch:
         """Self-attention of a lora patch, unless prompts are read; all of any other kind."""
+        if patch.component != UNET.component and not self.prompted:
+            raise ConfigError(f"a patch of the {patch.component} learns from prompts; set objective.prompted=true")
         if patch.kind == "lora" and not self.prompted:
             patch.keep_layers(SELF_ATTENTION)
         return super().suited(patch)

@@ -22,7 +22,7 @@ from torch.nn.functional import mse_loss
 from safepatch.data.bank import Batch, DataConfig, PairBank
 from safepatch.data.concepts import drawn, erased, prompt_bank, require_prompts
 from safepatch.data.corpus import Corpus
-from safepatch.diffusion import UNetHost
+from safepatch.diffusion import UNET, UNetHost
 from safepatch.errors import ConfigError
 from safepatch.objectives.base import Losses, Player, Turn, Usual
 from safepatch.objectives.noising import noised
@@ -74,7 +74,7 @@ class ESDConfig(Usual):
 
     def suited(self, patch: Patch) -> Patch:
         """The variant's layers of a lora patch; raises `ConfigError` for a variant of another kind."""
-        variant = self.variant or ("x" if patch.kind == "lora" else "all")
+        variant = self.variant or ("x" if patch.kind == "lora" and patch.component == UNET.component else "all")
         if variant != "all":
             patch.keep_layers(VARIANTS[variant])
         return super().suited(patch)

@@ -19,7 +19,7 @@ many latents of the unsafe picture itself.
 """
 
 from dataclasses import dataclass
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from torch.nn.functional import avg_pool2d, interpolate, mse_loss
 from safepatch.data.corpus import Corpus
 from safepatch.data.settings import DataConfig
 from safepatch.data.twin_pictures import TwinBank, Twins, build_twins
-from safepatch.diffusion import UNetHost, joined
+from safepatch.diffusion import UNET, UNetHost, joined
 from safepatch.errors import ConfigError
 from safepatch.objectives.base import Losses, Player, Turn, Usual
 from safepatch.objectives.duo import SELF_ATTENTION
@@ -50,6 +50,8 @@ class SafeGenConfig(Usual):
             0 is for the safe twin's picture.
         unsafe_weight, benign_weight: w_1 and w_2.
     """
+
+    components: ClassVar[tuple[str, ...]] = (UNET.component,)
 
     name: str = "safegen"
     target: str = "exact"
@@ -75,10 +77,11 @@ class SafeGenConfig(Usual):
         return 3
 
     def suited(self, patch: Patch) -> Patch:
-        """Self-attention of a lora patch; all of any other kind."""
+        """Self-attention of a lora patch; all of any other kind; raises `ConfigError` for a text encoder's."""
+        super().suited(patch)
         if patch.kind == "lora":
             patch.keep_layers(SELF_ATTENTION)
-        return super().suited(patch)
+        return patch
 
     def prepare(self, host: UNetHost, corpus: Corpus, data: DataConfig) -> TwinBank:
         """Both members of each pair, and as many harmless pictures."""

@@ -8,6 +8,7 @@ import yaml
 
 from safepatch.config import load_config
 from safepatch.data.bank import DataConfig
+from safepatch.diffusion import TEXT_ENCODERS, UNET
 from safepatch.errors import ConfigError, lookup
 from safepatch.models.load import ModelConfig
 from safepatch.objectives import OBJECTIVES, SafeControlConfig
@@ -27,6 +28,7 @@ class PatchConfig:
     Attributes:
         kind: `lora`, low-rank updates of the host's own layers; `lite`, narrow branches on the host's features; or
             `control`, a trainable clone of the host's encoder.
+        component: what of the pipeline it changes: `unet`, or of a lora patch `text_encoder` or `text_encoder_2`.
         sees: what its cross-attention reads: `instruction`, or `instruction+prompt`; a lora patch has none.
         rank: of a lora patch, of each update (default 16); of a lite patch, channels per branch (default 64); of a
             control patch, store the deltas of layers wider than this as low-rank factors (default 0, dense).
@@ -37,6 +39,7 @@ class PatchConfig:
     """
 
     kind: str = "lora"
+    component: str = UNET.component
     sees: str = "instruction+prompt"
     rank: int | None = None
     depth: int | None = None
@@ -48,6 +51,9 @@ class PatchConfig:
         for name, value in (("gate", self.gate), ("rank", self.rank or 0)):
             if value < 0:
                 raise ConfigError(f"patch.{name} must be at least 0, not {value}")
+        lookup(dict.fromkeys((UNET.component, *TEXT_ENCODERS)), self.component, what="component for patch.component")
+        if self.component in TEXT_ENCODERS and self.kind != "lora":
+            raise ConfigError(f"a {self.kind} patch cannot change the {self.component}; set patch.kind=lora")
         if not 0 <= self.windows <= WIDEST:
             raise ConfigError(f"patch.windows must be from 0 to {WIDEST} words, not {self.windows}")
 
@@ -125,7 +131,8 @@ class TrainConfig:
         category: what the patch is for: a shipped category's name, or a category file; not needed where a corpus is at
             hand.
         model: the base; not needed where a pipeline is at hand.
-        output: folder for the patch, its log and its checkpoint; `runs/train/CATEGORY-KIND` if not given.
+        output: folder for the patch, its log and its checkpoint; `runs/train/CATEGORY-KIND` if not given, and for a
+            text encoder's patch `runs/train/CATEGORY-COMPONENT`.
         license: of the patch, an SPDX expression; by default what the base states.
         patch, objective, data, training: the parts.
     """

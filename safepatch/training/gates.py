@@ -200,10 +200,10 @@ def add_gate(
     if not 0 <= windows <= WIDEST:
         raise ConfigError(f"windows must be of 0 to {WIDEST} words, not {windows}")
     host = UNetHost(Components.of(pipe))
-    patch = from_artifact(artifact, host.unet)
+    patch = from_artifact(artifact, host.components)
     patch.add_gate(host.unet, width)
     gates = {corpus.name: fit_gate(cast(TextGate, patch.gate), host, corpus, data or DataConfig(), windows)}
-    made = to_artifact(patch, host.unet, artifact.info.instructions)
+    made = to_artifact(patch, host.components, artifact.info.instructions)
     info = replace(artifact.info, config={**artifact.info.config, "layout": patch.layout, "gate": gates})
     names = [name for name in made.tensors if name.startswith(f"{patch.kind}.gate.")]
     gate = {name: converted(name, made.tensors[name], artifact.dtype) for name in names}

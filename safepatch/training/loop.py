@@ -95,7 +95,7 @@ class Run:
         if self.accelerator.is_main_process:
             out.rewind_log(state.step)
         if self.host.device.type == "cuda" and self.show is None:
-            self.host.put_aside()
+            self.host.put_aside(but=patch.component)
         return state
 
     def steps(self, state: State) -> Iterator[Mapping[str, Tensor]]:

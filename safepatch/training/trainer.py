@@ -11,15 +11,16 @@ from accelerate.state import AcceleratorState
 from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.config import to_dict
 from safepatch.data.corpus import Corpus
-from safepatch.diffusion import Components, UNetHost
+from safepatch.diffusion import UNET, Components, UNetHost
 from safepatch.errors import ConfigError, lookup
 from safepatch.models.load import license_of, recorded_name
 from safepatch.objectives.closed_form import begin
 from safepatch.patch import PATCH_KINDS, Patch
 from safepatch.patch.files import to_artifact
 from safepatch.patch.gate import TextGate
+from safepatch.patch.text import TextPatch
 from safepatch.progress import note
-from safepatch.training.config import TrainConfig, TrainingConfig
+from safepatch.training.config import PatchConfig, TrainConfig, TrainingConfig
 from safepatch.training.folder import RunFolder
 from safepatch.training.gates import fit_gate
 from safepatch.training.interrupts import Interrupted
@@ -45,11 +46,10 @@ def train(pipe: Any, config: TrainConfig, corpus: Corpus | None = None) -> Path:
         SafepatchError: when the output folder or the cache cannot be written, or another run is in that folder.
     """
     corpus = corpus or Corpus.open(config.category)
-    usual = f"runs/train/{corpus.name}-{config.patch.kind}"
+    changes = config.patch.component
+    usual = f"runs/train/{corpus.name}-{config.patch.kind if changes == UNET.component else changes}"
     host = UNetHost(Components.of(pipe), config.data.size)
-    kind = lookup(PATCH_KINDS, config.patch.kind, what="patch kind")
-    patch = kind.from_unet(host.unet, config.patch.sees, **config.patch.layout)
-    patch = config.objective.suited(patch)  # before anything is written or drawn
+    patch = config.objective.suited(_fresh(host, config.patch))  # before anything is written or drawn
     run_is_of = {**_recorded(config), "model_key": host.key, "words_key": corpus.key}
     result = f"{corpus.name}.safetensors"
     with RunFolder.claim(Path(config.output or usual), run_is_of, result) as out:
@@ -57,6 +57,13 @@ def train(pipe: Any, config: TrainConfig, corpus: Corpus | None = None) -> Path:
             note(f"finished already: {out.path / result}; for another run choose another output=, or delete it")
             return out.path / result
         return _train(pipe, host, patch, config, corpus, out)
+
+
+def _fresh(host: UNetHost, config: PatchConfig) -> Patch:
+    if config.component != UNET.component:
+        return TextPatch.of(host.components, config.component, **config.layout)
+    kind = lookup(PATCH_KINDS, config.kind, what="patch kind")
+    return kind.from_unet(host.unet, config.sees, **config.layout)
 
 
 def _train(pipe: Any, host: UNetHost, patch: Patch, config: TrainConfig, corpus: Corpus, out: RunFolder) -> Path:
@@ -124,6 +131,8 @@ def _chosen(device: str) -> str:
 def _recorded(config: TrainConfig) -> dict[str, Any]:
     """The settings that a run depends on: not where it runs, keeps latents, shows losses, nor whose the patch is."""
     recorded = to_dict(config)
+    if recorded["patch"]["component"] == UNET.component:
+        del recorded["patch"]["component"]  # as before there were others
     del recorded["license"], recorded["training"]["report_to"], recorded["training"]["device"]
     return {**recorded, "data": {name: value for name, value in recorded["data"].items() if name != "cache"}}
 
@@ -138,7 +147,7 @@ def _packed(
     recorded |= {"gate": gates} if gates else {}
     instructions = {corpus.name: corpus.category.instruction}
     license = config.license or (license_of(config.model.path) if config.model.path else "")
-    artifact = to_artifact(patch, host.unet, instructions, recorded, training, license)
+    artifact = to_artifact(patch, host.components, instructions, recorded, training, license)
     if config.patch.kind == "control" and config.patch.rank:
         artifact = artifact.compress(config.patch.rank)
     return artifact.astype(torch.float16)
