@@ -17,6 +17,7 @@ def described(info: PatchInfo) -> dict[str, Any]:
     return {
         **{key: value for key, value in asdict(info).items() if key != "shapes"},
         "categories": list(info.categories),
+        "components": list(info.components),
         "weights": weights(info),
         "recipe": recipe or None,
         "sources": sources,

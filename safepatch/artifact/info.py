@@ -79,6 +79,18 @@ class PatchInfo:
         """What the recipe of a merged patch says of its sources; empty for any other patch."""
         return (self.recipe or {}).get("sources", [])
 
+    def singles(self) -> "list[PatchInfo]":
+        """What a bundle keeps apart, as parts of bundles in it too; any other patch alone."""
+        if not self.is_bundle:
+            return [self]
+        inner = [PatchInfo.from_metadata(source["metadata"]) for source in self.sources if "metadata" in source]
+        return [each for info in inner for each in info.singles()] or [self]
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """All that it changes, sorted."""
+        return tuple(sorted({each.component for each in self.singles()}))
+
     def to_metadata(self) -> dict[str, str]:
         """The file's `__metadata__`: ModelSpec 1.0.1 and `safepatch.*` keys; the hash is a slot of zeros."""
         values = {

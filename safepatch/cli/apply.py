@@ -110,12 +110,16 @@ def check(patch: PatchFile, model: Model = "tiny-sd", allow_pickle: AllowPickle 
 
     fit = run(model, patch, allow_pickle)
     why = "a merge has no base of its own" if fit.info.recipe else "the patch does not record its base's encoder"
+    why = why if fit.info.component == "unet" else "the text encoder's weights are not in a folder of their own"
     say(f"fits: {patch} ({', '.join(fit.info.categories)}) on {model}")
     if merged := weights(fit.info):
         say("weights: " + ", ".join(f"{name} {weight:g}" for name, weight in merged.items()))
     typer.echo(f"family: {fit.family}")
     typer.echo(f"fingerprint: {json.dumps(fit.fingerprint)}")
-    typer.echo(f"drift from the patch's base: {f'unknown, {why}' if fit.drift is None else f'{fit.drift:.2g}'}")
+    for component in fit.info.components:
+        of = "" if fit.info.components == ("unet",) else f" ({component})"
+        known = f"{fit.drifts[component]:.2g}" if component in fit.drifts else f"unknown, {why}"
+        typer.echo(f"drift from the patch's base{of}: {known}")
 
 
 def _scale(text: str) -> float | dict[str, float]:

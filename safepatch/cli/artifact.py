@@ -108,11 +108,12 @@ def split(
     merged: PatchFile,
     category: Annotated[str, typer.Argument(help="Which part.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Where to write the part.")],
+    component: Annotated[str, typer.Option(help="Of a two-sided bundle: text_encoder, text_encoder_2 or unet.")] = "",
 ) -> None:
     """Take a category's patch back out of a merge by cat or bundle, bit for bit."""
     from safepatch.merging import split as run
 
-    part = run(merged, category, out)
+    part = run(merged, category, out, component)
     say(f"split {', '.join(part.info.categories)}: {out}, unchanged ({part.content_hash[:14]})")
 
 

@@ -12,9 +12,16 @@ from torch import Tensor
 
 from safepatch.artifact.info import EXPORTED, PatchInfo
 from safepatch.artifact.patch_artifact import PatchArtifact
-from safepatch.diffusion import empty_unet, family, fingerprint
+from safepatch.diffusion import UNET, empty_unet, family, fingerprint
 from safepatch.errors import ArtifactError, BaseMismatch, ConfigError, SafepatchError, UnsupportedModel
-from safepatch.export.names import ADAPTER, DIFFUSERS_FILE, EXPORTED_GATE, TEXT_ENCODERS, layers_by_name
+from safepatch.export.names import (
+    ADAPTER,
+    DIFFUSERS_FILE,
+    EXPORTED_GATE,
+    TEXT_ENCODERS,
+    layers_by_name,
+    text_layers_by_name,
+)
 from safepatch.models.checkpoint import CONFIGS
 from safepatch.models.load import unet_config
 from safepatch.models.weights import Weights, open_weights
@@ -100,7 +107,11 @@ def _exported(weights: Weights) -> PatchArtifact:
         gate = json.loads(weights.metadata.get(EXPORTED_GATE, "{}"))
         tensors = {name: _unpacked(packed) for name, packed in gate.items()}
         layers = {name.removeprefix("lora.").removesuffix(".weight"): shape for name, shape in info.shapes.items()}
-        read, _ = _factors(weights, layers_by_name(layers, info.fingerprint), layers, partly=False, dtype=None)
+        if info.component == UNET.component:
+            known = layers_by_name(layers, info.fingerprint)
+        else:
+            known = text_layers_by_name(layers, info.component, info.fingerprint)
+        read, _ = _factors(weights, known, layers, partly=False, dtype=None)
         artifact = PatchArtifact({**tensors, **read}, info)
     except DAMAGES as error:
         raise ArtifactError(f"{weights.path} is damaged: what it says of its patch cannot be read ({error})") from error

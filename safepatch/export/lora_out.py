@@ -18,9 +18,9 @@ from torch import Tensor
 from safepatch.artifact.container import raw_bytes
 from safepatch.artifact.info import EXPORTED
 from safepatch.artifact.patch_artifact import PatchArtifact
-from safepatch.diffusion import family
+from safepatch.diffusion import UNET, family
 from safepatch.errors import ConfigError, lookup
-from safepatch.export.names import ADAPTER, DIFFUSERS_FILE, EXPORTED_GATE, kohya_name
+from safepatch.export.names import ADAPTER, DIFFUSERS_FILE, EXPORTED_GATE, kohya_name, peft_name, text_name
 from safepatch.files import replacing, unwritable
 from safepatch.patch import LoraPatch
 from safepatch.patch.lora import GATE, updated_weights
@@ -58,12 +58,13 @@ def export(patch: str | Path, out: str | Path, form: str = "kohya") -> Path:
     artifact = PatchArtifact.open(patch)
     config = _config_of(artifact)
     factors = {name.removesuffix(".weight"): artifact.factors(f"lora.{name}") for name in updated_weights(artifact)}
+    component = artifact.info.component
     if form == "kohya":
-        path, tensors = Path(out), _kohya_tensors(factors, config)
+        path, tensors = Path(out), _kohya_tensors(factors, component, config)
         if path.suffix != ".safetensors":
             raise ConfigError(f"a kohya LoRA is one .safetensors file, not {path}; choose another -o")
     else:
-        path, tensors = Path(out) / DIFFUSERS_FILE, _peft_tensors(factors)
+        path, tensors = Path(out) / DIFFUSERS_FILE, _peft_tensors(factors, component)
     metadata = _metadata(artifact, path, {name: len(down) for name, (_, down) in factors.items()}, form)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,19 +93,21 @@ def _config_of(artifact: PatchArtifact) -> Mapping[str, Any]:
     return info.fingerprint
 
 
-def _kohya_tensors(factors: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Tensor]:
+def _kohya_tensors(factors: Mapping[str, Any], component: str, config: Mapping[str, Any]) -> dict[str, Tensor]:
     tensors = {}
     for layer, (up, down) in factors.items():
-        name = kohya_name(layer, config)
+        is_unet = component == UNET.component
+        name = kohya_name(layer, config) if is_unet else text_name(layer, component, config)
         tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
         tensors[f"{name}.alpha"] = torch.tensor(float(len(down)), dtype=down.dtype)  # its scale is alpha / rank, so 1
     return tensors
 
 
-def _peft_tensors(factors: Mapping[str, Any]) -> dict[str, Tensor]:
+def _peft_tensors(factors: Mapping[str, Any], component: str) -> dict[str, Tensor]:
     tensors = {}
     for layer, (up, down) in factors.items():
-        tensors |= {f"unet.{layer}.lora_A.weight": down, f"unet.{layer}.lora_B.weight": up}
+        name = peft_name(layer, component)
+        tensors |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
     return tensors
 
 
@@ -132,10 +135,11 @@ def _metadata(artifact: PatchArtifact, path: Path, ranks: Mapping[str, int], for
             "ss_output_name": path.stem,
         }
     else:
+        component = artifact.info.component  # of its layers the ends suffice: some classes wrap them
         others = {layer: rank for layer, rank in ranks.items() if rank != usual}
         settings = {"r": usual, "lora_alpha": usual, "rank_pattern": others, "alpha_pattern": others}
         settings |= {"target_modules": sorted(ranks), "peft_type": "LORA"}
-        metadata[ADAPTER] = json.dumps({f"unet.{key}": value for key, value in settings.items()}, sort_keys=True)
+        metadata[ADAPTER] = json.dumps({f"{component}.{key}": value for key, value in settings.items()}, sort_keys=True)
     return {key: value for key, value in metadata.items() if value}
 
 

@@ -1,10 +1,10 @@
 """What things are called in LoRA files: layers by kohya's names, which user interfaces read, and by PEFT's."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from safepatch.artifact.info import EXPORTED
-from safepatch.diffusion import family
+from safepatch.diffusion import UNET, family
 
 KOHYA = "lora_unet_"
 EXPORTED_GATE = f"{EXPORTED}.gate"  # metadata: a gate's weights; as tensors diffusers would refuse them
@@ -18,6 +18,23 @@ def kohya_name(layer: str, config: Mapping[str, Any]) -> str:
     """The name of a layer in kohya's files: diffusers' path of SD 1 and 2, the original (sgm) path of SDXL."""
     path = original_path(layer, config) if family(config).startswith("sdxl") else layer
     return KOHYA + path.replace(".", "_")
+
+
+def text_name(layer: str, component: str, config: Mapping[str, Any]) -> str:
+    """The name of a text encoder's layer in kohya's files: encoders are numbered in SDXL's."""
+    number = {"text_encoder": "1", "text_encoder_2": "2"}[component] if family(config).startswith("sdxl") else ""
+    return f"lora_te{number}_text_model_{layer.replace('.', '_')}"
+
+
+def peft_name(layer: str, component: str) -> str:
+    """The name of a layer in PEFT's files."""
+    return f"unet.{layer}" if component == UNET.component else f"{component}.text_model.{layer}"
+
+
+def text_layers_by_name(layers: Iterable[str], component: str, config: Mapping[str, Any]) -> dict[str, str]:
+    """`layers_by_name` of a text encoder's."""
+    found = {text_name(layer, component, config): layer for layer in layers}
+    return found | {peft_name(layer, component): layer for layer in layers}
 
 
 def original_path(layer: str, config: Mapping[str, Any]) -> str:

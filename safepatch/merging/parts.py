@@ -12,41 +12,51 @@ from safepatch.merging.groups import cut_out, is_grouped, places
 from safepatch.merging.recipe import DTYPES
 
 
-def split(merged: str | Path | PatchArtifact, category: str, out: str | Path | None = None) -> PatchArtifact:
+def split(
+    merged: str | Path | PatchArtifact, category: str, out: str | Path | None = None, component: str = ""
+) -> PatchArtifact:
     """The patch for `category` as it was before the merge, and written to `out` when that is given.
 
     Args:
         merged: a patch merged by `cat` or `bundle`, or its path.
         category: which part; parts inside merged parts are found too.
         out: path of the part.
+        component: of a part, e.g. `text_encoder`, where two sides of a model have one each for the category.
 
     Raises:
         MergeError: when no part, or no single part, is for that category, or when it cannot be had back bit for bit.
     """
     artifact = merged if isinstance(merged, PatchArtifact) else PatchArtifact.open(merged)
-    part = _find(artifact, category)
+    part = _find(artifact, category, component)
     if out is not None:
         part.save(out)
     return part
 
 
-def _find(artifact: PatchArtifact, category: str) -> PatchArtifact:
-    index = _index(artifact.info, category)
+def _find(artifact: PatchArtifact, category: str, component: str) -> PatchArtifact:
+    index = _index(artifact.info, category, component)
     part = _restored(artifact, index)
-    return part if part.info.recipe is None or part.info.categories == (category,) else _find(part, category)
+    is_one = part.info.categories == (category,) and (not component or part.info.components == (component,))
+    return part if part.info.recipe is None or is_one else _find(part, category, component)
 
 
-def _index(info: PatchInfo, category: str) -> int:
+def _index(info: PatchInfo, category: str, component: str) -> int:
     """Which source of the merge is for `category`."""
     method, sources = (info.recipe or {}).get("method"), info.sources
     if not all("metadata" in source for source in sources) or not sources:
         how = f"merged by {method}, which mixes its parts" if method else "one patch"
         raise MergeError(f"'{info.title}' is {how}; only merges by cat or bundle can be split")
+    sides = [PatchInfo.from_metadata(source["metadata"]).components for source in sources]
     found = [index for index, source in enumerate(sources) if category in source["categories"]]
+    if component:
+        found = [index for index in found if component in sides[index]]
     if not found:
-        raise MergeError(f"no part for '{category}'{nearest(category, info.categories)}")
+        of = f" of a {component}" if component else ""
+        raise MergeError(f"no part for '{category}'{of}{nearest(category, info.categories)}")
     if len(found) > 1:
-        raise MergeError(f"{len(found)} parts are for '{category}'; which one is meant cannot be told")
+        changed = sorted({name for index in found for name in sides[index]})
+        advice = f"; name its component: {' or '.join(changed)}" if len(changed) > 1 and not component else ""
+        raise MergeError(f"{len(found)} parts are for '{category}'; which one is meant cannot be told{advice}")
     return found[0]
 
 

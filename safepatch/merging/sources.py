@@ -117,6 +117,9 @@ AGREEMENTS = (
 )
 # Parts that are kept apart may be of different kinds and see different things.
 OF_A_SUM = (
+    _Agreement(
+        "component", lambda info: info.component, MergeError, "merge patches of one, or keep them apart by bundle"
+    ),
     _Agreement("kind", lambda info: info.kind, MergeError, "merge patches of one kind, or keep them apart by bundle"),
     _Agreement("'sees'", lambda info: info.config.get("sees"), MergeError, "train them with the same 'sees'"),
 )

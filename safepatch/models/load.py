@@ -2,6 +2,7 @@
 
 import re
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,24 @@ def unet_files(name: str | Path, allow_pickle: bool = False) -> list[Weights] | 
         return [open_weights(Path(name), allow_pickle)]
     component, _ = denoiser_entry(read_json(Path(name) / "model_index.json"))
     return [open_weights(path, allow_pickle=True) for path in chosen(Path(name) / component)[1]]
+
+
+def text_encoder_weights(
+    name: str | Path, component: str, allow_pickle: bool = False
+) -> tuple[list[str], Callable[[str], torch.Tensor]] | None:
+    """Names of a text encoder's weights, and what reads one; None where they are in no files of its own.
+
+    Raises:
+        UnsupportedModel: when a file is missing or damaged, or a pickle and none is allowed.
+    """
+    if str(name) in MODELS:
+        own = dict(getattr(load_tiny(str(name)), component).named_parameters())
+        return list(own), own.__getitem__
+    if not (Path(name) / component).is_dir():
+        return None
+    files = [open_weights(path, allow_pickle) for path in chosen(Path(name) / component)[1]]
+    places = {key: file for file in files for key in file.tensors}
+    return list(places), lambda key: places[key].read(key)
 
 
 def license_of(name: str | Path) -> str:

@@ -6,7 +6,7 @@ Szegedy 1996, "The Space Complexity of Approximating the Frequency Moments", sec
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -38,10 +38,15 @@ def sketch(unet: Any, read: Callable[[str], Tensor] | None = None) -> str:
 
 
 @torch.no_grad()
-def text_sketch(own: Mapping[str, Tensor]) -> str:
-    """The same of a text encoder's blocks, of its weights by name; of tokens it may have learned more since."""
-    plain = {name.removeprefix("text_model."): weights for name, weights in own.items()}
-    return _sums(plain[name] for name in sorted(plain) if name.startswith("encoder."))
+def text_sketch(names: Iterable[str], read: Callable[[str], Tensor]) -> str:
+    """The same of a text encoder's blocks; of tokens it may have learned more since.
+
+    Args:
+        names: of its weights.
+        read: gives a weight by its name.
+    """
+    plain = {name.removeprefix("text_model."): name for name in names}
+    return _sums(read(plain[name]) for name in sorted(plain) if name.startswith("encoder."))
 
 
 def _sums(parts: Iterable[Tensor]) -> str:

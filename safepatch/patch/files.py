@@ -40,7 +40,8 @@ def to_artifact(
     unet, changed, told = _unet(host), _changed(host, patch.component), {}
     if isinstance(patch, TextPatch):
         told = {"component": patch.component, "encoder": encoder_fingerprint(changed)}
-    sums = text_sketch(plain_parameters(changed)) if told else sketch(unet)
+    own = plain_parameters(changed)
+    sums = text_sketch(own, own.__getitem__) if told else sketch(unet)
     tensors, shapes = patch.stored(unet)
     info = PatchInfo(
         kind=patch.kind,
@@ -75,7 +76,7 @@ def from_artifact(artifact: PatchArtifact, host: Any, dtype: torch.dtype = torch
     kind, config = lookup(PATCH_KINDS, artifact.info.kind, what="patch kind"), artifact.info.config
     changed, layout = _changed(host, artifact.info.component), config.get("layout", {})
     if changed is not unet:
-        _require_encoder(artifact.info, changed)
+        require_encoder(artifact.info, changed)
         patch = TextPatch.of(host, artifact.info.component, **layout)
     else:
         patch = kind.from_unet(unet, config["sees"], empty=True, **layout)
@@ -97,7 +98,7 @@ def _changed(host: Any, component: str) -> Any:
     return host.encoder(component)[1]
 
 
-def _require_encoder(info: PatchInfo, encoder: Any) -> None:
+def require_encoder(info: PatchInfo, encoder: Any) -> None:
     """Raise a one-line `BaseMismatch` unless a patch was made for text encoders of this shape."""
     ours, theirs = encoder_fingerprint(encoder), info.config.get("encoder", {})
     if wrong := [key for key in ours if ours[key] != theirs.get(key)]:

@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from safepatch.artifact.info import PatchInfo, read_info
-from safepatch.diffusion import Components, empty_unet, family, fingerprint, host_kind, uncompiled
+from safepatch.diffusion import UNET, Components, empty_unet, family, fingerprint, host_kind, uncompiled
 from safepatch.errors import UnsupportedModel
-from safepatch.models.load import load_unet, unet_config, unet_files
+from safepatch.models.load import load_unet, text_encoder_weights, unet_config, unet_files
 from safepatch.models.weights import denoiser_weights
-from safepatch.patch.drift import ENCODER, drift, sketch
+from safepatch.patch.drift import ENCODER, drift, sketch, text_sketch
 from safepatch.patch.files import check_fits
 from safepatch.runtime.corrector import Stats
 from safepatch.runtime.handle import Handle, attached
@@ -27,13 +27,19 @@ class Fit:
         family: of the model, e.g. `sd1`.
         fingerprint: the architecture that both have.
         info: what the patch is.
-        drift: |host - base| / |base| over the encoder's weights, where the patch records its base; else None.
+        drifts: by component that it changes, |host - base| / |base| over the weights of the UNet's encoder, or of the
+            text encoder; where the patch records its base, and the model's files can be read for it.
     """
 
     family: str
     fingerprint: dict[str, Any]
     info: PatchInfo
-    drift: float | None
+    drifts: dict[str, float]
+
+    @property
+    def drift(self) -> float | None:
+        """Of the first component that it changes; None where that is unknown."""
+        return self.drifts.get(self.info.components[0])
 
 
 def check(model: str | Path, patch: str | Path, allow_pickle: bool = False) -> Fit:
@@ -48,9 +54,26 @@ def check(model: str | Path, patch: str | Path, allow_pickle: bool = False) -> F
         ArtifactError: when the file is no patch.
     """
     info, config = require_fit(model, patch, allow_pickle)
-    base = info.base.get(ENCODER)
-    found = drift(_sketch(model, config, allow_pickle), base) if base else None
+    found = {}
+    for component, base in _bases(info).items():
+        if (own := _sketch_of(model, component, config, allow_pickle)) is not None:
+            found[component] = drift(own, base)
     return Fit(family(config), fingerprint(config), info, found)
+
+
+def _bases(info: PatchInfo) -> dict[str, str]:
+    """By component, the sketch of what its patches were trained on, where all have the same."""
+    known: dict[str, set[str]] = {}
+    for each in info.singles():
+        known.setdefault(each.component, set()).add(each.base.get(ENCODER, ""))
+    return {component: next(iter(some)) for component, some in known.items() if len(some) == 1 and "" not in some}
+
+
+def _sketch_of(model: str | Path, component: str, config: Mapping[str, Any], allow_pickle: bool) -> str | None:
+    if component == UNET.component:
+        return _sketch(model, config, allow_pickle)
+    found = text_encoder_weights(model, component, allow_pickle)
+    return None if found is None else text_sketch(*found)
 
 
 def _sketch(model: str | Path, config: Mapping[str, Any], allow_pickle: bool) -> str:

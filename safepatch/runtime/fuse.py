@@ -13,14 +13,14 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from safepatch.artifact.patch_artifact import PatchArtifact
-from safepatch.diffusion import Components
+from safepatch.diffusion import UNET, Components
 from safepatch.errors import ModelNotFound, SafepatchError
 from safepatch.files import replacing_folder, unwritable
 from safepatch.models.load import MODELS
 from safepatch.models.weights import NAMES, Stored
-from safepatch.patch.files import check_fits
+from safepatch.patch.files import check_fits, require_encoder
 from safepatch.runtime.check import require_fit
-from safepatch.runtime.fused_files import NOTE, Job, Tell, fuse_embedded, fuse_file, fuse_folder
+from safepatch.runtime.fused_files import NOTE, Job, Tell, fuse_embedded, fuse_file, fuse_folder, plain_name
 from safepatch.runtime.handle import refuse_fused_projections
 from safepatch.runtime.update import Update
 
@@ -29,7 +29,9 @@ __all__ = ["NOTE", "Update", "fuse", "fuse_model"]
 
 @torch.no_grad()
 def fuse(pipe: Any, patch: str | Path | PatchArtifact, scale: float = 1.0) -> None:
-    """Add a lora patch to the weights of a pipeline's denoiser, for good.
+    """Add a lora patch to the weights of a pipeline's denoiser, or text encoder, for good.
+
+    A text encoder then reads negative prompts as the patched one too, and safepatch's gates judge by what it reads.
 
     Args:
         pipe: a diffusers pipeline; its weights keep their dtype.
@@ -41,14 +43,26 @@ def fuse(pipe: Any, patch: str | Path | PatchArtifact, scale: float = 1.0) -> No
         BaseMismatch: when the patch was made for another architecture.
     """
     artifact = patch if isinstance(patch, PatchArtifact) else PatchArtifact.open(patch)
-    host: Any = Components.of(pipe).unet
-    check_fits(artifact.info, host.config)
-    refuse_fused_projections(host)
+    components = Components.of(pipe)
+    check_fits(artifact.info, components.unet.config)
+    refuse_fused_projections(components.unet)
     update = Update.of(artifact, scale)
-    weights = {name.replace(".base_layer", ""): weight for name, weight in host.named_parameters()}
-    update.require({name: _stored(weight) for name, weight in weights.items()})
-    for name in update.names:
-        weights[name].copy_(update.added(name, weights[name]))
+    places = [(update.of_component(name), _weights(components, name)) for name in update.components]
+    for part in artifact.parts():
+        if part.artifact.info.component != UNET.component:
+            require_encoder(part.artifact.info, components.encoder(part.artifact.info.component)[1])
+    for own, weights in places:  # before anything is written
+        own.require({name: _stored(weight) for name, weight in weights.items()})
+    for own, weights in places:
+        for name in own.names:
+            weights[name].copy_(own.added(name, weights[name]))
+
+
+def _weights(components: Components, component: str) -> dict[str, Tensor]:
+    """By name, as a patch calls them."""
+    module = components.unet if component == UNET.component else components.encoder(component)[1]
+    named = {name.replace(".base_layer", ""): weight for name, weight in module.named_parameters()}
+    return {plain_name(name, component): weight for name, weight in named.items()}
 
 
 def _stored(weight: Tensor) -> Stored:
@@ -93,6 +107,8 @@ def fuse_model(
     note = {"title": artifact.info.title, "categories": artifact.info.categories, "scale": scale}
     note |= {"hash": artifact.content_hash, "weights": update.digest}
     job = Job(update, config, note, allow_pickle, tell)
+    if changed := [name for name in update.components if name != UNET.component]:
+        tell(f"{', '.join(changed)}: reads negative prompts as the patched one too, and so do gates of other patches")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         if model.is_file():

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from safepatch.diffusion import denoiser_entry, read_json
+from safepatch.diffusion import UNET, denoiser_entry, read_json
 from safepatch.errors import BaseMismatch, ConfigError, SafepatchError, UnsupportedModel
 from safepatch.files import replacing
 from safepatch.models.folder import whole_name
@@ -33,7 +33,7 @@ class Job(NamedTuple):
     """What is fused into the files of a model.
 
     Attributes:
-        update: what is added.
+        update: what is added; while files are written, to one component.
         config: of what denoises.
         note: what a fused model says of it.
         allow_pickle: read pickles too.
@@ -47,13 +47,17 @@ class Job(NamedTuple):
     tell: Tell
 
     def changed(self, files: Sequence[Weights]) -> dict[Path, dict[str, str]]:
-        """By file, which of its tensors change: name there -> diffusers' name.
+        """By file, which of its tensors change: name there -> the patch's name.
 
         Raises:
             BaseMismatch: when `files`, which belong together, lack one.
             ConfigError: when one cannot take a small difference.
         """
-        places = denoiser_weights(files, self.config)
+        component = self.update.components[0]
+        if component == UNET.component:
+            places = denoiser_weights(files, self.config)
+        else:
+            places = {plain_name(name, component): (file, name) for file in files for name in file.tensors}
         self.update.require({name: file.tensors[stored] for name, (file, stored) in places.items()})
         found: dict[Path, dict[str, str]] = {file.path: {} for file in files}
         for name in self.update.names:
@@ -86,9 +90,11 @@ class Job(NamedTuple):
 def fuse_embedded(model: Path, folder: Path, job: Job) -> None:
     """A sibling has no folder of its own: it is built, changed and saved."""
     pipe = load_tiny(str(model))
-    weights = dict(pipe.unet.named_parameters())
-    for name in job.update.names:
-        weights[name].data = job.update.added(name, weights[name].data)
+    for component in job.update.components:
+        update, named = job.update.of_component(component), getattr(pipe, component).named_parameters()
+        weights = {plain_name(name, component): weight for name, weight in named}
+        for name in update.names:
+            weights[name].data = update.added(name, weights[name].data)
     pipe.save_pretrained(folder)
     for path in folder.rglob("*.safetensors"):
         shutil.copymode(folder / "model_index.json", path)  # safetensors keeps its files from everyone else
@@ -99,6 +105,8 @@ def fuse_file(model: Path, out: Path, job: Job) -> None:
     """Write a single file changed, without its averaged UNet."""
     if out.suffix != ".safetensors" or out.resolve() == model.resolve():
         raise SafepatchError(f"a single file is fused into another .safetensors file, not {out}; choose another -o")
+    if job.update.components != (UNET.component,):
+        raise ConfigError("a text encoder's patch is fused into a folder; save the pipeline (save_pretrained) first")
     weights = open_weights(model, job.allow_pickle)
     names = job.changed([weights])[model]
     metadata = {**weights.metadata, NOTE: job.noted(weights.metadata.get(NOTE, "[]"))}
@@ -109,25 +117,38 @@ def fuse_file(model: Path, out: Path, job: Job) -> None:
 def fuse_folder(model: Path, folder: Path, job: Job) -> None:
     """Copy a folder, changed wherever weights of its denoiser may be: in its component, and beside the others."""
     index = read_json(model / "model_index.json")
-    component, _ = denoiser_entry(index)
+    denoiser, _ = denoiser_entry(index)
+    changes = {denoiser if name == UNET.component else name: name for name in job.update.components}
     note = model / f"{NOTE}.json"
     notes = job.noted(note.read_text("utf-8") if note.is_file() else "[]")
     groups: dict[str, list[Path]] = {}
     plain: list[Path] = []
     for path in _files(model, job.tell):
         place = path.relative_to(model)
-        is_others = place.parts[0] in index and place.parts[0] != component
-        if is_others or path.suffix.lower() not in WEIGHTS:
+        is_others = place.parts[0] in index and place.parts[0] not in changes
+        is_loose = place.parts[0] not in index and denoiser not in changes  # the denoiser's, if anybody's
+        if is_others or is_loose or path.suffix.lower() not in WEIGHTS:
             plain.append(path)
         else:
             groups.setdefault(place.with_name(whole_name(place)).as_posix(), []).append(path)
-    fused = [name for name, paths in groups.items() if _fuse_group(name, paths, model, folder, job)]
-    if not any(name.startswith(f"{component}/") for name in fused):
-        raise SafepatchError(f"{component}/ holds no weights that can be fused; save the model as safetensors first")
+    own = {part: job._replace(update=job.update.of_component(name)) for part, name in changes.items()}
+    fused = [
+        name
+        for name, paths in groups.items()
+        if _fuse_group(name, paths, model, folder, own.get(name.split("/")[0], own.get(denoiser, job)))
+    ]
+    for part in changes:
+        if not any(name.startswith(f"{part}/") for name in fused):
+            raise SafepatchError(f"{part}/ holds no weights that can be fused; save the model as safetensors first")
     for path in plain:
         if not _lists_absent(path, folder / path.parent.relative_to(model)):
             shutil.copyfile(path, _target(path, model, folder))
     (folder / note.name).write_text(notes + "\n", "utf-8")
+
+
+def plain_name(name: str, component: str) -> str:
+    """A weight's name as patches have it: of a text encoder without the prefix that some classes and files add."""
+    return name if component == UNET.component else name.removeprefix("text_model.")
 
 
 def _fuse_group(name: str, paths: list[Path], model: Path, folder: Path, job: Job) -> bool:

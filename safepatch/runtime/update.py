@@ -10,6 +10,7 @@ from torch import Tensor
 
 from safepatch.artifact.container import raw_bytes
 from safepatch.artifact.patch_artifact import Part, PatchArtifact
+from safepatch.diffusion import UNET
 from safepatch.errors import BaseMismatch, ConfigError
 from safepatch.models.weights import DTYPES, Stored
 from safepatch.patch import LoraPatch
@@ -39,6 +40,15 @@ class Update(NamedTuple):
             if kind != LoraPatch.kind:
                 raise ConfigError(f"a {kind} patch is a network of its own and has no weights to fuse; use apply")
         return cls(artifact.parts(), scale)
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Of a pipeline, all that change, sorted."""
+        return tuple(sorted({part.artifact.info.component for part in self.parts}))
+
+    def of_component(self, component: str) -> "Update":
+        """What of it is for one component, the `unet` for whatever denoises."""
+        return Update(tuple(part for part in self.parts if part.artifact.info.component == component), self.scale)
 
     @property
     def names(self) -> set[str]:
@@ -90,7 +100,8 @@ def _size(artifact: PatchArtifact, name: str) -> tuple[int, int]:
 
 
 def _digest(part: Part) -> bytes:
-    seen = sha256(repr(part.weight).encode())
+    component = part.artifact.info.component
+    seen = sha256(f"{part.weight!r}{'' if component == UNET.component else component}".encode())
     for name in sorted(updated_weights(part.artifact)):
         for form, tensor in sorted(part.artifact.stored(f"lora.{name}").items()):
             seen.update(f"{name}.{form}".encode())
