@@ -15,7 +15,7 @@ from safepatch.data.latents import Drawing, Latents
 from safepatch.data.prompts import Pair, Prompt
 from safepatch.data.settings import DataConfig
 from safepatch.data.texts import Texts
-from safepatch.diffusion import Conditioning, UNetHost, moved
+from safepatch.diffusion import Conditioning, Host, moved
 
 SAFE_SHARE = 0.5  # of the pairs, whose safe member is drawn; of the others it is the unsafe one
 
@@ -110,7 +110,7 @@ class PairBank:
 
 
 def build_bank(
-    host: UNetHost, corpus: Corpus, config: DataConfig, safe_share: float = SAFE_SHARE, retain: bool = True
+    host: Host, corpus: Corpus, config: DataConfig, safe_share: float = SAFE_SHARE, retain: bool = True
 ) -> PairBank:
     """Draw, read and keep the rows of a corpus.
 
@@ -141,7 +141,7 @@ def build_bank(
     )
 
 
-def build_retained(host: UNetHost, corpus: Corpus, n: int, config: DataConfig) -> Retained:
+def build_retained(host: Host, corpus: Corpus, n: int, config: DataConfig) -> Retained:
     """Draw and read `n` prompts that must stay as they are."""
     prompts = corpus.retain(n, config.seed)
     texts = Texts(host, [prompt.text for prompt in prompts], config)

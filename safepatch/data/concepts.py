@@ -11,7 +11,7 @@ from safepatch.data.latents import Latents
 from safepatch.data.prompts import EMPTY, Pair, Prompt
 from safepatch.data.settings import DataConfig
 from safepatch.data.texts import Texts
-from safepatch.diffusion import UNetHost
+from safepatch.diffusion import Host
 from safepatch.errors import ConfigError
 
 PROMPTS = ("concepts", "captions")
@@ -51,13 +51,13 @@ def erased(corpus: Corpus, prompts: str, n: int, seed: int, companions: float) -
     return made[:n]
 
 
-def drawn(host: UNetHost, prompts: Sequence[Prompt], data: DataConfig, label: str) -> Latents:
+def drawn(host: Host, prompts: Sequence[Prompt], data: DataConfig, label: str) -> Latents:
     """What the host draws of prompts; of the i-th, from noise of (seed, i)."""
     return Latents(host, [plain_drawing(prompt, i, data) for i, prompt in enumerate(prompts)], data, label)
 
 
 def prompt_bank(
-    host: UNetHost,
+    host: Host,
     corpus: Corpus,
     data: DataConfig,
     latents: Latents,

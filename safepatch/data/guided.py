@@ -16,7 +16,7 @@ from torch import Tensor
 
 from safepatch.data.category import Rewrite
 from safepatch.data.twins import Guide
-from safepatch.diffusion import Conditioning, Predict, UNetHost
+from safepatch.diffusion import Conditioning, Host, Predict
 
 DECAY = 0.4  # of the momentum: SLD's beta as diffusers has it
 
@@ -27,7 +27,7 @@ def push(away: Tensor, towards: Tensor, rewrite: Rewrite) -> Tensor:
     return torch.where(made.abs() < rewrite.threshold, 0, made)
 
 
-def guided(host: UNetHost, guides: Sequence[Guide]) -> Predict:
+def guided(host: Host, guides: Sequence[Guide]) -> Predict:
     """The teacher of these prompts along one trajectory: later steps remember the pushes of earlier ones.
 
     The momentum is SLD's (eq. 7 and 8): a share of a running mean of the pushes is added to each.

@@ -16,7 +16,7 @@ from safepatch.data.keys import digest
 from safepatch.data.settings import DataConfig
 from safepatch.data.shards import Shards
 from safepatch.data.twins import Guide
-from safepatch.diffusion import Predict, UNetHost, batched
+from safepatch.diffusion import Host, Predict, batched
 from safepatch.errors import PromptError
 
 
@@ -53,7 +53,7 @@ class Latents:
         drawings: what to draw.
         config: steps, size of batches and the cache.
         label: of the progress bar.
-        predict: what predicts instead of the host where the prompt is meant; see `UNetHost.draw`.
+        predict: what predicts instead of the host where the prompt is meant; see `Host.draw`.
         by: names who that is.
 
     Raises:
@@ -63,7 +63,7 @@ class Latents:
 
     def __init__(
         self,
-        host: UNetHost,
+        host: Host,
         drawings: Sequence[Drawing],
         config: DataConfig,
         label: str,
@@ -88,7 +88,7 @@ class Latents:
         return self._shards.rows(index)["latents"]
 
 
-def _made(host: UNetHost, drawings: Sequence[Drawing], config: DataConfig, predict: Predict | None = None) -> Tensor:
+def _made(host: Host, drawings: Sequence[Drawing], config: DataConfig, predict: Predict | None = None) -> Tensor:
     """Their latents, (N, 4, h, w), on the CPU; those of one guidance are drawn together, and those that are guided."""
     made = torch.empty(len(drawings), *host.latent_shape)
     shared: dict[tuple[object, ...], list[int]] = {}
@@ -101,7 +101,7 @@ def _made(host: UNetHost, drawings: Sequence[Drawing], config: DataConfig, predi
     return made
 
 
-def _batch(host: UNetHost, drawings: Sequence[Drawing], config: DataConfig, predict: Predict | None) -> Tensor:
+def _batch(host: Host, drawings: Sequence[Drawing], config: DataConfig, predict: Predict | None) -> Tensor:
     """The latents of drawings that are alike, (B, 4, h, w)."""
     if drawings[0].image:
         return host.encode_images(_pictures(drawings, host.size))

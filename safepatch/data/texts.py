@@ -8,13 +8,13 @@ from torch import Tensor
 from safepatch.data.keys import digest
 from safepatch.data.settings import DataConfig
 from safepatch.data.shards import Shards
-from safepatch.diffusion import Conditioning, UNetHost
+from safepatch.diffusion import Conditioning, Host
 
 
 class Texts:
     """What the host reads of each of some texts, on disk, each distinct text once."""
 
-    def __init__(self, host: UNetHost, texts: Sequence[str], config: DataConfig) -> None:
+    def __init__(self, host: Host, texts: Sequence[str], config: DataConfig) -> None:
         self._numbers = {text: i for i, text in enumerate(dict.fromkeys(texts))}
         distinct, dtype = list(self._numbers), host.components.compute_dtype
         key = {"model": host.key, "texts": digest(distinct), "dtype": str(dtype), "kept": "states, tokens"}

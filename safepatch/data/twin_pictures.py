@@ -11,7 +11,7 @@ from safepatch.data.latents import Latents
 from safepatch.data.prompts import EMPTY
 from safepatch.data.settings import DataConfig
 from safepatch.data.texts import Texts
-from safepatch.diffusion import Conditioning, UNetHost, moved
+from safepatch.diffusion import Conditioning, Host, moved
 from safepatch.errors import ConfigError
 
 
@@ -74,7 +74,7 @@ class TwinBank:
         return replace(twins, retain=self.retained.latents[kept])
 
 
-def build_twins(host: UNetHost, corpus: Corpus, data: DataConfig, retain: bool = False) -> TwinBank:
+def build_twins(host: Host, corpus: Corpus, data: DataConfig, retain: bool = False) -> TwinBank:
     """Draw, read and keep both members of each pair.
 
     Raises:

@@ -22,6 +22,7 @@ from safepatch.diffusion.drawing import (
     steps_ahead,
     threads_inside,
 )
+from safepatch.diffusion.hosts.base import Host, Predict, batched
 from safepatch.diffusion.hosts.kinds import (
     UNET,
     HostKind,
@@ -30,7 +31,8 @@ from safepatch.diffusion.hosts.kinds import (
     host_kind,
     usual_guidance,
 )
-from safepatch.diffusion.hosts.unet import Predict, UNetHost, batched
+from safepatch.diffusion.hosts.opening import open_host
+from safepatch.diffusion.hosts.unet import UNetHost
 from safepatch.diffusion.loading import (
     CLIP,
     denoiser_entry,
@@ -72,6 +74,7 @@ __all__ = [
     "Components",
     "Conditioning",
     "Drawing",
+    "Host",
     "HostKind",
     "Predict",
     "Spelling",
@@ -114,6 +117,7 @@ __all__ = [
     "negative_rows",
     "noise_pred",
     "not_supported",
+    "open_host",
     "original_names",
     "prediction_type",
     "quiet",

@@ -33,16 +33,17 @@ def encode_prompts(components: Components, prompts: Sequence[str]) -> Tensor:
 
 
 @torch.no_grad()
-def encode(components: Components, prompts: Sequence[str]) -> Conditioning:
+def encode(components: Components, prompts: Sequence[str], t5_tokens: int = T5_TOKENS) -> Conditioning:
     """What the host reads of `prompts`, as its pipeline computes it.
 
     SD 1 and 2 read the text encoder's last layer; SDXL reads the last but one of each encoder, side by side, and the
-    second one's pooled state, and zeros for the empty prompt. Of T5, which SD3 and Flux have, 77 tokens are taken.
+    second one's pooled state, and zeros for the empty prompt. SD3 and Flux read as many tokens of T5 as is said; where
+    SD3 lacks that, they are zeros.
     """
     if not prompts:
         raise PromptError("no prompts to encode; give at least one")
     if host_kind(components.unet) is not UNET:
-        return Conditioning(_encode_by_pipeline(components, prompts))
+        return _encode_by_pipeline(components, prompts, t5_tokens)
     read = encode_tokens(components, [_token_ids(tokenizer, prompts) for tokenizer, _ in components.text_encoders()])
     if read.pooled is None or components.text_encoder is None or "" not in prompts:
         return read
@@ -72,19 +73,22 @@ def _token_ids(tokenizer: Any, prompts: Sequence[str]) -> Tensor:
 
 
 @torch.no_grad()
-def _encode_by_pipeline(components: Components, prompts: Sequence[str]) -> Tensor:
+def _encode_by_pipeline(components: Components, prompts: Sequence[str], t5_tokens: int) -> Conditioning:
     """As SD3's and Flux's own pipelines do."""
     from diffusers import FluxPipeline, StableDiffusion3Pipeline  # slow to import, and rarely needed
 
     parts = {name: getattr(components, name) for name in ("scheduler", "vae", "text_encoder", "tokenizer")}
     parts |= {"transformer": components.unet}
     parts |= {"text_encoder_2": components.text_encoder_2, "tokenizer_2": components.tokenizer_2}
+    options: dict[str, Any] = {"max_sequence_length": t5_tokens, "device": components.text_encoder.device}
     if host_kind(components.unet) is FLUX:
-        return FluxPipeline(**parts).encode_prompt(list(prompts), max_sequence_length=T5_TOKENS)[0]
+        states, pooled, _ = FluxPipeline(**parts).encode_prompt(list(prompts), None, **options)
+        return Conditioning(states, pooled)
     parts |= {"text_encoder_3": components.text_encoder_3, "tokenizer_3": components.tokenizer_3}
     texts = [list(prompts)] * 3  # one for each encoder
     pipe = StableDiffusion3Pipeline(**parts)
-    return pipe.encode_prompt(*texts, do_classifier_free_guidance=False, max_sequence_length=T5_TOKENS)[0]
+    states, _, pooled, _ = pipe.encode_prompt(*texts, do_classifier_free_guidance=False, **options)
+    return Conditioning(states, pooled)
 
 
 def noise_pred(
@@ -135,13 +139,14 @@ def encode_images(vae: AutoencoderKL, images: Tensor) -> Tensor:
     if vae.config.get("force_upcast") and vae.dtype == torch.float16:  # SDXL's overflows in half precision
         vae = copy.deepcopy(vae).float()
     pixels = (images * 2 - 1).to(vae.device, vae.dtype)
-    return vae.encode(pixels).latent_dist.mode() * vae.config["scaling_factor"]
+    latents = vae.encode(pixels).latent_dist.mode()
+    return (latents - (vae.config.get("shift_factor") or 0)) * vae.config["scaling_factor"]
 
 
 @torch.no_grad()
 def decode_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     """Images in [0, 1], shape (B, 3, H, W), of scaled latents (B, 4, h, w)."""
-    decoded = vae.decode(latents / vae.config["scaling_factor"]).sample
+    decoded = vae.decode(latents / vae.config["scaling_factor"] + (vae.config.get("shift_factor") or 0)).sample
     return (decoded / 2 + 0.5).clamp(0, 1)
 
 

@@ -26,7 +26,7 @@ from torch.nn.functional import mse_loss
 from safepatch.data.bank import Batch, DataConfig, PairBank, build_retained
 from safepatch.data.concepts import drawn, erased, prompt_bank, require_prompts
 from safepatch.data.corpus import Corpus
-from safepatch.diffusion import Conditioning, UNetHost, joined, moved
+from safepatch.diffusion import Conditioning, Host, joined, moved
 from safepatch.errors import ConfigError
 from safepatch.objectives.base import Losses, Player, Turn, Usual
 from safepatch.objectives.esd import negatively_guided
@@ -85,7 +85,7 @@ class AdvUnlearnConfig(Usual):
         """The empty prompt's teacher, and the attack's steps, each with a teacher and a backward pass."""
         return 1 + 3 * (1 if self.attack == "fast" else self.attack_steps)
 
-    def prepare(self, host: UNetHost, corpus: Corpus, data: DataConfig) -> PairBank:
+    def prepare(self, host: Host, corpus: Corpus, data: DataConfig) -> PairBank:
         """What the base draws of the concepts, and of what is retained."""
         asked = [pair.unsafe for pair in erased(corpus, self.prompts, data.pairs, data.seed, data.companions)]
         latents = drawn(host, asked, data, f"drawing {corpus.name}")

@@ -20,7 +20,7 @@ from torch.nn.functional import mse_loss
 from safepatch.data.bank import Batch, DataConfig, PairBank
 from safepatch.data.concepts import drawn, erased, prompt_bank, require_prompts
 from safepatch.data.corpus import Corpus
-from safepatch.diffusion import Conditioning, UNetHost, joined
+from safepatch.diffusion import Conditioning, Host, joined
 from safepatch.errors import ConfigError
 from safepatch.objectives.base import Losses, Player, Turn, Usual
 from safepatch.objectives.noising import noised
@@ -59,7 +59,7 @@ class AllButOneConfig(Usual):
         """One member's."""
         return 1
 
-    def prepare(self, host: UNetHost, corpus: Corpus, data: DataConfig) -> PairBank:
+    def prepare(self, host: Host, corpus: Corpus, data: DataConfig) -> PairBank:
         """What the base draws of the prompts, or for half of them of the alternatives."""
         pairs = erased(corpus, self.prompts, data.pairs, data.seed, data.companions)
         members = [pair.safe if i % 2 else pair.unsafe for i, pair in enumerate(pairs)]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from safepatch.data.bank import DataConfig
-from safepatch.diffusion import TEXT_ENCODERS, UNET, UNetHost
+from safepatch.diffusion import TEXT_ENCODERS, UNET, Host
 from safepatch.errors import ConfigError
 from safepatch.patch import Patch
 
@@ -56,7 +56,7 @@ class Turn:
         others: the other players' modules, by name.
     """
 
-    host: UNetHost
+    host: Host
     patch: nn.Module
     instruction: Tensor
     batch: Any
@@ -86,11 +86,11 @@ class Objective(Protocol):
         """
         ...
 
-    def prepare(self, host: UNetHost, corpus: Any, data: DataConfig) -> Rows:
+    def prepare(self, host: Host, corpus: Any, data: DataConfig) -> Rows:
         """Everything that is learned from, made once; of a `Corpus`, or of several where the objective is for more."""
         ...
 
-    def solve(self, host: UNetHost, patch: Patch, rows: Any) -> Mapping[str, float]:
+    def solve(self, host: Host, patch: Patch, rows: Any) -> Mapping[str, float]:
         """Compute the patch's weights at once; returns what is to be logged."""
         ...
 
@@ -158,7 +158,7 @@ class Usual:
             )
         return patch
 
-    def solve(self, host: UNetHost, patch: Patch, rows: Any) -> Mapping[str, float]:
+    def solve(self, host: Host, patch: Patch, rows: Any) -> Mapping[str, float]:
         """Nothing: it takes steps."""
         raise NotImplementedError(f"objective={self._name} learns step by step")
 

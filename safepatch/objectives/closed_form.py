@@ -34,7 +34,7 @@ from safepatch.data.bank import DataConfig
 from safepatch.data.concepts import distinct_concepts, require_prompts
 from safepatch.data.corpus import Corpus
 from safepatch.data.prompts import Pair
-from safepatch.diffusion import UNET, UNetHost, batched
+from safepatch.diffusion import UNET, Host, batched
 from safepatch.errors import ConfigError
 from safepatch.objectives.base import Usual
 from safepatch.patch import LoraPatch, Patch
@@ -119,7 +119,7 @@ class ClosedFormConfig(Usual):
         patch.keep_layers(LAYERS)
         return patch
 
-    def prepare(self, host: UNetHost, corpus: Corpus, data: DataConfig) -> Edit:
+    def prepare(self, host: Host, corpus: Corpus, data: DataConfig) -> Edit:
         """The text states of the category's concepts or captions, and of what it preserves; nothing is drawn."""
         pairs = distinct_concepts(corpus)
         if self.prompts == "captions" or not pairs:
@@ -134,7 +134,7 @@ class ClosedFormConfig(Usual):
             preserved = preserved + states.T @ states
         return edit._replace(kept=preserved)
 
-    def solve(self, host: UNetHost, patch: Patch, rows: Any) -> Mapping[str, float]:
+    def solve(self, host: Host, patch: Patch, rows: Any) -> Mapping[str, float]:
         """Put the solution into `patch`.
 
         Returns:
@@ -176,7 +176,7 @@ class ClosedFormConfig(Usual):
         one = torch.eye(len(kept), dtype=torch.float64)
         return self.erase_scale * concepts + self.preserve_scale * kept + self.regularization * one
 
-    def _edited(self, host: UNetHost, pairs: list[Pair], size: int) -> Edit:
+    def _edited(self, host: Host, pairs: list[Pair], size: int) -> Edit:
         """The sums over the unsafe prompts' states and the safe ones in their places; nothing is kept yet."""
         width = host.unet.config["cross_attention_dim"]
         none = torch.zeros(width, width, dtype=torch.float64)
@@ -205,13 +205,13 @@ class ClosedFormConfig(Usual):
         start, stop = max(first, first - shift), min(len(unsafe), len(unsafe) - shift)
         return unsafe[start:stop], safe[start + shift : stop + shift]
 
-    def _picked(self, host: UNetHost, texts: list[str]) -> Tensor:
+    def _picked(self, host: Host, texts: list[str]) -> Tensor:
         """The states of prompts that are preserved, (P, width)."""
         states = _states(host, texts)
         return states.flatten(0, 1) if self.tokens == "rest" else states[range(len(texts)), host.last_words(texts)]
 
 
-def begin(host: UNetHost, patch: Patch, corpus: Corpus, data: DataConfig) -> None:
+def begin(host: Host, patch: Patch, corpus: Corpus, data: DataConfig) -> None:
     """Let a fresh lora patch begin as the solution of the default settings, as far as its rank and layers hold it.
 
     Raises:
@@ -259,5 +259,5 @@ def factors(change: Tensor, normal: Tensor, rank: int = 0) -> tuple[Tensor, Tens
     return basis, basis.T @ change
 
 
-def _states(host: UNetHost, texts: list[str]) -> Tensor:
+def _states(host: Host, texts: list[str]) -> Tensor:
     return host.encode(texts).states.cpu().double()

@@ -24,7 +24,7 @@ from torch.nn.functional import logsigmoid
 from safepatch.data.corpus import Corpus
 from safepatch.data.settings import DataConfig
 from safepatch.data.twin_pictures import TwinBank, Twins, build_twins
-from safepatch.diffusion import UNET, Conditioning, UNetHost, joined, moved
+from safepatch.diffusion import UNET, Conditioning, Host, joined, moved
 from safepatch.errors import ConfigError
 from safepatch.objectives.base import Losses, Player, Turn, Usual
 from safepatch.objectives.noising import draw_timesteps
@@ -75,7 +75,7 @@ class DUOConfig(Usual):
             patch.keep_layers(SELF_ATTENTION)
         return super().suited(patch)
 
-    def prepare(self, host: UNetHost, corpus: Corpus, data: DataConfig) -> TwinBank:
+    def prepare(self, host: Host, corpus: Corpus, data: DataConfig) -> TwinBank:
         """Both members of each pair."""
         return build_twins(host, corpus, data)
 

@@ -22,7 +22,7 @@ from torch.nn.functional import mse_loss
 from safepatch.data.bank import Batch, DataConfig, PairBank
 from safepatch.data.concepts import drawn, erased, prompt_bank, require_prompts
 from safepatch.data.corpus import Corpus
-from safepatch.diffusion import UNET, UNetHost
+from safepatch.diffusion import UNET, Host
 from safepatch.errors import ConfigError
 from safepatch.objectives.base import Losses, Player, Turn, Usual
 from safepatch.objectives.noising import noised
@@ -79,7 +79,7 @@ class ESDConfig(Usual):
             patch.keep_layers(VARIANTS[variant])
         return super().suited(patch)
 
-    def prepare(self, host: UNetHost, corpus: Corpus, data: DataConfig) -> PairBank:
+    def prepare(self, host: Host, corpus: Corpus, data: DataConfig) -> PairBank:
         """What the base draws of the concepts."""
         asked = [pair.unsafe for pair in erased(corpus, self.prompts, data.pairs, data.seed, data.companions)]
         latents = drawn(host, asked, data, f"drawing {corpus.name}")

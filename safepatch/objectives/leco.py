@@ -23,7 +23,7 @@ from safepatch.data.concepts import erased, prompt_bank, require_prompts
 from safepatch.data.corpus import Corpus
 from safepatch.data.latents import Latents
 from safepatch.data.prompts import EMPTY, Prompt
-from safepatch.diffusion import Conditioning, UNetHost, moved
+from safepatch.diffusion import Conditioning, Host, moved
 from safepatch.errors import ConfigError
 from safepatch.objectives.base import Losses, Player, Turn, Usual
 from safepatch.patch.host import patched_prediction
@@ -77,7 +77,7 @@ class LECOConfig(Usual):
         """Two more teachers, and what is drawn: half of the steps on average, each of two rows."""
         return 2 + self.denoising_steps
 
-    def prepare(self, host: UNetHost, corpus: Corpus, data: DataConfig) -> PairBank:
+    def prepare(self, host: Host, corpus: Corpus, data: DataConfig) -> PairBank:
         """The prompts, without pictures: nothing is drawn before training."""
         if self.target is None:
             pairs = erased(corpus, self.prompts, data.pairs, data.seed, data.companions)

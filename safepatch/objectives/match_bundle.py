@@ -14,7 +14,7 @@ from torch import Tensor
 
 from safepatch.data.bank import DataConfig, Drawing, Latents, Texts
 from safepatch.data.corpus import Corpus
-from safepatch.diffusion import Conditioning, UNetHost, moved
+from safepatch.diffusion import Conditioning, Host, moved
 from safepatch.errors import MergeError
 from safepatch.objectives.base import Losses, Player, Turn, Usual
 from safepatch.objectives.noising import draw_timesteps
@@ -85,7 +85,7 @@ class MatchBundle(Usual):
     teacher: str
     name: str = "match_bundle"
 
-    def prepare(self, host: UNetHost, corpus: Sequence[Corpus], data: DataConfig) -> MatchRows:
+    def prepare(self, host: Host, corpus: Sequence[Corpus], data: DataConfig) -> MatchRows:
         """Latents of the categories' unsafe prompts, by the base and by the bundle, and of what must be kept."""
         corpora, data, keeps = corpus, replace(data, steps=STEPS), self.merged.patch.gate is None
         unsafe = [pair.unsafe.text for each in corpora for pair in each.pairs(PROMPTS, data.seed, companions=0.5)]
@@ -138,7 +138,7 @@ class MatchBundle(Usual):
         return {"loss": error.square().sum() / (target - plain).square().sum().clamp(min=1e-12)}
 
     @torch.no_grad()
-    def target(self, host: UNetHost, noisy: Tensor, timesteps: Tensor, prompts: Conditioning, acts: Tensor) -> Tensor:
+    def target(self, host: Host, noisy: Tensor, timesteps: Tensor, prompts: Conditioning, acts: Tensor) -> Tensor:
         """What the host predicts with the bundle, (B, 4, h, w).
 
         Each source acts on its own rows, those that are true of `acts`, (sources, B), which is on the CPU.
@@ -157,7 +157,7 @@ class MatchBundle(Usual):
         return host.predict(noisy, timesteps, prompts, Residuals(tuple(total[:-1]), total[-1]) if total else None)
 
     @torch.no_grad()
-    def _acts(self, host: UNetHost, noisy: Tensor, timesteps: Tensor, prompts: Conditioning) -> Tensor:
+    def _acts(self, host: Host, noisy: Tensor, timesteps: Tensor, prompts: Conditioning) -> Tensor:
         """Whether each source acts on each row, (sources, B)."""
         acts = torch.ones(len(self.sources), len(noisy), dtype=torch.bool, device=noisy.device)
         if not any(source.patch.gate for source in self.sources):
@@ -178,7 +178,7 @@ def _rows(on: Tensor, device: torch.device) -> Tensor:
 
 
 def _inputs(
-    host: UNetHost, noisy: Tensor, timesteps: Tensor, prompts: Conditioning, instruction: Tensor
+    host: Host, noisy: Tensor, timesteps: Tensor, prompts: Conditioning, instruction: Tensor
 ) -> tuple[object, ...]:
     """What a control patch in float32 is given."""
     conditions = {name: value.float() for name, value in host.conditions(prompts).items()}

@@ -16,7 +16,7 @@ from torch.nn.functional import mse_loss
 from safepatch.data.bank import SAFE_SHARE, Batch, DataConfig, PairBank, build_bank
 from safepatch.data.corpus import Corpus
 from safepatch.data.guided import push
-from safepatch.diffusion import Conditioning, UNetHost, joined, training_target
+from safepatch.diffusion import Conditioning, Host, joined
 from safepatch.errors import ConfigError
 from safepatch.objectives.adversary import AdversaryConfig, SoftPrompts, adversary, padding
 from safepatch.objectives.base import Losses, Player, Turn, Usual
@@ -69,7 +69,7 @@ class SafeControlConfig(Usual):
         """Two where something is preserved."""
         return 2 if self.preservation > 0 else 1
 
-    def prepare(self, host: UNetHost, corpus: Corpus, data: DataConfig) -> PairBank:
+    def prepare(self, host: Host, corpus: Corpus, data: DataConfig) -> PairBank:
         """Latents of one member of each pair, and of what is preserved."""
         safe_share = 1.0 if self.supervision == "paired" else self.safe_share
         return build_bank(host, corpus, data, safe_share, retain=self.preservation > 0)
@@ -86,7 +86,7 @@ class SafeControlConfig(Usual):
         retain = [] if batch.retain is None else [batch.retain]
         target = self._target(turn.host, batch, noisy, timesteps)
         if self.supervision == "paired":
-            truth = training_target(turn.host.components.scheduler, latents[:n], noise[:n], timesteps[:n])
+            truth = turn.host.target(latents[:n], noise[:n], timesteps[:n])
             target = torch.cat((truth, target[n:]))
         asked = self._asked(turn, batch.unsafe, retain)
         predicted = patched_prediction(turn.host, turn.patch, noisy, timesteps, asked, turn.instruction)
@@ -97,7 +97,7 @@ class SafeControlConfig(Usual):
         return {"loss": correct + self.preservation * preserve, "correct": correct, "preserve": preserve}
 
     @torch.no_grad()
-    def _target(self, host: UNetHost, batch: Batch, noisy: Tensor, timesteps: Tensor) -> Tensor:
+    def _target(self, host: Host, batch: Batch, noisy: Tensor, timesteps: Tensor) -> Tensor:
         """What the patched model should predict: the teacher for the pairs, the base for what is preserved."""
         n, retain = len(batch.latents), [] if batch.retain is None else [batch.retain]
         pairs, asked = (noisy[:n], timesteps[:n]), batch.safe if batch.away is None else batch.unsafe

@@ -28,7 +28,7 @@ from torch.nn.functional import avg_pool2d, interpolate, mse_loss
 from safepatch.data.corpus import Corpus
 from safepatch.data.settings import DataConfig
 from safepatch.data.twin_pictures import TwinBank, Twins, build_twins
-from safepatch.diffusion import UNET, UNetHost, joined
+from safepatch.diffusion import UNET, Host, joined
 from safepatch.errors import ConfigError
 from safepatch.objectives.base import Losses, Player, Turn, Usual
 from safepatch.objectives.duo import SELF_ATTENTION
@@ -83,7 +83,7 @@ class SafeGenConfig(Usual):
             patch.keep_layers(SELF_ATTENTION)
         return patch
 
-    def prepare(self, host: UNetHost, corpus: Corpus, data: DataConfig) -> TwinBank:
+    def prepare(self, host: Host, corpus: Corpus, data: DataConfig) -> TwinBank:
         """Both members of each pair, and as many harmless pictures."""
         return build_twins(host, corpus, data, retain=True)
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from safepatch.diffusion import Spelling, UNetHost, Window, encode_windows, windows
+from safepatch.diffusion import Host, Spelling, Window, encode_windows, windows
 from safepatch.patch.gate import TextGate
 from safepatch.progress import bar
 
@@ -26,7 +26,7 @@ class Bags:
         width: words of the widest window.
     """
 
-    def __init__(self, host: UNetHost, captions: Sequence[str], width: int) -> None:
+    def __init__(self, host: Host, captions: Sequence[str], width: int) -> None:
         found = bags(host, captions, width)
         numbers = {window: i for i, window in enumerate(dict.fromkeys(w for bag in found for w in bag))}
         self._bags = [torch.tensor([numbers[window] for window in bag], dtype=torch.long) for bag in found]
@@ -52,7 +52,7 @@ class Bags:
         return torch.full((len(some),), NEVER).scatter_reduce(0, rows, logits, "amax")
 
 
-def bags(host: UNetHost, captions: Sequence[str], width: int) -> list[list[Window]]:
+def bags(host: Host, captions: Sequence[str], width: int) -> list[list[Window]]:
     """The windows of each caption, as the host's first text encoder reads it."""
     tokenizer, _ = host.components.text_encoders()[0]
     spelling, length = Spelling(tokenizer), tokenizer.model_max_length

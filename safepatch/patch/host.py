@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from safepatch.diffusion import Conditioning, UNetHost
+from safepatch.diffusion import Conditioning, Host
 from safepatch.patch.base import Features, ResidualPatch, Residuals, plus
 from safepatch.patch.hooks import Calls, Hooks
 from safepatch.patch.lora import LoraPatch
@@ -118,7 +118,7 @@ def answered(unet: Any, answer: Answer) -> Iterator[None]:
 
 
 def patched_prediction(
-    host: UNetHost,
+    host: Host,
     patch: nn.Module,
     noisy: Tensor,
     timesteps: Tensor,
@@ -142,7 +142,8 @@ def patched_prediction(
         return patch(host.unet, lambda: host.predict(noisy, timesteps, conditioning))
     dtype = next(inner.parameters()).dtype
     conditions = {name: value.to(dtype) for name, value in host.conditions(conditioning).items()}
-    inputs = (noisy.to(dtype), timesteps, conditioning.states.to(dtype), instruction.to(dtype), conditions)
+    sample, times = host.shown(noisy, timesteps)
+    inputs = (sample.to(dtype), times, conditioning.states.to(dtype), instruction.to(dtype), conditions)
     if not cast(ResidualPatch, inner).reads_features:
         return host.predict(noisy, timesteps, conditioning, patch(*inputs))
     with answered(host.unet, lambda features: patch(*inputs, features=features.to(dtype))):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from safepatch.artifact.patch_artifact import PatchArtifact
+from safepatch.diffusion import UNET, host_kind
 from safepatch.errors import BaseMismatch, ConfigError
 from safepatch.patch.base import Patch, StoredPatch
 from safepatch.patch.draw import Draw
@@ -254,12 +255,18 @@ def updated(unet: Any, patch: LoraPatch) -> Iterator[None]:
 
 
 def linear_layers(unet: Any) -> dict[str, tuple[int, int]]:
-    """Name -> (out, in) of the linear layers in the host's transformer blocks, as they are called without a LoRA."""
-    found = {}
+    """Name -> (out, in) of the linear layers in the host's transformer blocks, as they are called without a LoRA.
+
+    Of a transformer these are attention and feed-forward of both its streams, the image's tokens and the text's; not
+    the layers that make its norms' scales and shifts of the timestep.
+    """
+    found, is_transformer = {}, host_kind(unet) is not UNET
     for name, module in unet.named_modules():
         plain = name.replace(".base_layer", "")  # PEFT wraps layers that carry a LoRA
         path = set(name.split("."))
         theirs = path & {"lora_A", "lora_B", "processor"}  # a LoRA's own layers, or an IP-Adapter's
+        if is_transformer and any(part.startswith("norm") for part in path):
+            continue
         if isinstance(module, nn.Linear) and not theirs and path & set(BLOCKS):
             found[plain] = (module.out_features, module.in_features)
     return found

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from safepatch.diffusion import Components, Conditioning, UNetHost, empty_unet, family
+from safepatch.diffusion import Components, Conditioning, Host, UNetHost, empty_unet, family
 from safepatch.patch import Patch
 from safepatch.patch.host import patched_prediction
 
@@ -39,7 +39,7 @@ class Held(NamedTuple):
     peak: int
 
 
-def meta_host(config: Mapping[str, Any], edge: int, dtype: torch.dtype) -> UNetHost:
+def meta_host(config: Mapping[str, Any], edge: int, dtype: torch.dtype) -> Host:
     """A host of this configuration without weights, for latents of `edge` x `edge`."""
     unet = empty_unet(config, dtype)
     vae, second = _Stub(block_out_channels=(0,)), None
@@ -55,7 +55,7 @@ def pooled_width(config: Mapping[str, Any]) -> int:
     return total - numbers * config["addition_time_embed_dim"] if total else 0
 
 
-def step_bytes(host: UNetHost, patch: Patch, rows: int, tokens: int, autocast: torch.dtype | None) -> Held:
+def step_bytes(host: Host, patch: Patch, rows: int, tokens: int, autocast: torch.dtype | None) -> Held:
     """What a forward and a backward pass on `rows` rows hold, by `patched_prediction` on a `meta_host`."""
     given = inputs(host, rows, tokens)
     with AsOnGpu(autocast), Tally([*host.unet.parameters(), *patch.parameters()]) as tally:
@@ -68,7 +68,7 @@ def step_bytes(host: UNetHost, patch: Patch, rows: int, tokens: int, autocast: t
 
 
 @torch.no_grad()
-def drawing_bytes(host: UNetHost, rows: int, tokens: int) -> int:
+def drawing_bytes(host: Host, rows: int, tokens: int) -> int:
     """What a call of the host alone on `rows` rows holds at most."""
     with AsOnGpu(None), Tally(list(host.unet.parameters())) as tally:
         host.predict(*inputs(host, rows, tokens))
@@ -174,7 +174,7 @@ class _Stub(nn.Module):
         self.config = SimpleNamespace(**config)
 
 
-def inputs(host: UNetHost, rows: int, tokens: int) -> tuple[Tensor, Tensor, Conditioning]:
+def inputs(host: Host, rows: int, tokens: int) -> tuple[Tensor, Tensor, Conditioning]:
     """Noisy latents, timesteps and conditioning of `rows` rows."""
     config = host.unet.config
     with META:

@@ -21,7 +21,7 @@ from safepatch.artifact.patch_artifact import cast as converted
 from safepatch.data.bank import DataConfig, Texts
 from safepatch.data.corpus import Corpus, common_words
 from safepatch.data.prompts import Pair, Prompt
-from safepatch.diffusion import Components, UNetHost, batched
+from safepatch.diffusion import Components, Host, batched, open_host
 from safepatch.errors import ConfigError
 from safepatch.patch.bags import Bags
 from safepatch.patch.files import from_artifact, to_artifact
@@ -58,7 +58,7 @@ class Captions(NamedTuple):
 
     @classmethod
     def of(
-        cls, host: UNetHost, unsafe: Sequence[str], harmless: Sequence[str], data: DataConfig, windows: int
+        cls, host: Host, unsafe: Sequence[str], harmless: Sequence[str], data: DataConfig, windows: int
     ) -> "Captions":
         """Those that the patch is for, and all others, each distinct."""
         distinct = list(dict.fromkeys((*unsafe, *harmless)))
@@ -87,9 +87,7 @@ class Scores(NamedTuple):
     heard: Tensor | None
 
 
-def fit_gate(
-    gate: TextGate, host: UNetHost, corpus: Corpus, data: DataConfig, windows: int = WINDOWS
-) -> dict[str, Any]:
+def fit_gate(gate: TextGate, host: Host, corpus: Corpus, data: DataConfig, windows: int = WINDOWS) -> dict[str, Any]:
     """Train `gate` in place and return its record: threshold on the probability, and its ROC on unseen captions.
 
     Its half that looks at pictures, where it has one, is blinded: see DESIGN.md, 55.
@@ -199,7 +197,7 @@ def add_gate(
         raise ConfigError(f"this patch is for {artifact.info.categories[0]}, the words are for {corpus.name}")
     if not 0 <= windows <= WIDEST:
         raise ConfigError(f"windows must be of 0 to {WIDEST} words, not {windows}")
-    host = UNetHost(Components.of(pipe))
+    host = open_host(Components.of(pipe))
     patch = from_artifact(artifact, host.components)
     patch.add_gate(host.unet, width)
     gates = {corpus.name: fit_gate(cast(TextGate, patch.gate), host, corpus, data or DataConfig(), windows)}

@@ -14,7 +14,7 @@ from safepatch.artifact.patch_artifact import cast as converted
 from safepatch.data.bank import DataConfig
 from safepatch.data.corpus import Corpus
 from safepatch.data.keys import digest
-from safepatch.diffusion import Components, UNetHost
+from safepatch.diffusion import Components, Host, open_host
 from safepatch.errors import MergeError
 from safepatch.merging import MergeRecipe, merge
 from safepatch.merging.engine import check_target
@@ -70,7 +70,7 @@ def heal(
     corpora = corpora or [Corpus.open(name) for name in start.info.categories]
     options = replace(options, steps=recipe.heal, seed=recipe.seed, learning_rate=recipe.heal_rate)
     data = replace(data or DataConfig(), seed=recipe.seed)
-    host = UNetHost(Components.of(pipe), data.size)
+    host = open_host(Components.of(pipe), data.size)
     run_is_of = {"recipe": asdict(recipe), "training": asdict(options), "data": asdict(replace(data, cache=None))}
     run_is_of |= {"model_key": host.key, "words_key": [each.key for each in corpora], "merged": start.content_hash}
     path = Path(place).with_suffix(".heal") if place else Path("runs/heal") / digest(run_is_of)[:16]
@@ -93,7 +93,7 @@ def heal(
     return healed
 
 
-def _objective(plain: MergeRecipe, start: PatchArtifact, host: UNetHost) -> MatchBundle:
+def _objective(plain: MergeRecipe, start: PatchArtifact, host: Host) -> MatchBundle:
     """To turn `start`, which the recipe makes, into the bundle of its sources."""
     bundle = merge(replace(plain, method=BUNDLE, dtype=None, conflicts=False))
     sources = [activate(part, host.components, dtype=torch.float32) for part in bundle.parts()]
@@ -124,7 +124,7 @@ def _learning(patch: Patch) -> Patch:
     return patch
 
 
-def _packed(patch: Patch, host: UNetHost, start: PatchArtifact, record: dict[str, float]) -> PatchArtifact:
+def _packed(patch: Patch, host: Host, start: PatchArtifact, record: dict[str, float]) -> PatchArtifact:
     """The healed patch, each tensor in the merge's dtype of it, its recipe the merge's with a record of the healing."""
     merge_recipe = cast(dict[str, Any], start.info.recipe)
     healed = to_artifact(patch, host.unet, start.info.instructions, start.info.config)

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from safepatch.diffusion import UNetHost
+from safepatch.diffusion import Host
 from safepatch.files import unwritable
 from safepatch.objectives import Objective, Player, Rows, Turn
 from safepatch.patch import Patch
@@ -45,7 +45,7 @@ class Run:
 
     label: str
     objective: Objective
-    host: UNetHost
+    host: Host
     rows: Rows
     instruction: Tensor
     options: TrainingConfig

@@ -11,7 +11,7 @@ from accelerate.state import AcceleratorState
 from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.config import to_dict
 from safepatch.data.corpus import Corpus
-from safepatch.diffusion import UNET, Components, UNetHost
+from safepatch.diffusion import UNET, Components, Host, encode_prompts, open_host
 from safepatch.errors import ConfigError, lookup
 from safepatch.models.load import license_of, recorded_name
 from safepatch.objectives.closed_form import begin
@@ -48,7 +48,7 @@ def train(pipe: Any, config: TrainConfig, corpus: Corpus | None = None) -> Path:
     corpus = corpus or Corpus.open(config.category)
     changes = config.patch.component
     usual = f"runs/train/{corpus.name}-{config.patch.kind if changes == UNET.component else changes}"
-    host = UNetHost(Components.of(pipe), config.data.size)
+    host = open_host(Components.of(pipe), config.data.size)
     patch = config.objective.suited(_fresh(host, config.patch))  # before anything is written or drawn
     run_is_of = {**_recorded(config), "model_key": host.key, "words_key": corpus.key}
     result = f"{corpus.name}.safetensors"
@@ -59,20 +59,20 @@ def train(pipe: Any, config: TrainConfig, corpus: Corpus | None = None) -> Path:
         return _train(pipe, host, patch, config, corpus, out)
 
 
-def _fresh(host: UNetHost, config: PatchConfig) -> Patch:
+def _fresh(host: Host, config: PatchConfig) -> Patch:
     if config.component != UNET.component:
         return TextPatch.of(host.components, config.component, **config.layout)
     kind = lookup(PATCH_KINDS, config.kind, what="patch kind")
     return kind.from_unet(host.unet, config.sees, **config.layout)
 
 
-def _train(pipe: Any, host: UNetHost, patch: Patch, config: TrainConfig, corpus: Corpus, out: RunFolder) -> Path:
+def _train(pipe: Any, host: Host, patch: Patch, config: TrainConfig, corpus: Corpus, out: RunFolder) -> Path:
     accelerator = new_accelerator(config.training, out.path)
     host.components.to(accelerator.device)
     if config.objective.start == "closed_form" and config.objective.has_steps:
         begin(host, patch, corpus, config.data)
     rows = config.objective.prepare(host, corpus, config.data)
-    instruction = host.encode([corpus.category.instruction]).states.float()
+    instruction = encode_prompts(host.components, [corpus.category.instruction]).to(host.device).float()
     run = Run(corpus.name, config.objective, host, rows, instruction, config.training, accelerator)
     if config.training.validate_every:
         run = replace(run, show=lambda patch, path: save_validation_grid(pipe, patch, corpus, path))
@@ -138,7 +138,7 @@ def _recorded(config: TrainConfig) -> dict[str, Any]:
 
 
 def _packed(
-    patch: Patch, host: UNetHost, corpus: Corpus, config: TrainConfig, training: dict[str, Any], gates: dict[str, Any]
+    patch: Patch, host: Host, corpus: Corpus, config: TrainConfig, training: dict[str, Any], gates: dict[str, Any]
 ) -> PatchArtifact:
     """The trained patch as an artifact in float16, low-rank when the configuration says so; `gates` by category."""
     recorded = {name: value for name, value in _recorded(config).items() if name != "output"}
