@@ -2,12 +2,17 @@
 
 import io
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from tqdm import tqdm
 
 MINUTE = 60.0  # seconds between two lines
+
+Listener = Callable[[str, int, int | None], object]  # is told what is done, how much of it, and of how much
+_LISTENER: ContextVar[Listener | None] = ContextVar("listener", default=None)
 
 
 class Lines(tqdm):
@@ -26,9 +31,33 @@ class Lines(tqdm):
         return True
 
 
+class Told(tqdm):
+    """Progress that is told to whoever listens, and written nowhere; what a listener raises ends the loop."""
+
+    def __init__(self, iterable: Iterable | None = None, **options: Any) -> None:
+        self._listener = _LISTENER.get()
+        super().__init__(iterable, **(options | {"file": io.StringIO(), "leave": False, "delay": 0}))
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+        """A word to the listener, but none when it is over."""
+        if msg is None and self._listener:
+            self._listener(self.desc.rstrip(": "), self.n, self.total)
+        return True
+
+
+@contextmanager
+def heard_by(listener: Listener) -> Iterator[None]:
+    """Within the block, in this thread, bars are told to `listener` instead of being shown."""
+    token = _LISTENER.set(listener)
+    try:
+        yield
+    finally:
+        _LISTENER.reset(token)
+
+
 def bar(iterable: Iterable | None = None, shown: bool = True, **options: Any) -> Any:
     """Progress of a loop, by tqdm; `shown` turns it off for processes that have nothing to say."""
-    kind = tqdm if sys.stderr.isatty() else Lines
+    kind = Told if _LISTENER.get() else tqdm if sys.stderr.isatty() else Lines
     return kind(iterable, disable=not shown, **options)
 
 

@@ -41,6 +41,7 @@ from safepatch.cli import (  # noqa: E402 -- each adds its verbs to `app`
     guard,  # noqa: F401
     hosting,  # noqa: F401
     hub,  # noqa: F401
+    studio,  # noqa: F401
     study,  # noqa: F401
     train,  # noqa: F401
 )

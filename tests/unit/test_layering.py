@@ -23,7 +23,7 @@ ROWS = (
     ("evaluation", "guard"),
     ("reporting",),
     ("hosting",),
-    ("demo", "comparison", "resurgence", "variants", "doctor"),
+    ("demo", "comparison", "resurgence", "variants", "doctor", "studio"),
     ("cli",),
     ("__main__", "__init__"),  # the first calls `cli`; the second names what is public, and loads none of it
 )
