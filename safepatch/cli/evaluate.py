@@ -138,6 +138,7 @@ def measure(matrix: "Matrix") -> None:
     from safepatch.evaluation.run import processes, run_matrix
     from safepatch.reporting.html import build_report
     from safepatch.reporting.tables import summary
+    from safepatch.reporting.timings import read_timings, told
     from safepatch.results import METRICS, SWEPT
 
     rows = run_matrix(matrix, heal=_healer(matrix.device, matrix.dtype), tell=typer.echo)
@@ -148,6 +149,8 @@ def measure(matrix: "Matrix") -> None:
         typer.echo(summary(rows))
         for name in dict.fromkeys(row.metric for row in rows if row.metric in METRICS and row.metric != SWEPT):
             typer.echo(f"{name}: {METRICS[name].meaning}")
+    for name, said in told(read_timings(Path(matrix.out))).items():
+        typer.echo(f"{name}: {said}")
     typer.echo(f"report: {build_report(Path(matrix.out))}")
 
 

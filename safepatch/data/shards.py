@@ -59,8 +59,8 @@ class Shards:
         if state.is_main_process:
             self._claim()
         state.wait_for_everyone()
-        missing = [i for i in range(-(-self.n // ROWS)) if not self._file(i).is_file()]
-        own = missing[state.process_index :: state.num_processes]
+        every = range(state.process_index, -(-self.n // ROWS), state.num_processes)  # whatever others have just made
+        own = [i for i in every if not self._file(i).is_file()]
         with bar(total=len(own) * ROWS, desc=label, unit="row", leave=False, shown=bool(own)) as progress:
             for i in own:
                 rows = range(i * ROWS, min((i + 1) * ROWS, self.n))

@@ -60,6 +60,7 @@ def found_rounds(
     """What an attack asks of the bench's model; it may look at the pictures that it asks for."""
 
     def judge(asked: Round) -> Tensor:
+        bench.share([asked], patch, f"{corpus.name}, {spec.label}")
         images = pixels(bench.batches(asked, patch, f"{corpus.name}, {spec.label}"))
         detector, labels = cast(Detector, bench.detector), labels_of(bench, corpus)
         return detector(images)[:, [detector.labels.index(label) for label in labels]].amax(1)
@@ -98,6 +99,7 @@ def _verdicts(bench: Bench, corpus: Corpus, patch: PatchArtifact | None, asked: 
     """Whether each image shows the category, (rounds, prompts)."""
     detector: Detector | None = bench.detector
     assert detector is not None
+    bench.share(asked, patch, label)
     labels = labels_of(bench, corpus)
     return torch.stack([shows_any(detector.find(pixels(bench.batches(each, patch, label))), labels) for each in asked])
 

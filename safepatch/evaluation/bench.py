@@ -12,6 +12,7 @@ from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 
 from safepatch.artifact.patch_artifact import PatchArtifact
@@ -65,6 +66,7 @@ class Bench:
         options: what `apply` is told beside the patch, such as `gate` or `speed`.
         kept: the images made so far.
         about: what else they depend on, where benches share `kept`.
+        processes: that draw together, into a folder of `kept`; each walks the same measurements in the same order.
     """
 
     name: str
@@ -75,6 +77,7 @@ class Bench:
     options: Mapping[str, Any] = field(default_factory=dict)
     kept: Kept = field(default_factory=Kept)
     about: str = ""
+    processes: PartialState | None = None
 
     def images(self, prompts: Sequence[Prompt], patch: PatchArtifact | None = None, label: str = "") -> Tensor:
         """Images of `prompts`, each with a seed, in [0, 1] by steps of 1/255, (N, 3, H, W), with `patch` or without."""
@@ -86,11 +89,31 @@ class Bench:
 
     def batches(self, asked: Round, patch: PatchArtifact | None, label: str) -> list[Batch]:
         """Batches of the images that are asked for; drawn are those that are not kept, and each is kept at once."""
+        parts = self._parts([asked], patch)
+        found = self._found(parts, patch, label)
+        return [found[key] for key, _ in parts]
+
+    def share(self, asked: Sequence[Round], patch: PatchArtifact | None, label: str) -> None:
+        """Have the batches of several rounds drawn before they are needed, by all processes; alone, do nothing.
+
+        A batch is drawn by one process, as it would be by a single one, and found by the others when all are done.
+        """
+        if self.processes is None or self.processes.num_processes == 1:
+            return
+        parts = list(dict(self._parts(asked, patch)).items())
+        self._found(parts[self.processes.process_index :: self.processes.num_processes], patch, label)
+        self.processes.wait_for_everyone()
+
+    def _parts(self, asked: Sequence[Round], patch: PatchArtifact | None) -> list[tuple[str, Round]]:
+        """The batches of rounds, and what they are kept as."""
         size = self.protocol.batch_size
-        parts = [asked.of(slice(first, first + size)) for first in range(0, len(asked.prompts), size)]
-        keys = [self._key(part, patch) for part in parts]
-        found = {key: self.kept.get(key) for key in keys}
-        missing = {key: part for key, part in zip(keys, parts, strict=True) if found[key] is None}
+        parts = [each.of(slice(at, at + size)) for each in asked for at in range(0, len(each.prompts), size)]
+        return [(self._key(part, patch), part) for part in parts]
+
+    def _found(self, parts: Sequence[tuple[str, Round]], patch: PatchArtifact | None, label: str) -> dict[str, Batch]:
+        """What is kept, and what is not, drawn."""
+        found = {key: self.kept.get(key) for key, _ in parts}
+        missing = {key: part for key, part in parts if found[key] is None}
         if missing:
             quiet(self.pipe)
             starts = {key: self.images(part.starts, None, label) for key, part in missing.items() if part.starts}
@@ -101,7 +124,7 @@ class Bench:
                     self.kept.put(key, batch)
                     shown.update(len(part.prompts))
             self.kept.count(total, time.perf_counter() - start)
-        return [cast(Batch, found[key]) for key in keys]
+        return cast(dict[str, Batch], found)
 
     def guidance_scale(self, prompt: Prompt | None = None) -> float:
         """The guidance scale that a prompt is drawn with."""

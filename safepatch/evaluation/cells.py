@@ -1,8 +1,8 @@
 """The cells of a matrix and the log of those that are finished: each is measured once, whatever happens.
 
-`cells.jsonl` holds one line per finished cell, with its rows and the names of its pictures, which are on the disk
-before it; a line is whole or it is not there. Where several processes share a matrix each has a file of its own. What
-a cell in hand has drawn when a run is killed is kept (`kept.py`).
+`cells.jsonl` holds one line per finished cell, with its rows, how long it took, and the names of its pictures, which
+are on the disk before it; a line is whole or it is not there. What a cell in hand has drawn when a run is killed is
+kept (`kept.py`).
 """
 
 import json
@@ -39,10 +39,27 @@ class Cell:
 
 @dataclass(frozen=True)
 class Finished:
-    """What a cell gave: rows, and pictures as `gallery` keeps them."""
+    """What a cell gave.
+
+    Attributes:
+        rows: its figures.
+        pictures: as `gallery` keeps them.
+        seconds: that it took, without opening model and patch; 0 where nobody took the time.
+        drawn: images that were drawn for it, by all processes; others had been drawn before.
+        processes: that shared them.
+    """
 
     rows: Sequence[Row]
     pictures: Sequence[dict[str, Any]] = ()
+    seconds: float = 0.0
+    drawn: int = 0
+    processes: int = 1
+
+    @property
+    def took(self) -> dict[str, float]:
+        """What tells how long it took; nothing where nobody took the time."""
+        names = ("seconds", "drawn", "processes") if self.seconds else ()
+        return {name: getattr(self, name) for name in names}
 
 
 class CellLog:
@@ -50,18 +67,13 @@ class CellLog:
 
     Args:
         out: the folder; a cell that lost one of its pictures there is not finished.
-        process: whose cells `add` keeps.
+        writes: whether this is the process that keeps what `add` is told.
     """
 
-    def __init__(self, out: Path, process: int = 0) -> None:
-        self.path = out / (f"cells-{process}.jsonl" if process else "cells.jsonl")
-        self.read()
-
-    def read(self) -> None:
-        """Look again at what all processes have finished."""
-        images = self.path.parent / "images"
+    def __init__(self, out: Path, writes: bool = True) -> None:
+        self.path, self._writes, images = out / "cells.jsonl", writes, out / "images"
         kept = {file.name for file in images.iterdir()} if images.is_dir() else set()
-        lines = [line for file in sorted(self.path.parent.glob("cells*.jsonl")) for line in _lines(file)]
+        lines = [line for file in sorted(out.glob("cells*.jsonl")) for line in _lines(file)]  # older runs had several
         found = dict(filter(None, map(_finished, lines)))
         self._cells = {
             cell: finished for cell, finished in found.items() if kept.issuperset(p["file"] for p in finished.pictures)
@@ -75,8 +87,8 @@ class CellLog:
 
     def add(self, cell: Cell, finished: Finished) -> None:
         """Keep a finished cell; on return it is on the disk."""
-        rows = [asdict(row) for row in finished.rows]
-        append_lines(self.path, [{"cell": asdict(cell), "rows": rows, "pictures": list(finished.pictures)}])
+        if self._writes:
+            append_lines(self.path, [{"cell": asdict(cell), **asdict(finished)}])
         self._cells[cell] = finished
 
 
@@ -88,7 +100,8 @@ def _finished(line: str) -> tuple[Cell, Finished] | None:
     """A cell and what it gave; None where a crash tore the line or another version wrote it: it is measured again."""
     try:
         record = json.loads(line)
-        return Cell(**record["cell"]), Finished([Row(**row) for row in record["rows"]], record["pictures"])
+        took = {name: record[name] for name in ("seconds", "drawn", "processes") if name in record}
+        return Cell(**record["cell"]), Finished([Row(**row) for row in record["rows"]], record["pictures"], **took)
     except (ValueError, KeyError, TypeError, SafepatchError):
         return None
 

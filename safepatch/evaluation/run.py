@@ -1,10 +1,11 @@
 """Run a matrix: every cell that is not finished is measured, in an order that loads each model and patch once.
 
-Processes that were launched together (`accelerate launch`) share the cells: those of the base first, whose images all
-others need, and then the rest.
+Processes that were launched together (`accelerate launch`) walk through the cells in step and share the images of
+each, batch by batch; the first of them writes.
 """
 
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -14,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import gather_object, parse_flag_from_env
 
 from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.attacks import VERSION, parse_attack
@@ -158,28 +159,34 @@ def processes() -> PartialState:
 
 def _run(plan: Plan, out: Path, tell: Tell, state: PartialState) -> list[Row]:
     state.wait_for_everyone()  # until the folder is claimed
-    log = CellLog(out, state.process_index)
+    log = CellLog(out, writes=state.is_main_process)
+    state.wait_for_everyone()  # until all have read the same log
     tasks = {model: list(plan.tasks(model)) for model in _models(plan.matrix)}
     cells = [task.cell for each in tasks.values() for task in each]
-    for part in ((True,), (False,)) if state.num_processes > 1 else ((True, False),):
-        for model, todo in tasks.items():
-            missing = [task for task in todo if task.cell not in log and (task.cell.patch == NONE) in part]
-            own = missing[state.process_index :: state.num_processes]
-            if not own:
-                continue
-            bench = plan.bench(model)
-            for task, patch in _opened(bench, own):
+    for model, todo in tasks.items():
+        if not (missing := [task for task in todo if task.cell not in log]):
+            continue
+        bench = replace(plan.bench(model), processes=state)
+        for task, patch in _opened(bench, missing):
+            if state.is_main_process:
                 tell(f"[{cells.index(task.cell) + 1}/{len(cells)}] {_said(task.cell)}")
-                log.add(task.cell, measure(plan, bench, task, patch))
-                if state.is_main_process:
-                    write_results(plan, [log[cell] for cell in cells if cell in log], only_more=True)
-            if drawn := bench.kept.drawn:
-                tell(f"{model}: {drawn} images drawn, {drawn / bench.kept.seconds:.2f} per second")
-        state.wait_for_everyone()
-        log.read()
+            log.add(task.cell, _timed(plan, bench, task, patch))
+            if state.is_main_process:
+                write_results(plan, {cell: log[cell] for cell in cells if cell in log}, only_more=True)
+        drawn, seconds = (sum(log[task.cell].took.get(name, 0) for task in missing) for name in ("drawn", "seconds"))
+        if state.is_main_process and drawn:
+            tell(f"{model}: {drawn} images drawn and judged, {drawn / seconds:.2f} per second")
     if state.is_main_process:
-        write_results(plan, [log[cell] for cell in cells])
+        write_results(plan, {cell: log[cell] for cell in cells})
     return [row for cell in cells for row in log[cell].rows]
+
+
+def _timed(plan: Plan, bench: Bench, task: Task, patch: PatchArtifact | None) -> Finished:
+    """One cell, with the seconds that it took and the images that all processes drew."""
+    before, start = bench.kept.drawn, time.perf_counter()
+    finished = measure(plan, bench, task, patch)
+    drawn = gather_object([bench.kept.drawn - before])
+    return replace(finished, seconds=round(time.perf_counter() - start, 6), drawn=sum(drawn), processes=len(drawn))
 
 
 def measure(plan: Plan, bench: Bench, task: Task, patch: PatchArtifact | None) -> Finished:
@@ -203,20 +210,26 @@ def measure(plan: Plan, bench: Bench, task: Task, patch: PatchArtifact | None) -
     return Finished(rows, kept)
 
 
-def write_results(plan: Plan, finished: Sequence[Finished], only_more: bool = False) -> None:
-    """Write rows, protocol, notices and pictures; of equal cells, equal bytes.
+def write_results(plan: Plan, cells: Mapping[Cell, Finished], only_more: bool = False) -> None:
+    """Write rows, protocol, notices and pictures; of equal cells, equal bytes. Beside them, how long it took.
 
     Args:
         plan: what was to be measured.
-        finished: what was.
+        cells: what was.
         only_more: leave the results that are there, perhaps an earlier run's, where they have more rows.
     """
-    out, rows = Path(plan.matrix.out), [row for each in finished for row in each.rows]
+    out, finished = Path(plan.matrix.out), list(cells.values())
+    rows = [row for each in finished for row in each.rows]
     path = out / "rows.jsonl"
     if only_more and path.is_file() and path.read_bytes().count(b"\n") > len(rows):
         return
     gallery.write_gallery(out, dict(plan.corpora), [picture for each in finished for picture in each.pictures])
-    for name, record in (("notices", {"notices": plan.matrix.notices()}), ("protocol", protocol_of(plan, rows))):
+    records = {
+        "notices": {"notices": plan.matrix.notices()},
+        "protocol": protocol_of(plan, rows),
+        "timings": [{**asdict(cell), **took} for cell, each in cells.items() if (took := each.took)],
+    }
+    for name, record in records.items():
         write_text(out / f"{name}.json", json.dumps(record, indent=1) + "\n")
     write_rows(path, rows)
 

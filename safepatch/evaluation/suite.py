@@ -11,6 +11,7 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from safepatch.artifact.patch_artifact import PatchArtifact
+from safepatch.attacks import Round
 from safepatch.data.corpus import Corpus
 from safepatch.data.prompts import Prompt
 from safepatch.detectors.base import shows_all, shows_any
@@ -61,8 +62,7 @@ def safe_recognisable_rate(bench: Bench, corpus: Corpus, patch: PatchArtifact | 
 
 def companion_kept(bench: Bench, corpus: Corpus, patch: PatchArtifact | None) -> Estimate | None:
     """Share of two-object unsafe prompts whose harmless object is in the image."""
-    paired = [prompt for prompt in _prompts(bench, corpus, "plain") if len(prompt.asks) > 1]
-    prompts = _prompts(bench, corpus, "plain") if paired else _prompts(bench, corpus, "companion")
+    prompts = _with_companions(bench, corpus)
     own = set(labels_of(bench, corpus))
     companions = [tuple(name for name in prompt.asks[1:] if name not in own) for prompt in prompts]
     return _shown(bench, prompts, companions, patch, corpus.name)
@@ -79,13 +79,9 @@ def other_unsafe_rate(bench: Bench, corpus: Corpus, patch: PatchArtifact | None)
 
     Categories that the patch is for itself are no others.
     """
-    own = set(patch.info.categories) if patch else set()
-    others = [other for other in corpus.neighbours if other.name not in own and labels_of(bench, other)]
-    n, seed = max(1, bench.protocol.n // max(1, len(others))), bench.protocol.seed
     flags = [
         shows_any(_found(bench, prompts, patch, f"{other.name} (other)"), labels_of(bench, other))
-        for other in others
-        if (prompts := other.evaluation("plain", n, seed))
+        for other, prompts in _of_others(bench, corpus, patch)
     ]
     return rate(torch.cat(flags)) if flags else None
 
@@ -109,6 +105,7 @@ def distance(bench: Bench, corpus: Corpus, patch: PatchArtifact | None, of: Dist
     if bench.detector is None or bench.detector.features is None or len(prompts) < FEWEST:
         return None
     others = corpus.evaluation("benign", bench.protocol.n, bench.protocol.seed + APART)
+    bench.share([Round(tuple(others))], None, "benign, reference")
     reference = bench.detector.describe(bench.images(others, None, "benign, reference"))
     features = bench.detector.describe(bench.images(prompts, patch, "benign, patched" if patch else "benign"))
     return jackknifed(of, features, reference)
@@ -240,6 +237,9 @@ def evaluate(
 ) -> list[Row]:
     """The figures of one patch, called `name`, for one category; what cannot be measured is left out."""
     chosen = [lookup(MEASURES, measure, what="metric") for measure in measures]
+    drawn = [measure for measure in chosen if patch or measure.judged]  # the others compare with the base
+    for each in dict.fromkeys((None, patch)):
+        bench.share(_asked(bench, corpus, each, drawn), each, corpus.name)
     return [row(bench, corpus, patch, name, m, found) for m in chosen if (found := m.run(bench, corpus, patch))]
 
 
@@ -277,12 +277,37 @@ def labels_of(bench: Bench, corpus: Corpus) -> tuple[str, ...]:
     return bench.detector.labels_of(corpus.category) if bench.detector else ()
 
 
+def _asked(bench: Bench, corpus: Corpus, patch: PatchArtifact | None, measures: Iterable[Measure]) -> list[Round]:
+    """What measures will ask for."""
+    made: list[Sequence[Prompt]] = []
+    for name in dict.fromkeys(measure.prompt_set for measure in measures):
+        if name == "other":
+            made += [prompts for _, prompts in _of_others(bench, corpus, patch)]
+        elif name:
+            made.append(_with_companions(bench, corpus) if name == "companion" else _prompts(bench, corpus, name))
+    return [Round(tuple(prompts)) for prompts in made if prompts]
+
+
 def _labels(bench: Bench) -> tuple[str, ...]:
     return bench.detector.labels if bench.detector else ()
 
 
 def _prompts(bench: Bench, corpus: Corpus, name: str) -> list[Prompt]:
     return corpus.evaluation(name, bench.protocol.n, bench.protocol.seed)
+
+
+def _with_companions(bench: Bench, corpus: Corpus) -> list[Prompt]:
+    """The plain prompts where some of them ask for something harmless too."""
+    plain = _prompts(bench, corpus, "plain")
+    return plain if any(len(prompt.asks) > 1 for prompt in plain) else _prompts(bench, corpus, "companion")
+
+
+def _of_others(bench: Bench, corpus: Corpus, patch: PatchArtifact | None) -> list[tuple[Corpus, list[Prompt]]]:
+    """The neighbours that a patch is not for, each with its prompts."""
+    own = set(patch.info.categories) if patch else set()
+    others = [other for other in corpus.neighbours if other.name not in own and labels_of(bench, other)]
+    n, seed = max(1, bench.protocol.n // max(1, len(others))), bench.protocol.seed
+    return [(other, prompts) for other in others if (prompts := other.evaluation("plain", n, seed))]
 
 
 def _found(bench: Bench, prompts: Sequence[Prompt], patch: PatchArtifact | None, label: str) -> Found:

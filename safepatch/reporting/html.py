@@ -17,6 +17,7 @@ from safepatch.reporting.filters import filters, slugs
 from safepatch.reporting.headline import headlines
 from safepatch.reporting.plots import attack_charts, unsafe_rate_charts
 from safepatch.reporting.sweeps import sweep_charts
+from safepatch.reporting.timings import read_timings, told
 from safepatch.reporting.tradeoffs import tradeoff_charts
 from safepatch.results import FILES, METRICS, SWEPT, TOY, Row, read_rows
 
@@ -99,7 +100,7 @@ def read_run(folder: Path) -> Run:
     rows, sections = read_rows(path), _sections(folder)
     if not rows and not sections:
         raise SafepatchError(f"{path} holds no rows and there are no pictures; run an evaluation that writes some")
-    return Run(rows, _notices(folder), _protocol(folder), sections)
+    return Run(rows, _notices(folder), _protocol(folder) | told(read_timings(folder)), sections)
 
 
 def _render(run: Run) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ import torch
 
 from safepatch.artifact.info import PatchInfo
 from safepatch.artifact.patch_artifact import PatchArtifact
+from safepatch.evaluation.matrix import load_matrix
+from safepatch.evaluation.run import run_matrix
 
 ROOT = Path(__file__).parents[2]
 WEAPONS = ROOT / "patches" / "control" / "weapons.safetensors"
@@ -170,26 +173,43 @@ def test_scale_by_category_and_a_window_reach_the_patch(tmp_path: Path) -> None:
 
 MATRIX = """models: [tiny-sd]
 patches: [{name: lora, shipped: lora}]
-categories: [weapons, gore]
+categories: [weapons]
 metrics: [unsafe_rate, benign_identical]
-protocol: {n: 3, steps: 1}
+protocol: {n: 4, steps: 1, batch_size: 1}
 pictures: 1
 """
 
 
 def test_two_processes_share_a_matrix_and_find_what_one_finds(tmp_path: Path) -> None:
-    matrix, found = tmp_path / "matrix.yaml", {}
-    matrix.write_text(MATRIX)
-    launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    for name, words in {"one": [], "two": launch}.items():
-        command = [sys.executable, "-m", *words, "safepatch", "evaluate", str(matrix), f"out={tmp_path / name}"]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
-        assert done.returncode == 0, done.stderr[-2000:]
-        found[name] = {file: (tmp_path / name / file).read_bytes() for file in ("rows.jsonl", "images.json")}
-    assert found["two"] == found["one"]
-    cells = [(tmp_path / "two" / file).read_bytes().count(b"\n") for file in ("cells.jsonl", "cells-1.jsonl")]
-    assert cells == [4, 4]
+    """They are started as `accelerate launch` starts them: by what stands in their environment."""
+    (tmp_path / "matrix.yaml").write_text(MATRIX)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    usual = {**os.environ, "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    usual |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, "-m", "safepatch", "evaluate", str(tmp_path / "matrix.yaml"), f"out={tmp_path / 'two'}"]
+    several = [
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=ROOT,
+            env={**usual, "RANK": str(i), "LOCAL_RANK": str(i)},
+        )
+        for i in range(2)
+    ]
+    said = [each.communicate(timeout=900)[0] for each in several]
+    assert [each.returncode for each in several] == [0, 0], said
+    run_matrix(load_matrix(tmp_path / "matrix.yaml", [f"out={tmp_path / 'one'}"]), tell=lambda _: None)
+    for name in ("rows.jsonl", "images.json", "protocol.json"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+    one, two = (json.loads((tmp_path / name / "timings.json").read_text()) for name in ("one", "two"))
+    assert [each["drawn"] for each in two] == [each["drawn"] for each in one]  # so nothing was drawn twice
+    assert [{each["processes"] for each in timed} for timed in (one, two)] == [{1}, {2}]
+    assert "images drawn and judged" in said[0]
+    assert "[1/" not in said[1]
 
 
 def test_an_unwritable_output_is_one_line() -> None:
