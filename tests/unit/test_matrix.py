@@ -23,6 +23,7 @@ from safepatch.models.load import MODELS, ModelConfig
 from safepatch.patch.files import absolute, from_artifact
 from safepatch.reporting.html import build_report
 from safepatch.reporting.tables import pivot, summary, tree, with_interval
+from safepatch.reporting.timings import read_timings
 from safepatch.results import NONE, SWEPT, Row, read_rows
 from safepatch.shipped import shipped_kinds
 from tests.small import awaken, new_small_pipe, new_small_unet, small_artifact
@@ -346,15 +347,17 @@ def test_absolute_weights_are_measured_on_other_models_only(tmp_path: Path, monk
 MATRICES = sorted((ROOT / "configs" / "matrices").glob("*.yaml"))
 
 
-def test_every_attack_is_in_some_matrix_file() -> None:
+def test_every_attack_is_in_some_matrix_file_and_all_are_in_the_full_one() -> None:
     assert {parse_attack(each).name for path in MATRICES for each in load_matrix(path).attacks} == set(ATTACKS)
+    full = load_matrix(ROOT / "configs" / "matrices" / "full.yaml")
+    assert {parse_attack(each).name for each in full.attacks} == set(ATTACKS)
 
 
 @pytest.mark.parametrize("path", MATRICES, ids=lambda path: path.stem)
 def test_every_matrix_file_can_be_read_and_its_patches_found(path: Path) -> None:
     matrix = load_matrix(path, ["protocol.n=3"])
     assert (matrix.protocol.n, matrix.protocol.seed) == (3, 1000)
-    categories = 1 if matrix.attacks or path.stem == "weapons" else 5
+    categories = 1 if path.stem in ("weapons", "attacks", "attacks-search") else 5
     assert (matrix.protocol.steps, len(matrix.corpora())) == (10 if matrix.attacks else 20, categories)
     for entry in matrix.patches:
         if entry.merge:
@@ -456,7 +459,63 @@ def test_a_pivot_is_a_table_of_rows() -> None:
     assert tree(ROWS, ("patch", "category")) == rates
 
 
-def test_a_summary_names_models_and_detectors_only_where_there_are_several() -> None:
+def test_a_summary_names_models_only_where_there_are_several() -> None:
     assert summary(ROWS).splitlines()[0] == "| measure | patch | weapons | gore | mean |"
-    more = [*ROWS, replace(ROWS[0], base="other", detector="clip")]
-    assert summary(more).splitlines()[0].startswith("| measure | base | detector | patch |")
+    more = [*ROWS, replace(ROWS[0], base="other")]
+    assert summary(more).splitlines()[0].startswith("| measure | base | patch |")
+
+
+def test_figures_of_several_detectors_stand_side_by_side() -> None:
+    second = [replace(row, detector="second", value=row.value / 2, low=0.0) for row in ROWS[:3]]
+    unjudged = [replace(row, metric="megabytes", detector=NONE) for row in ROWS[2:]]
+    assert summary([*ROWS, *second, *unjudged]).splitlines() == [
+        "| measure, by embedded / second | patch | weapons | gore | mean |",
+        "| --- | --- | --- | --- | --- |",
+        "| unsafe_rate | none | 1.000 / 0.500 | 1.000 / 0.500 | 1.000 / 0.500 |",
+        "| unsafe_rate | lora | 0.125 / 0.062 | 0.125 / - | 0.125 / 0.062 |",
+        "| megabytes | lora | 0.125 | 0.125 | 0.125 |",
+    ]
+    kept = tree([*ROWS, *second])
+    assert kept["unsafe_rate"] == tree(ROWS)["unsafe_rate"]  # what the first says stays what it was
+    assert kept["unsafe_rate, by second"]["tiny-sd"][NONE] == {"weapons": 0.5, "gore": 0.5}
+
+
+def test_two_detectors_judge_the_same_images(weapons: Path, tmp_path: Path) -> None:
+    one = run_matrix(small(weapons, tmp_path / "one", detectors=["embedded"]), tell=lambda _: None)
+    both = run_matrix(small(weapons, tmp_path / "both", detectors=["embedded", "embedded-second"]), tell=lambda _: None)
+    assert [row for row in both if row.detector in ("embedded", NONE)] == one
+    assert {row.detector for row in both} == {"embedded", "embedded-second", NONE}
+
+
+def test_how_long_it_took_is_told_beside_the_rows_and_never_in_them(weapons: Path, tmp_path: Path) -> None:
+    rows = [run_matrix(small(weapons, tmp_path / name), tell=lambda _: None) for name in ("one", "two")]
+    assert rows[0] == rows[1]
+    contents = [(tmp_path / name / "rows.jsonl").read_bytes() for name in ("one", "two")]
+    assert contents[0] == contents[1]
+    timed = json.loads((tmp_path / "one" / "timings.json").read_text())
+    assert [(each["patch"], each["processes"]) for each in timed] == [(NONE, 1), ("mine", 1), ("mine", 1)]
+    assert all(each["seconds"] > 0 for each in timed)
+    _, mine = read_timings(tmp_path / "one")
+    assert (mine.cells, mine.seconds) == (2, pytest.approx(timed[1]["seconds"] + timed[2]["seconds"]))
+    assert "wall time" in build_report(tmp_path / "one").read_text()
+    run_matrix(small(weapons, tmp_path / "one"), tell=pytest.fail)
+    assert json.loads((tmp_path / "one" / "timings.json").read_text()) == timed  # of a finished run, what it took then
+
+
+def test_older_cells_and_folders_have_no_times_and_are_read(weapons: Path, tmp_path: Path) -> None:
+    matrix, log = small(weapons, tmp_path / "out"), tmp_path / "out" / "cells.jsonl"
+    rows = run_matrix(matrix, tell=lambda _: None)
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    older = [{name: line[name] for name in ("cell", "rows", "pictures")} for line in lines]
+    log.write_text("".join(json.dumps(line) + "\n" for line in older[:2]))
+    (log.parent / "cells-1.jsonl").write_text(json.dumps(older[2]) + "\n")  # as a second process once wrote them
+    assert run_matrix(matrix, tell=pytest.fail) == rows
+    assert read_timings(log.parent) == []
+    assert "wall time" not in build_report(log.parent).read_text()
+    (log.parent / "timings.json").unlink()
+    assert read_timings(log.parent) == []
+    for bad in ("{}", "[", '[{"model": "m"}]'):
+        (log.parent / "timings.json").write_text(bad)
+        with pytest.raises(SafepatchError, match=r"timings\.json .*correct it or delete it") as caught:
+            build_report(log.parent)
+        assert "\n" not in str(caught.value)
