@@ -29,6 +29,7 @@ SHUT = ("a dog", "a red cat", "blue tree", "a cup next to a car")
 SEEDS = range(3)
 KEY = "a-key-of-some-length"
 STEPS = {"steps": 1, "guidance_scale": 4.0}
+LITTLE = {"width": 32, "height": 32}  # a quarter of the model's own, where many are drawn
 
 
 class Asked:
@@ -67,7 +68,7 @@ def pixels(encoded: str) -> np.ndarray:
 
 
 def alone(pipe, prompt: str, seed: int) -> np.ndarray:
-    return np.asarray(as_picture(generate(pipe, [prompt], [seed], 1, 4.0)[0]), dtype=int)
+    return np.asarray(as_picture(generate(pipe, [prompt], [seed], 1, 4.0, **LITTLE)[0]), dtype=int)
 
 
 def apart(left: np.ndarray, right: np.ndarray) -> int:
@@ -79,7 +80,7 @@ def test_of_200_requests_at_once_none_is_unpatched_and_none_gets_anothers_image(
     ask, worker, handle = served
     asks = [(prompt, seed) for prompt in (*OPENS, *SHUT) for seed in SEEDS]
     mixed = random.Random(0).choices(asks, k=200)
-    answers = ask(*({"prompt": prompt, "seed": seed, **STEPS} for prompt, seed in mixed))
+    answers = ask(*({"prompt": prompt, "seed": seed, **STEPS, **LITTLE} for prompt, seed in mixed))
     assert {each.status_code for each in answers} == {200}
     patched = {each: alone(worker.pipe, *each) for each in asks}
     handle.remove()
