@@ -57,6 +57,10 @@ class PatchBypassed(SafepatchError, RuntimeError):
     """An image was made, or was about to be returned, without the patch that should have been active."""
 
 
+class UnknownWords(PatchBypassed):
+    """Text states that nobody knows the words of, where a patch would have to read those words."""
+
+
 class PromptBlocked(SafepatchError, RuntimeError):
     """A prompt that a guard refused.
 

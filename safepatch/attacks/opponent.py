@@ -5,7 +5,7 @@ aims at words, or states, with which the base still draws the category and the g
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from safepatch.attacks.base import Opponent
 from safepatch.data.corpus import Corpus
 from safepatch.data.prompts import Prompt, mentions_minors
 from safepatch.diffusion import (
+    UNET,
     Components,
     Conditioning,
     TokenReader,
@@ -28,6 +29,7 @@ from safepatch.errors import ConfigError
 from safepatch.patch import Features, Patch
 from safepatch.patch.files import from_artifact
 from safepatch.patch.host import answered, patched_prediction
+from safepatch.patch.text import patched_conditioning
 
 AIMS = ("patch", "gate")
 GATE_WEIGHT = 0.1  # of a gate's suspicion, beside the error in drawing the category
@@ -59,6 +61,7 @@ class Undoing:
     Attributes:
         host: the frozen model.
         patch: with all its weights known.
+        first: of a bundle with two sides, the text encoders' patches, which have their say before `patch` does.
         instruction: text states of its safety instruction, (1, tokens, width).
         aim: of `AIMS`.
     """
@@ -67,33 +70,38 @@ class Undoing:
     patch: Patch
     instruction: Tensor
     aim: str = "patch"
+    first: tuple[Patch, ...] = ()
 
     @classmethod
     def of(cls, target: Opponent, corpus: Corpus) -> "Undoing":
-        """Of a bundle the part that is for the category.
+        """Of a bundle the part that is for the category, or a part for each side of the model.
 
         Raises:
             ConfigError: when no part of the patch is for the category, or its gate is known and it has none.
         """
         parts = [part.artifact for part in target.patch.parts()]
-        artifact = next((part for part in parts if corpus.name in part.info.categories), None)
-        if artifact is None:
+        known = {part.info.component: part for part in reversed(parts) if corpus.name in part.info.categories}
+        if not known:
             raise ConfigError(f"the patch is for {', '.join(target.patch.info.categories)}, not for {corpus.name}")
         components = Components.of(target.pipe).freeze()
-        patch = from_artifact(artifact, components).to(components.unet.device)
+        modules = {name: from_artifact(part, components).to(components.unet.device) for name, part in known.items()}
+        last = UNET.component if UNET.component in known else min(known)
+        artifact, patch = known[last], modules.pop(last)
         instruction = encode_prompts(components, list(artifact.info.instructions.values()))
         instruction = instruction.reshape(1, -1, instruction.shape[-1])
-        made = cls(UNetHost(components), patch, instruction)
+        made = cls(UNetHost(components), patch, instruction, first=tuple(modules.values()))
         return made.aimed("gate") if target.is_gate_known else made
 
     def aimed(self, aim: str) -> "Undoing":
         """The same with another aim; raises `ConfigError` for a gate where there is none."""
         if aim == "gate" and self.patch.gate is None:
             raise ConfigError("the patch has no gate to attack; use aim patch")
-        return Undoing(self.host, self.patch, self.instruction, aim)
+        return replace(self, aim=aim)
 
     def predict(self, noisy: Tensor, timesteps: Tensor, asked: Conditioning) -> Tensor:
         """What the host predicts while the patch acts, (B, 4, h, w)."""
+        for patch in self.first:
+            asked = patched_conditioning(self.host.components, patch, asked)
         return patched_prediction(self.host, self.patch, noisy, timesteps, asked, self.instruction)
 
     def loss(self, rows: Noised, asked: Conditioning) -> Tensor:

@@ -12,7 +12,7 @@ from safepatch.attacks import ANY, VERSION, AttackSpec, Round, Target
 from safepatch.data.corpus import Corpus
 from safepatch.data.prompts import Prompt
 from safepatch.detectors.base import Detector, shows_any
-from safepatch.errors import SafepatchError
+from safepatch.errors import SafepatchError, UnknownWords
 from safepatch.evaluation.bench import Bench, patch_hash
 from safepatch.evaluation.found import kept_rounds
 from safepatch.evaluation.kept import digest, pixels
@@ -101,7 +101,13 @@ def _verdicts(bench: Bench, corpus: Corpus, patch: PatchArtifact | None, asked: 
     assert detector is not None
     bench.share(asked, patch, label)
     labels = labels_of(bench, corpus)
-    return torch.stack([shows_any(detector.find(pixels(bench.batches(each, patch, label))), labels) for each in asked])
+    found = []
+    for each in asked:
+        try:
+            found.append(shows_any(detector.find(pixels(bench.batches(each, patch, label))), labels))
+        except UnknownWords:  # the patch refuses such states: there is no image
+            found.append(torch.zeros(len(each.prompts), dtype=torch.bool))
+    return torch.stack(found)
 
 
 def _missed(bench: Bench, corpus: Corpus, patch: PatchArtifact, asked: Sequence[Round]) -> Estimate | None:
@@ -109,8 +115,15 @@ def _missed(bench: Bench, corpus: Corpus, patch: PatchArtifact, asked: Sequence[
     unsafe = _verdicts(bench, corpus, None, asked, f"{corpus.name}, base").flatten()
     if not unsafe.any():
         return None
-    same = torch.cat([(_bits(bench, each, None) == _bits(bench, each, patch)).all(1) for each in asked])
-    return rate(same[unsafe])
+    return rate(torch.cat([_same(bench, each, patch) for each in asked])[unsafe])
+
+
+def _same(bench: Bench, asked: Round, patch: PatchArtifact) -> Tensor:
+    """Of which images no bit differs, (prompts,)."""
+    try:
+        return (_bits(bench, asked, None) == _bits(bench, asked, patch)).all(1)
+    except UnknownWords:
+        return torch.zeros(len(asked.prompts), dtype=torch.bool)
 
 
 def _bits(bench: Bench, asked: Round, patch: PatchArtifact | None) -> Tensor:

@@ -27,7 +27,7 @@ from safepatch.diffusion import (
     threads_inside,
     uncompiled,
 )
-from safepatch.errors import ConfigError, PatchBypassed, lookup
+from safepatch.errors import ConfigError, PatchBypassed, UnknownWords, lookup
 from safepatch.patch import Features, Residuals
 from safepatch.patch.gate import READINGS
 from safepatch.patch.hooks import Calls, Hooks
@@ -306,7 +306,7 @@ class Handle:
             return None
         arguments, lacking = self._exchange.arguments(begun, args, kwargs)
         if lacking and self._fail_closed:
-            self._bypassed(WORDLESS.format(lacking))
+            raise UnknownWords(WORDLESS.format(lacking))
         return arguments
 
     def _to_correct(self, call: Call, denoising: Denoising, settings: Settings) -> Call | None:

@@ -123,18 +123,19 @@ class Readings:
         for row in range(len(tokens)):
             given = tokens[row : row + 1].cpu(), None if mask is None else mask[row : row + 1].cpu()
             read = (*given, embedded[row : row + 1].cpu())
-            self._keep(self._states, torch.stack([layer[row] for layer in layers]), read)
+            room = max(PROMPTS, len(tokens))
+            self._keep(self._states, torch.stack([layer[row] for layer in layers]), read, room)
             if pooled is not None:
-                self._keep(self._pooled, pooled[row : row + 1], read)
+                self._keep(self._pooled, pooled[row : row + 1], read, room)
 
-    def _keep(self, kept: "OrderedDict[tuple, Reading]", layers: Tensor, read: tuple[Any, ...]) -> None:
-        """Keep a prompt by what was made of it at each layer, (layers, T, width)."""
+    def _keep(self, kept: "OrderedDict[tuple, Reading]", layers: Tensor, read: tuple[Any, ...], room: int) -> None:
+        """Keep a prompt by what was made of it at each layer, (layers, T, width); of all, the latest `room`."""
         values = Places.of(*layers.shape[1:]).take(layers)
         key = (len(layers), tuple(layers.shape[1:]), values.numpy().tobytes())
         with self._lock:
             kept.pop(key, None)
             kept[key] = Reading(key, values, *read)
-            while len(kept) > PROMPTS:
+            while len(kept) > room:
                 kept.popitem(last=False)
 
 
@@ -148,6 +149,6 @@ def _mixed(values: Tensor, noted: Sequence[Reading]) -> Match | None:
         prompts = torch.stack([each.values[layer, :VALUES] for each in there], dim=1)
         shares = torch.linalg.lstsq(prompts, last[:, None], driver="gelsd").solution[:, 0]
         if is_close(prompts @ shares - last, last):
-            parts = tuple(each for each, share in zip(there, shares.tolist(), strict=True) if share >= SHARE)
+            parts = tuple(each for each, share in zip(there, shares.tolist(), strict=True) if abs(share) >= SHARE)
             return Match(parts, layer, False) if parts else None
     return None
