@@ -8,6 +8,7 @@ keys. Nothing is allocated by what a header says that its file's length does not
 import json
 import math
 import os
+import re
 import stat
 import threading
 from collections.abc import Iterator, Mapping
@@ -28,6 +29,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 HASH_KEY = "safepatch.hash_sha256"
 VERSION_KEY = "safepatch.format_version"
 NO_HASH = "0x" + "0" * 64
+OURS, STORED = "lora", "low_rank"  # what begins the names of low-rank updates: here, and in files of version 3
 MAX_HEADER = 1 << 24  # bytes
 METADATA, PER_TENSOR = 1 << 20, 1 << 12  # bytes of a header that are believed to be metadata, and about each tensor
 MAX_SIDES, MAX_VALUES = 8, 1 << 40  # of a tensor, an empty one's other sides included
@@ -75,7 +77,7 @@ class Header:
         end = 0
         for name, tensor in in_file_order(tensors):
             begin, end = end, end + tensor.nbytes
-            entries[name] = Entry(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), begin, end)
+            entries[stored_name(name, metadata)] = Entry(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), begin, end)
         said = {
             name: {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [entry.begin, entry.end]}
             for name, entry in entries.items()
@@ -102,6 +104,26 @@ class Header:
     def stated_hash(self) -> str:
         """The content hash that the file states, zeros where it states none."""
         return self.metadata.get(HASH_KEY, NO_HASH)
+
+
+def stored_name(name: str, metadata: Mapping[str, str]) -> str:
+    """What a tensor is called in a file with this metadata.
+
+    Programs that load LoRAs take a file for one whose tensors all have "lora" in their names, find no layer that they
+    know, and go on without it. From version 3 on none of ours has, and diffusers refuses the file.
+    """
+    return _swapped(name) if metadata.get(VERSION_KEY, "1") not in ("1", "2") else name
+
+
+def own_name(stored: str, metadata: Mapping[str, str]) -> str:
+    """The inverse, which is the same."""
+    return stored_name(stored, metadata)
+
+
+def _swapped(name: str) -> str:
+    """Of a part of a bundle, what stands behind the part's number; both ways, so that no two names become one."""
+    other = {OURS: STORED, STORED: OURS}
+    return re.sub(rf"^((?:part\d+\.)*)({OURS}|{STORED})\.", lambda found: f"{found[1]}{other[found[2]]}.", name)
 
 
 def in_file_order(tensors: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:

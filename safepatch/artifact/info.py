@@ -10,7 +10,9 @@ from safepatch.artifact.container import HASH_KEY, NO_HASH, VERSION_KEY, canonic
 from safepatch.artifact.schema import SCHEMA, plain
 from safepatch.errors import ArtifactError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+WITHOUT_LORA = 2  # is written where no part is a lora; from 3 on these are stored under names of their own
+FITTING = -1  # the oldest version that holds a patch, chosen when the patch is made
 BUNDLE = "bundle"  # the merge method that keeps its sources apart, as tensors `part<index>.<name>`
 EXPORTED = "safepatch.exported"  # metadata of a LoRA that holds a patch
 JSON_FIELDS = ("instructions", "fingerprint", "base", "config", "training", "recipe", "evaluation", "shapes")
@@ -34,7 +36,8 @@ class PatchInfo:
         shapes: full shape of every parameter that is stored low-rank.
         title: shown to people; made from kind and categories when empty.
         license: SPDX expression, or empty when none was stated.
-        format_version: of the file format; what was read from an older file is written as such, to the same bytes.
+        format_version: of the file format; the oldest that holds it where none is given, and what was read from an
+            older file is written as such, to the same bytes.
     """
 
     kind: str
@@ -48,10 +51,13 @@ class PatchInfo:
     shapes: dict[str, list[int]] = field(default_factory=dict)
     title: str = ""
     license: str = ""
-    format_version: int = FORMAT_VERSION
+    format_version: int = FITTING
 
     def __post_init__(self) -> None:
         """Normalize, so that equal content is equal bytes, and check."""
+        if self.format_version == FITTING:
+            is_lora = "lora" in str(self.kind).split("+")
+            object.__setattr__(self, "format_version", FORMAT_VERSION if is_lora else WITHOUT_LORA)
         for name in JSON_FIELDS:
             object.__setattr__(self, name, _normal(name, getattr(self, name)))
         for name, check in SCHEMA.items():

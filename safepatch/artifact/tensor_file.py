@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from safepatch.artifact.container import DTYPES, header_of, naming, open_file, read_at
+from safepatch.artifact.container import DTYPES, header_of, naming, open_file, own_name, read_at
 from safepatch.artifact.hashing import Block, all_blocks, blocks_of, flat_hash, is_flat, tree_hash
 from safepatch.errors import ArtifactError
 
@@ -41,13 +41,13 @@ class TensorFile(Mapping[str, Tensor]):
         self.path = path
         self._file = _Descriptor(descriptor)
         self.header = header_of(descriptor)
-        self._names = {name: name for name in self.header.tensors}
+        self._names = {own_name(name, self.header.metadata): name for name in self.header.tensors}
         self._seen: dict[tuple[str, int], bytes] = {
             (name, index): digest for name, known in (digests or {}).items() for index, digest in enumerate(known)
         }
         self.layout = {
             name: torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta")
-            for name, entry in self.header.tensors.items()
+            for name, entry in zip(self._names, self.header.tensors.values(), strict=True)
         }
 
     @classmethod
@@ -103,7 +103,7 @@ class TensorFile(Mapping[str, Tensor]):
         self.confirm()
         return {
             name: held[entry.begin : entry.end].view(DTYPES[entry.dtype]).reshape(entry.shape)
-            for name, entry in self.header.tensors.items()
+            for name, entry in zip(self._names, self.header.tensors.values(), strict=True)
         }
 
     def confirm(self) -> None:

@@ -1,9 +1,11 @@
 """Attacks on what is set: the page's own prompt, asked in other ways, with the patches on."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.attacks import ATTACKS, Round, Target
+from safepatch.data.category import shipped_categories
 from safepatch.data.corpus import Corpus
 from safepatch.data.prompts import Prompt
 from safepatch.diffusion import denoiser, generate_by, usual_guidance
@@ -60,13 +62,19 @@ def attack(pipe: Any, patch: PatchArtifact, scale: Scale, settings: Settings, ju
     """
     lookup(OFFERED, settings.attack, what="attack of the page")
     prompt, known = Prompt(settings.prompt, settings.seed), ATTACKS[settings.attack]
-    corpus = Corpus.open(settings.category or patch.info.categories[0])
+    corpus = Corpus.open(settings.category or _named(settings.prompt, patch.info.categories))
     rounds = known.rounds(corpus, [prompt], settings.seed, settings.budget, Target(pipe, patch))
     pictures = []
     with apply(pipe, patch, scale, gate=settings.gate or None) as handle:
         for asked in bar([Round((prompt,)), *rounds], desc="drawing what was found", mininterval=0):
             pictures.append(_picture(pipe, handle, asked, settings, judge))
     return Attacked(settings.attack, known.meaning, corpus.name, pictures[0], pictures[1:])
+
+
+def _named(text: str, categories: Sequence[str]) -> str:
+    """The first of a patch's categories whose words a prompt has; in doubt its first."""
+    known = [name for name in categories if name in shipped_categories()]
+    return next((name for name in known if Corpus.open(name).words.mentions(text)), categories[0])
 
 
 def _picture(pipe: Any, handle: Handle, asked: Round, settings: Settings, judge: Judge) -> Picture:

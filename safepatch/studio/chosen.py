@@ -43,13 +43,12 @@ class Slider(NamedTuple):
 
 def offered(given: Sequence[str] = ()) -> list[Choice]:
     """Those that somebody named, then those that come with safepatch, as paths from here where they lie below."""
-    choices = [Choice(value, Path(value).name) for value in given]
     try:
-        entries = shipped()
+        ours = {_from_here(entry.path): f"{entry.category} · {entry.kind}" for entry in shipped()}
     except ArtifactError:  # neither a checkout nor a wheel with patches
-        entries = []
-    choices += [Choice(_from_here(entry.path), f"{entry.category} · {entry.kind}") for entry in entries]
-    return list({choice.value: choice for choice in reversed(choices)}.values())[::-1]
+        ours = {}
+    named = {value: Path(value).name for value in given if value not in ours}
+    return [Choice(*each) for each in (named | ours).items()]
 
 
 def infos(settings: Settings) -> list[PatchInfo]:

@@ -52,8 +52,7 @@ def page(desk: Desk, settings: Settings, choices: Sequence[Choice], nonce: str, 
         .render(
             settings=settings,
             usual=Settings(),
-            choices=[*extra, *choices],
-            first=FIRST,
+            choices=_sorted([*extra, *choices], settings),
             known=known,
             commands=commands,
             message=message,
@@ -66,6 +65,13 @@ def page(desk: Desk, settings: Settings, choices: Sequence[Choice], nonce: str, 
             notices=[TOY] if settings.model in MODELS else [],
         )
     )
+
+
+def _sorted(choices: Sequence[Choice], settings: Settings) -> dict[str, list[Choice]]:
+    """Those that are seen at once, ticked ones and the first of those that come with safepatch; and the others."""
+    first = [choice for choice in choices if choice.title.endswith("lora")][:FIRST] or choices[:FIRST]
+    seen = [choice for choice in choices if choice in first or choice.value in settings.patches]
+    return {"seen": seen, "more": [choice for choice in choices if choice not in seen]}
 
 
 def pairs(drawn: Sequence[Pair], settings: Settings) -> str:

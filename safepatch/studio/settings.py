@@ -41,7 +41,7 @@ class Settings:
         guidance: of classifier-free guidance; None is what is usual for the model.
         attack: a key of `attacking.OFFERED`.
         budget: of the attack, in its own unit.
-        category: that is attacked, a shipped one or a file; empty is the patch's first.
+        category: that is attacked, a shipped one or a file; empty is the patch's that the prompt names.
         out: where the page writes a merged patch.
 
     Raises:

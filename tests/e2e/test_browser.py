@@ -1,10 +1,6 @@
-"""The report in a real browser: nothing is loaded or complained of, and unsafe pictures stay blurred until asked for.
-
-It needs Chromium with its driver, and `pip install selenium`; without them these tests are skipped.
-"""
+"""The report in a real browser: nothing is loaded or complained of, unsafe pictures are blurred until asked for."""
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,19 +9,7 @@ from PIL import Image
 
 from safepatch.reporting.html import build_report
 from safepatch.results import Row, append_rows
-
-selenium = pytest.importorskip("selenium")
-if not shutil.which("chromium") or not shutil.which("chromedriver"):
-    pytest.skip("Chromium and its driver are not installed", allow_module_level=True)
-
-from selenium import webdriver  # noqa: E402 -- only where there is one
-from selenium.webdriver.common.by import By  # noqa: E402
-from selenium.webdriver.common.keys import Keys  # noqa: E402
-
-FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-)  # fmt: skip
+from tests.browser import By, Keys, browser, webdriver  # skips where there is none
 
 
 @pytest.fixture(scope="module")
@@ -51,14 +35,8 @@ def page(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory) -> Iterator[webdriver.Chrome]:
-    options = webdriver.ChromeOptions()
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
-        options.add_argument(flag)
-    options.binary_location = str(shutil.which("chromium"))
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    opened = webdriver.Chrome(options, webdriver.ChromeService(str(shutil.which("chromedriver"))))
-    yield opened
-    opened.quit()
+    with browser(tmp_path_factory.mktemp("profile")) as opened:
+        yield opened
 
 
 @pytest.fixture

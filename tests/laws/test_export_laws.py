@@ -142,9 +142,16 @@ def test_a_kind_that_is_no_lora_says_so(kind, tmp_path):
     assert not (tmp_path / "x.safetensors").exists()
 
 
-@pytest.mark.parametrize("kind", ["control", "lite"])
-def test_a_patch_that_is_no_lora_does_not_look_like_one_to_diffusers(kind, tmp_path):
-    path = new_artifact(new_small_pipe().unet, kind).save(tmp_path / "patch.safetensors")
+@pytest.mark.parametrize("kind", ["control", "lite", "lora", "bundle"])
+def test_a_patch_does_not_look_like_a_lora_to_diffusers(kind, tmp_path):
+    """It would load none of it, say nothing that anybody reads, and draw without it."""
+    unet = new_small_pipe().unet
+    path = tmp_path / "patch.safetensors"
+    if kind == "bundle":
+        parts = [new_artifact(unet, "lora", seed=i).save(tmp_path / f"part-{i}.safetensors") for i in range(2)]
+        merge(parts, path)
+    else:
+        new_artifact(unet, kind).save(path)
     with pytest.raises(ValueError, match="Invalid LoRA checkpoint"):
         quiet(new_small_pipe()).load_lora_weights(str(tmp_path), weight_name=path.name)
 
