@@ -36,7 +36,8 @@ class Told(tqdm):
 
     def __init__(self, iterable: Iterable | None = None, **options: Any) -> None:
         self._listener = _LISTENER.get()
-        super().__init__(iterable, **(options | {"file": io.StringIO(), "leave": False, "delay": 0}))
+        options |= {"file": io.StringIO(), "leave": False, "delay": 0, "mininterval": 0, "miniters": 1}
+        super().__init__(iterable, **options)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
         """A word to the listener, but none when it is over."""

@@ -58,6 +58,7 @@ def merge(
         ArtifactError: when one of them, or the place of the output, is no good.
     """
     recipe = _recipe(sources, method, weights, options)
+    _refuse_twice(recipe)
     target = Path(out) if out is not None else Path(recipe.out) if recipe.out else None
     if target is not None:
         check_target(target, recipe)
@@ -104,7 +105,15 @@ def check_target(target: Path, recipe: MergeRecipe) -> None:
         raise MergeError(f"the output {target} is one of the patches to merge; choose another name")
 
 
-def _is_same(target: Path, source: str) -> bool:
+def _refuse_twice(recipe: MergeRecipe) -> None:
+    """Raise `MergeError` for a file that is among the sources twice, by whatever names."""
+    for i, source in enumerate(recipe.sources):
+        if again := next((other for other in recipe.sources[:i] if _is_same(source, other)), None):
+            known = source if source == again else f"{source}, which is {again},"
+            raise MergeError(f"{known} is to be merged twice; give it once, with a weight where it should count more")
+
+
+def _is_same(target: str | Path, source: str) -> bool:
     try:
         return os.path.samefile(target, source)
     except (OSError, ValueError):  # one of them is not there, or no path

@@ -31,6 +31,7 @@ class Attacked(NamedTuple):
         category: that was attacked.
         plain: the prompt as it stands, with the patches on.
         tries: each way it was asked in.
+        labels: of a detector that show the category; none where nothing could tell.
     """
 
     attack: str
@@ -38,11 +39,16 @@ class Attacked(NamedTuple):
     category: str
     plain: Picture
     tries: list[Picture]
+    labels: frozenset[str]
 
     @property
     def through(self) -> int:
-        """How many tries ended in an unsafe picture."""
-        return sum(bool(each.verdict.unsafe) for each in self.tries)
+        """How many tries ended in a picture of the category."""
+        return sum(self.shows(each) for each in self.tries)
+
+    def shows(self, picture: Picture) -> bool:
+        """Whether a picture shows the category."""
+        return bool(self.labels & set(picture.verdict.shown))
 
 
 def attack(pipe: Any, patch: PatchArtifact, scale: Scale, settings: Settings, judge: Judge) -> Attacked:
@@ -66,9 +72,11 @@ def attack(pipe: Any, patch: PatchArtifact, scale: Scale, settings: Settings, ju
     rounds = known.rounds(corpus, [prompt], settings.seed, settings.budget, Target(pipe, patch))
     pictures = []
     with apply(pipe, patch, scale, gate=settings.gate or None) as handle:
-        for asked in bar([Round((prompt,)), *rounds], desc="drawing what was found", mininterval=0):
+        for asked in bar([Round((prompt,)), *rounds], desc="drawing what was found"):
             pictures.append(_picture(pipe, handle, asked, settings, judge))
-    return Attacked(settings.attack, known.meaning, corpus.name, pictures[0], pictures[1:])
+    return Attacked(
+        settings.attack, known.meaning, corpus.name, pictures[0], pictures[1:], judge.labels_of(corpus.category)
+    )
 
 
 def _named(text: str, categories: Sequence[str]) -> str:

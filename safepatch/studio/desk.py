@@ -70,7 +70,7 @@ class Desk:
         chosen.require_fits(settings, self.allow_pickle)
         if self._held is None or self._held[0] != settings.model:
             self._held = None
-            with bar(desc=f"loading {settings.model}", mininterval=0):
+            with bar(desc=f"loading {settings.model}"):
                 judge = Judge.of(settings.model, self.detector, self.device)
                 self._held = settings.model, quiet(self.load(settings.model)), judge
         return self._held[1:]

@@ -66,7 +66,7 @@ def draw(pipe: Any, patch: PatchArtifact | None, scale: Scale, settings: Setting
     admit([settings.prompt])
     seeds = range(settings.seed, settings.seed + settings.images)
     total = settings.steps * settings.images * (2 if patch else 1)
-    with bar(total=total, desc="drawing", mininterval=0) as shown:
+    with bar(total=total, desc="drawing") as shown:
         bases = [_picture(pipe, None, settings, seed, judge, shown.update) for seed in seeds]
         if patch is None:
             return [Pair(seed, base, None) for seed, base in zip(seeds, bases, strict=True)]

@@ -36,7 +36,7 @@ class Verdict(NamedTuple):
         """In words."""
         if self.unsafe is None:
             return "nothing judged it"
-        return f"unsafe: {', '.join(self.shown)}" if self.unsafe else "shows nothing unsafe"
+        return f"unsafe: {', '.join(self.shown)}" if self.unsafe else "nothing unsafe"
 
 
 class Judge:
@@ -63,6 +63,10 @@ class Judge:
         known = [read_category(path).category for path in shipped_categories().values()]
         able = [category for category in known if has_labels(parsed.name, category)]
         return cls(open_detector(parsed, able, device), able)
+
+    def labels_of(self, category: Category) -> frozenset[str]:
+        """What shows a category; nothing where there is nobody to tell."""
+        return frozenset(self._detector.labels_of(category) if self._detector else ())
 
     def __call__(self, image: Tensor) -> Verdict:
         """Of an image in [0, 1], (3, H, W)."""

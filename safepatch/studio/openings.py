@@ -8,7 +8,7 @@ from markupsafe import Markup
 from safepatch.hosting.recording import Drawn
 from safepatch.reporting.plots import COLORS
 
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 320, 96, 22, 18, 6  # of the plot, in units of its own
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 320, 100, 22, 22, 6  # of the plot, in units of its own
 POINT = Markup('<circle cx="{:.1f}" cy="{:.1f}" r="2" fill="{}"/>')
 LINE = Markup('<polyline points="{}" fill="none" stroke="{}" stroke-width="2" stroke-linejoin="round"/>')
 LEVEL = Markup('<path d="M{} {:.1f}H{}" stroke="{}" stroke-dasharray="3 3" opacity=".8"/>')
@@ -33,8 +33,8 @@ def openings_svg(drawn: Drawn, thresholds: Mapping[str, float], palette: Mapping
     steps, floor = len(drawn.timesteps), HEIGHT - BOTTOM
     wide = (WIDTH - LEFT - 6) / max(steps, 1)
     inner = [FRAME.format(LEFT, TOP, floor, WIDTH - 6), LABEL.format(LEFT - 4, TOP + 6, "end", "1")]
-    inner += [LABEL.format(LEFT - 4, floor, "end", "0"), LABEL.format(LEFT, HEIGHT - 1, "start", "first step")]
-    inner += [LABEL.format(WIDTH - 6, HEIGHT - 1, "end", f"step {steps}")]
+    inner += [LABEL.format(LEFT - 4, floor, "end", "0"), LABEL.format(LEFT, HEIGHT - 4, "start", "first step")]
+    inner += [LABEL.format(WIDTH - 6, HEIGHT - 4, "end", f"step {steps}")]
     inner += [ACTED.format(LEFT + i * wide + 0.5, floor + 2, max(wide - 1, 1)) for i in drawn.acted]
     for name, said in drawn.gates.items():
         color = palette.get(name, COLORS[0])

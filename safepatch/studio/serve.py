@@ -29,7 +29,7 @@ def serve(ours: socket.socket, desk: Desk, keys: Keys, host: str = "127.0.0.1") 
     from safepatch.studio.jobs import Jobs
     from safepatch.studio.service import create_app
 
-    hosts = ("127.0.0.1", "localhost", "[::1]") if host in LOOPBACK else ("*",)
+    hosts = ("127.0.0.1", "localhost", "::1", "[::1]") if host in LOOPBACK else ("*",)
     with Jobs() as jobs:
         app = create_app(desk, jobs, keys, hosts)
         uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[ours])

@@ -60,6 +60,7 @@
       running = (await ask("POST", path, query())).job;
       show({ text: "asked", share: null });
       progress.hidden = false;
+      progress.scrollIntoView({ block: "nearest" });
       for (;;) {
         const state = await ask("GET", `/jobs/${running}`);
         if (state.stage === "failed") throw new Error(state.text);

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.attacks import soft_prompt
 from safepatch.cli import app as cli
+from safepatch.data.corpus import Corpus
 from safepatch.diffusion import as_picture, generate
 from safepatch.errors import BaseMismatch, ConfigError, MergeError, PromptError, UnknownName
 from safepatch.hosting.limits import Keys
@@ -96,6 +97,7 @@ def test_a_pair_has_one_seed_and_a_shut_gate_leaves_it_equal_to_the_last_bit(des
 
 
 def test_an_attack_asks_the_pages_own_prompt_in_other_ways(desk, files, monkeypatch):
+    monkeypatch.setattr(Judge, "labels_of", lambda self, category: frozenset({"knife", "gun"}))
     monkeypatch.setattr(Judge, "__call__", lambda self, image: Verdict(True, ("knife",)))
     found = desk.attack(replace(files.settings, attack="words", budget=2))
     assert found.category == "weapons"
@@ -103,8 +105,8 @@ def test_an_attack_asks_the_pages_own_prompt_in_other_ways(desk, files, monkeypa
     assert all("a knife" in each.title for each in found.tries)
     assert found.through == 2
     assert all(each.drawn.acted for each in found.tries)  # no words around it close the gate
-    monkeypatch.setattr(Judge, "__call__", lambda self, image: Verdict(False))
-    assert desk.attack(replace(files.settings, attack="typos", budget=1)).through == 0  # control
+    monkeypatch.setattr(Judge, "__call__", lambda self, image: Verdict(True, ("skull",)))
+    assert desk.attack(replace(files.settings, attack="typos", budget=1)).through == 0  # control: of another category
 
 
 def test_a_soft_prompt_is_searched_for_with_a_small_budget(desk, files, monkeypatch):
@@ -185,6 +187,7 @@ def test_an_embedded_model_is_judged_by_its_own_detector():
 
     image = generate(load_tiny("tiny-sd"), ["a knife"], [0], 6)[0]
     assert Judge.of("tiny-sd")(image) == Verdict(True, ("knife",))
+    assert "knife" in Judge.of("tiny-sd").labels_of(Corpus.open("weapons").category)
     assert Judge.of("some-folder")(image) == Verdict(None)
     with pytest.raises(ConfigError, match="any-of"):
         Judge.of("tiny-sd", "any-of@clip+q16@x")
@@ -227,7 +230,7 @@ def test_what_runs_tells_how_far_it_is_and_can_be_stopped_and_the_line_ends():
     reached, go_on = threading.Event(), threading.Event()
 
     def work() -> str:
-        for i in bar(range(4), desc="drawing", mininterval=0):
+        for i in bar(range(4), desc="drawing"):
             if i == 2:
                 reached.set()
                 go_on.wait(60)

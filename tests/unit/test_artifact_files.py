@@ -23,7 +23,7 @@ from safepatch.artifact.info import PatchInfo, read_info
 from safepatch.artifact.patch_artifact import PatchArtifact, verify
 from safepatch.artifact.tensor_file import TensorFile
 from safepatch.errors import ArtifactError, SafepatchError
-from safepatch.merging import merge, sources
+from safepatch.merging import merge, sources, split
 from tests.small import images, new_artifact
 
 FIXTURES = Path(__file__).parents[1] / "fixtures/artifacts"
@@ -54,6 +54,40 @@ def test_files_of_both_formats_open_to_the_same_patch() -> None:
     assert replace(first.info, format_version=2) == second.info
     assert all(torch.equal(first.tensors[name], tensor) for name, tensor in second.tensors.items())
     assert first.content_hash != second.content_hash  # control: they are hashed in two ways
+
+
+def lora(version: int, path: Path) -> PatchArtifact:
+    """A lora patch in a file of that version."""
+    tensors = {"lora.a.weight.down": torch.ones(1, 4), "lora.a.weight.up": torch.ones(3, 1)}
+    info = replace(INFO, kind="lora", shapes={"lora.a.weight": [3, 4]}, format_version=version)
+    return PatchArtifact.open(PatchArtifact(tensors, info).save(path))
+
+
+def test_from_version_3_on_no_tensor_of_a_file_has_lora_in_its_name(tmp_path: Path) -> None:
+    old, new = (lora(version, tmp_path / f"{version}.safetensors") for version in (2, 3))
+    assert {*old.tensors} == {*new.tensors} == {"lora.a.weight.down", "lora.a.weight.up"}
+    assert all("lora" in name for name in read_header(tmp_path / "2.safetensors").tensors)  # control
+    assert not any("lora" in name for name in read_header(tmp_path / "3.safetensors").tensors)
+    assert verify(tmp_path / "3.safetensors").shapes == {"lora.a.weight": [3, 4]}
+    assert new.content_hash == read_header(tmp_path / "3.safetensors").stated_hash != old.content_hash
+    assert new.save(tmp_path / "again.safetensors").read_bytes() == (tmp_path / "3.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(("kind", "version"), [("lora", 3), ("control+lora", 3), ("control", 2), ("lite", 2)])
+def test_a_new_patch_has_the_oldest_version_that_holds_it(kind: str, version: int) -> None:
+    assert PatchInfo(kind, {"gore": "no gore"}, {"layers": 2}, {"family": "tiny"}).format_version == version
+
+
+def test_a_bundle_gives_back_parts_of_older_versions_bit_for_bit(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{version}.safetensors" for version in (1, 2)]
+    for version, path in zip((1, 2), paths, strict=True):
+        made = lora(version, path)
+        replace(made, info=replace(made.info, instructions={f"c{version}": "no"})).save(path)
+    merge(paths, tmp_path / "both.safetensors")
+    assert not any("lora" in name for name in read_header(tmp_path / "both.safetensors").tensors)
+    for version, path in zip((1, 2), paths, strict=True):
+        split(tmp_path / "both.safetensors", f"c{version}", tmp_path / "part.safetensors")
+        assert (tmp_path / "part.safetensors").read_bytes() == path.read_bytes()
 
 
 @pytest.mark.parametrize("version", [1, 2])

@@ -383,6 +383,18 @@ def test_a_bundle_has_no_sum(tmp_path: Path, trio: list[Path]) -> None:
         merge([tmp_path / "both.safetensors", trio[2]], method="linear")
 
 
+def test_no_patch_is_merged_twice_by_whatever_name(tmp_path: Path, trio: list[Path]) -> None:
+    link = tmp_path / "link.safetensors"
+    link.symlink_to(trio[0])
+    for again in (trio[0], link):
+        with pytest.raises(MergeError, match=r"is to be merged twice; give it once") as told:
+            merge([trio[0], trio[1], again], tmp_path / "out.safetensors")
+        assert "\n" not in str(told.value)
+    assert not (tmp_path / "out.safetensors").exists()
+    shutil.copy(trio[0], tmp_path / "copy.safetensors")
+    merge([trio[0], tmp_path / "copy.safetensors"], tmp_path / "out.safetensors", "linear")  # control: another file
+
+
 def test_the_output_may_not_be_a_source(tmp_path: Path, trio: list[Path]) -> None:
     before = trio[0].read_bytes()
     with pytest.raises(MergeError, match="is one of the patches to merge"):

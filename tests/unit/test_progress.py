@@ -49,3 +49,23 @@ def test_at_a_terminal_there_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in progress.bar(range(3), desc="training"):
         pass
     assert "training: 100%" in terminal.getvalue()
+
+
+def test_whoever_listens_is_told_instead_and_can_end_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal, told = io.StringIO(), []
+    monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys, "stderr", terminal)
+
+    def listen(text: str, done: int, total: int | None) -> None:
+        told.append((text, done, total))
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with progress.heard_by(listen), pytest.raises(KeyboardInterrupt):
+        for _ in progress.bar(range(5), desc="drawing"):
+            pass
+    assert told == [("drawing", 0, 5), ("drawing", 1, 5), ("drawing", 2, 5)]
+    assert terminal.getvalue() == ""
+    for _ in progress.bar(range(1), desc="drawing"):
+        pass
+    assert "drawing" in terminal.getvalue()  # control: who listened is gone
