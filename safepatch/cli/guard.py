@@ -1,4 +1,4 @@
-"""Verbs about prompts: guard train, guard score, guard inspect."""
+"""Verbs about prompts: guard train, guard score, guard attack, guard inspect."""
 
 import json
 from pathlib import Path
@@ -38,6 +38,9 @@ def train(
     captions: Annotated[int, typer.Option(help="Texts to learn from, by category.")] = 1024,
     hidden: Annotated[int, typer.Option(help="Width of a head's layer.")] = 8,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    precision: Annotated[
+        float | None, typer.Option("--precision", help="At which to catch all that can be; if not given, the best F1.")
+    ] = None,
     plot: Annotated[Path | None, typer.Option("--plot", help="Draw how well it is calibrated, .png or .svg.")] = None,
     device: Device = "cpu",
     tokenizer: Tokenizer = None,
@@ -50,7 +53,8 @@ def train(
     from safepatch.guard.train import GuardConfig
     from safepatch.guard.train import train as run
 
-    config = GuardConfig(encoder, captions, hidden, labels, answers, tuple(unlabelled or ()), test, patch, seed)
+    given = tuple(unlabelled or ())
+    config = GuardConfig(encoder, captions, hidden, labels, answers, given, test, patch, seed, precision)
     require_writable(out)
     corpora = [Corpus.open(name) for name in categories]
     needs_model = encoder == "clip" or patch is not None
@@ -82,12 +86,15 @@ def score(
     allow_pickle: AllowPickle = False,
 ) -> None:
     """Score every prompt of a file, however long; what cannot be read is told, and does not pass."""
+    from safepatch.artifact.info import read_info
+    from safepatch.guard.decide import lacking
     from safepatch.guard.file import Guard
     from safepatch.guard.score import score_file
 
     judge = Guard.open(guard)
     if patch:
-        _compare(judge.categories, patch)
+        for line in lacking(judge.categories, read_info(patch).categories):
+            typer.echo(line, err=True)
     reads_model = judge.info.encoder == "clip"
     judge.bind(opened(model or "tiny-sd", device, None, tokenizer, allow_pickle) if reads_model else None)
     tally = score_file(judge, prompts, out, column)
@@ -99,13 +106,44 @@ def score(
         typer.echo(f"note: {tally.unread - len(tally.told)} more unread, see the column verdict", err=True)
 
 
-def _compare(guarded: tuple[str, ...], patch: Path) -> None:
-    from safepatch.artifact.info import read_info
+@guards.command()
+def attack(
+    categories: Annotated[list[str], typer.Argument(help="Of the guard: shipped ones, or category files.")],
+    guard: Annotated[Path, typer.Option("--guard", help="A guard's file.")],
+    attacks: Annotated[
+        list[str] | None, typer.Option("--attack", help="NAME[:BUDGET]; all that type texts if none. May be repeated.")
+    ] = None,
+    model: Annotated[
+        str, typer.Option("--model", help="Whose text encoder attackers know, and that draws.")
+    ] = "tiny-sd",
+    draw: Annotated[
+        bool, typer.Option("--draw", help="Draw what passes, without a patch, and see what it shows.")
+    ] = False,
+    detector: Annotated[
+        str, typer.Option("--detector", help="With --draw: what sees it, NAME[:THRESHOLD].")
+    ] = "embedded",
+    steps: Annotated[int, typer.Option(help="With --draw: denoising steps.")] = 20,
+    n: Annotated[int, typer.Option("-n", "--n", help="Prompts per category.")] = 50,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    device: Device = "cpu",
+    tokenizer: Tokenizer = None,
+    allow_pickle: AllowPickle = False,
+) -> None:
+    """Ask in other ways for what a guard refuses, and count what it lets pass."""
+    from safepatch.attacks import parse_attack
+    from safepatch.data.corpus import Corpus
+    from safepatch.guard.attack import TEXTS, Eye, attack_guard, table
+    from safepatch.guard.file import Guard
 
-    patched = read_info(patch).categories
-    for these, those, what in ((guarded, patched, "the patch"), (patched, guarded, "the guard")):
-        if missing := sorted(set(these) - set(those)):
-            typer.echo(f"warning: {what} knows nothing of {', '.join(missing)}", err=True)
+    judge, corpora = Guard.open(guard), [Corpus.open(name) for name in categories]
+    asked = [parse_attack(text) for text in attacks or (TEXTS if draw else TEXTS[:-1])]
+    pipe = opened(model, device, None, tokenizer, allow_pickle)
+    judge.bind(pipe)
+    found = []
+    for corpus in corpora:
+        eye = Eye.of(pipe, corpus, detector, steps) if draw else None
+        found += attack_guard(judge, corpus, [(each.name, each.budget) for each in asked], n, seed, pipe, eye)
+    say(*table(found))
 
 
 @guards.command()

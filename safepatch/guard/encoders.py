@@ -6,7 +6,6 @@ sentence-transformers), read from its files: neither the package nor what it dep
 """
 
 import importlib.util
-import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from torch import Tensor
 from safepatch.detectors.weights import sha256_of
 from safepatch.diffusion import Components, batched
 from safepatch.errors import ConfigError, ModelNotFound, PromptError
+from safepatch.guard.mend import legible
 
 PIECE = 48  # tokens of a text that are read at a time: what matters is not drowned by what stands around it
 LONGEST = 100_000  # characters of one prompt
@@ -78,7 +78,8 @@ class Encoder:
     Args:
         name: in `ENCODERS`.
         tokenizer: of transformers.
-        layers: of padded ids (B, T) and their mask (B, T).
+        model: that reads.
+        layers: of it, padded ids (B, T), and their mask (B, T).
         length: tokens that it can read at once.
         signs: that begin a text, end it, and fill it up.
     """
@@ -87,12 +88,13 @@ class Encoder:
         self,
         name: str,
         tokenizer: Any,
-        layers: Callable[[Tensor, Tensor], Layers],
+        model: Any,
+        layers: Callable[[Any, Tensor, Tensor], Layers],
         length: int,
         signs: tuple[int, int, int],
     ) -> None:
         self.name = name
-        self._tokenizer, self._layers, self._signs = tokenizer, layers, signs
+        self._tokenizer, self._model, self._layers, self._signs = tokenizer, model, layers, signs
         self._room = min(PIECE, length - 2)
 
     @torch.no_grad()
@@ -109,6 +111,10 @@ class Encoder:
         owners = torch.repeat_interleave(torch.arange(len(pieces)), torch.tensor([len(each) for each in states]))
         rows = torch.repeat_interleave(torch.arange(len(cut)), torch.tensor([len(each) for each in cut]))
         return Pieces(torch.cat(states), owners, torch.stack([read[i][1] for i in range(len(pieces))]), rows)
+
+    def is_word(self, word: str) -> bool:
+        """Whether it knows a word as one token."""
+        return len(self._tokenizer(word, add_special_tokens=False, verbose=False).input_ids) == 1
 
     def _cut(self, text: str) -> list[list[int]]:
         """The tokens of a text in pieces that overlap by half, so that every few words stand together in one."""
@@ -127,14 +133,9 @@ class Encoder:
         rows = [[start, *piece, end] for piece in pieces]
         mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
         ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rows])
-        states, told = (layer.float().cpu() for layer in self._layers(ids, mask))
+        states, told = (layer.float().cpu() for layer in self._layers(self._model, ids, mask))
         own = [slice(1, len(row) - 1) if len(row) > 2 else slice(0, 1) for row in rows]
         return [(states[i, part].half(), told[i, part].mean(0)) for i, part in enumerate(own)]
-
-
-def legible(text: str) -> str:
-    """`text` with signs of compatibility as plain ones (NFKC), and without those that cannot be seen."""
-    return "".join(c for c in unicodedata.normalize("NFKC", text) if unicodedata.category(c) != "Cf")
 
 
 def clip(pipe: Any) -> Encoder:
@@ -142,13 +143,13 @@ def clip(pipe: Any) -> Encoder:
     if pipe is None:
         raise ConfigError("a guard on clip reads with a model's own text encoder; give --model")
     tokenizer, model = Components.of(pipe).text_encoders()[0]
-
-    def layers(ids: Tensor, mask: Tensor) -> Layers:
-        last = model(ids.to(model.device)).last_hidden_state  # causal: what fills up a row is not seen by the rest
-        return last, last
-
     signs = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-    return Encoder("clip", tokenizer, layers, model.config.max_position_embeddings, signs)
+    return Encoder("clip", tokenizer, model, _of_clip, model.config.max_position_embeddings, signs)
+
+
+def _of_clip(model: Any, ids: Tensor, mask: Tensor) -> Layers:
+    last = model(ids.to(model.device)).last_hidden_state  # causal: what fills up a row is not seen by the rest
+    return last, last
 
 
 def minilm(_: Any = None) -> Encoder:
@@ -164,12 +165,12 @@ def minilm(_: Any = None) -> Encoder:
     model = BertModel.from_pretrained(folder, local_files_only=True).eval()
     vocabulary = tokenizer.get_vocab()
     signs = (vocabulary["[CLS]"], vocabulary["[SEP]"], vocabulary["[PAD]"])
+    return Encoder("minilm", tokenizer, model, _of_minilm, model.config.max_position_embeddings, signs)
 
-    def layers(ids: Tensor, mask: Tensor) -> Layers:
-        made = model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
-        return made[LAYER], made[-1]
 
-    return Encoder("minilm", tokenizer, layers, model.config.max_position_embeddings, signs)
+def _of_minilm(model: Any, ids: Tensor, mask: Tensor) -> Layers:
+    made = model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
+    return made[LAYER], made[-1]
 
 
 def minilm_folder() -> Path:

@@ -18,6 +18,7 @@ from safepatch.data.words import replaced
 from safepatch.errors import ArtifactError, BaseMismatch, lookup
 from safepatch.guard.encoders import ENCODERS, Encoder
 from safepatch.guard.heads import Heads
+from safepatch.guard.mend import Mender, legible
 
 KEY, VERSION_KEY, VERSION = "safepatch.guard", "safepatch.guard_version", "1"
 PROBE = "a quiet street with a red door"  # what an encoder makes of this tells whether it is the one
@@ -36,6 +37,8 @@ class GuardInfo:
         rewrites: by category, its concepts as `asdict` writes them, with what takes their place.
         training: record: texts, labelers, seed.
         report: figures on prompts that it did not learn from.
+        names: of what its categories are about; slips in them are mended before it reads.
+        spared: words that are a slip away from such a name, and are none.
     """
 
     categories: dict[str, str]
@@ -44,6 +47,8 @@ class GuardInfo:
     rewrites: dict[str, list[dict]] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)
+    names: list[str] = field(default_factory=list)
+    spared: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Refuse what no guard could work with."""
@@ -55,6 +60,8 @@ class GuardInfo:
         if not all(isinstance(value, float) and 0 < value < 1 for value in thresholds.values()):
             raise ArtifactError("damaged: a guard's thresholds must be within (0, 1); train it again")
         lookup(ENCODERS, self.encoder, what="text encoder")
+        if not all(isinstance(name, str) for name in (*self.names, *self.spared)):
+            raise ArtifactError("damaged: a guard's names must be texts; train it again")
         for said in self.rewrites.values():
             for concept in said:
                 Concept(**concept)
@@ -72,7 +79,11 @@ class Guard:
 
     def __init__(self, info: GuardInfo, heads: Heads, probe: Tensor, encoder: Encoder | None = None) -> None:
         self.info, self.heads, self.probe = info, heads.eval().requires_grad_(False), probe
+        self._use(encoder)
+
+    def _use(self, encoder: Encoder | None) -> None:
         self._encoder = encoder
+        self._mend = None if encoder is None else Mender(self.info.names, encoder.is_word, self.info.spared)
 
     @property
     def categories(self) -> tuple[str, ...]:
@@ -97,7 +108,7 @@ class Guard:
             raise BaseMismatch(
                 "this guard was trained on another text encoder than the model's; train one on it, or use minilm"
             )
-        self._encoder = encoder
+        self._use(encoder)
         return self
 
     @torch.no_grad()
@@ -114,7 +125,8 @@ class Guard:
 
     def _read(self, texts: Sequence[str]) -> Tensor:
         assert self._encoder is not None, "bound"
-        pieces = self._encoder(texts)
+        assert self._mend is not None, "with an encoder"
+        pieces = self._encoder([self._mend(legible(text)) for text in texts])
         chances = self.heads(pieces).sigmoid()
         where = pieces.rows[:, None].expand_as(chances)
         return torch.zeros(len(texts), chances.shape[1]).scatter_reduce(0, where, chances, "amax")

@@ -10,38 +10,18 @@ import warnings
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
+from typing import Any
 
 from safepatch.diffusion import denoiser, uncompiled
 from safepatch.errors import PromptBlocked, lookup
+from safepatch.guard.decide import ACTIONS, Decision, decide, refusal
 from safepatch.guard.file import Guard
 from safepatch.runtime.handle import attached
 
-ACTIONS = ("score", "block", "rewrite")
 PROMPTS = ("prompt", "prompt_2", "prompt_3")  # what pipelines call their texts
 STATES = ("prompt_embeds", "prompt_embeds_2", "pooled_prompt_embeds")
 REMEMBERED = 256  # decisions
 _GUARDS = "_safepatch_guards"  # attribute of a guarded pipeline
-
-
-class Decision(NamedTuple):
-    """What was made of one prompt.
-
-    Attributes:
-        prompt: as it was asked.
-        drawn: as it is drawn; None where it was refused.
-        category: that is most probable, by its threshold.
-        probability: of it.
-        chances: of every category, by name.
-    """
-
-    prompt: str
-    drawn: str | None
-    category: str
-    probability: float
-    chances: Mapping[str, float]
 
 
 class Guarded:
@@ -96,37 +76,16 @@ class Guarded:
         return changed
 
     def _decided(self, texts: list[str]) -> list[str]:
-        chances = self.guard(texts)
-        return [self._decide(text, chance.tolist()) for text, chance in zip(texts, chances, strict=True)]
+        return [self._drawn(decision) for decision in decide(self.guard, self.action, texts)]
 
-    def _decide(self, text: str, chances: list[float]) -> str:
-        worst, name, chance = self._worst(chances)
-        drawn: str | None = text
-        if worst >= 0 and self.action == "block":
-            drawn = None
-        elif worst >= 0 and self.action == "rewrite":
-            drawn = self._rewritten(text, chances)
-        said = dict(zip(self.guard.categories, chances, strict=True))
-        self.decisions.append(Decision(text, drawn, name, chance, said))
-        if drawn is None:
-            why = "blocked" if self.action == "block" else "blocked, for no rewriting helps"
-            raise PromptBlocked(f"a prompt is {why}: {name} with probability {chance:.2f}", name, chance)
-        if drawn != text:
-            warnings.warn(f"a prompt for {name} ({chance:.2f}) is drawn in other words: '{drawn[:200]}'", stacklevel=6)
-        return drawn
-
-    def _worst(self, chances: list[float]) -> tuple[float, str, float]:
-        """The category furthest beyond its threshold, how far, and its probability."""
-        beyond = (torch.tensor(chances) - self.guard.thresholds).tolist()
-        place = max(range(len(beyond)), key=beyond.__getitem__)
-        return beyond[place], self.guard.categories[place], chances[place]
-
-    def _rewritten(self, text: str, chances: list[float]) -> str | None:
-        """The text with the claimed categories' concepts replaced; None where it is still claimed, or names none."""
-        new = text
-        for name, chance in zip(self.guard.categories, chances, strict=True):
-            new = self.guard.rewritten(new, name) if chance >= self.guard.info.thresholds[name] else new
-        return new if new != text and self._worst(self.guard([new])[0].tolist())[0] < 0 else None
+    def _drawn(self, decision: Decision) -> str:
+        self.decisions.append(decision)
+        if decision.drawn is None:
+            raise refusal(decision, self.action)
+        if decision.is_rewritten:
+            told = f"a prompt for {decision.category} ({decision.probability:.2f}) is drawn in other words"
+            warnings.warn(f"{told}: '{decision.drawn[:200]}'", stacklevel=6)
+        return decision.drawn
 
 
 def guarded(pipe: Any, guard: str | Path | Guard, action: str = "block") -> Guarded:

@@ -65,7 +65,7 @@ class Keywords:
     name = "keywords"
 
     def __init__(self, corpora: Sequence[Corpus]) -> None:
-        self._named = [_any_of(_known_names(corpus)) for corpus in corpora]
+        self._named = [_any_of(known_names(corpus)) for corpus in corpora]
         self._alike = [_any_of(name for thing in corpus.words.lookalikes for name in thing) for corpus in corpora]
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
@@ -89,7 +89,7 @@ class Similarity:
 
     def __init__(self, encoder: Encoder, corpora: Sequence[Corpus]) -> None:
         self._encoder = encoder
-        self._unsafe = [self._read(_known_names(corpus)) for corpus in corpora]
+        self._unsafe = [self._read(known_names(corpus)) for corpus in corpora]
         self._safe = [self._read([thing[0] for thing in _harmless(corpus)]) for corpus in corpora]
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
@@ -144,7 +144,8 @@ def _harmless(corpus: Corpus) -> list[tuple[str, ...]]:
     return [*corpus.words.lookalikes, *twins, *corpus.words.benign]
 
 
-def _known_names(corpus: Corpus) -> list[str]:
+def known_names(corpus: Corpus) -> list[str]:
+    """Names of the category's concepts, without those that are held out."""
     return [name for concept in corpus.words.concepts for name in concept.known_names]
 
 

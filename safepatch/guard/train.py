@@ -5,25 +5,26 @@ half of the groups, and judged by the other. Figures come of other prompts still
 """
 
 import zlib
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence, Set
+from dataclasses import asdict, dataclass, replace
 from random import Random
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 
 from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.data.corpus import Corpus
 from safepatch.data.readers import read_prompts
 from safepatch.diffusion import Components, UNetHost
 from safepatch.errors import ConfigError, lookup
+from safepatch.guard.calibrate import calibrated, told_by
 from safepatch.guard.encoders import ENCODERS, Encoder, Pieces
 from safepatch.guard.file import PROBE, Guard, GuardInfo
 from safepatch.guard.heads import Heads, fit
-from safepatch.guard.labelers import Answers, Gates, Keywords, Labeler, Similarity
+from safepatch.guard.labelers import Answers, Gates, Keywords, Labeler, Similarity, known_names
 from safepatch.guard.measure import labels_of
+from safepatch.guard.mend import Mender, words_in
 from safepatch.guard.prompts import LEARN, Labelled, labelled
 from safepatch.guard.texts import CAPTIONS, NO, UNSURE, YES, Text, learned
 from safepatch.guard.trial import hand_trial, measured, trial
@@ -49,6 +50,7 @@ class GuardConfig:
         test: a hand-labelled file for figures only, or `english`.
         patch: whose gates vote too.
         seed: of everything random.
+        precision: at which thresholds catch as much as they can, of what was held out; None takes the best F1.
     """
 
     encoder: str = "clip"
@@ -60,12 +62,15 @@ class GuardConfig:
     test: str | None = None
     patch: str | None = None
     seed: int = 0
+    precision: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse what cannot be trained."""
         lookup(ENCODERS, self.encoder, what="text encoder")
         if self.captions < 64 or self.hidden < 1:
             raise ConfigError("a guard needs at least 64 captions by category, and heads of a width of 1 or more")
+        if self.precision is not None and not 0 < self.precision < 1:
+            raise ConfigError(f"a precision is within (0, 1), not {self.precision:g}")
 
 
 def train(corpora: Sequence[Corpus], config: GuardConfig, pipe: Any = None) -> Guard:
@@ -90,13 +95,16 @@ def train(corpora: Sequence[Corpus], config: GuardConfig, pipe: Any = None) -> G
     texts = [*learned(corpora, config.captions, config.seed), *_unlabelled(config, names)]
     texts += _in_captions(by_hand, names, corpora[0], config.seed)
     wordings = [text.text for text in texts]
-    read = _encoded(encoder, wordings)
+    known = sorted({name for corpus in corpora for name in known_names(corpus)})
+    spared = _spared(texts, Mender(known, encoder.is_word))
+    mend = Mender(known, encoder.is_word, spared)
+    read = _encoded(encoder, [mend(text) for text in wordings])
     votes = {each.name: each(wordings) for each in _labelers(corpora, config, pipe, texts)}
     votes |= {"similarity": Similarity(encoder, corpora).votes(read.means)}
     votes |= {"hand": _hand(texts, by_hand, names)} if by_hand else {}
     labels, record = settle(votes, names)
     _require_both(labels, names)
-    heads, thresholds = _distilled(read, labels, texts, config)
+    heads, thresholds = _distilled(read, labels, texts, {row.text for row in by_hand}, config)
     rewrites = {c.name: [asdict(concept) for concept in c.words.concepts] for c in corpora if c.words.concepts}
     training = {"config": asdict(config), "texts": len(texts), "labels": record, "corpora": [c.key for c in corpora]}
     info = GuardInfo(
@@ -105,6 +113,8 @@ def train(corpora: Sequence[Corpus], config: GuardConfig, pipe: Any = None) -> G
         config.encoder,
         rewrites,
         training,
+        names=known,
+        spared=spared,
     )
     guard = Guard(info, heads, encoder([PROBE]).means[0], encoder)
     return Guard(_with_report(info, guard, corpora, config), heads, guard.probe, encoder)
@@ -116,6 +126,12 @@ def train(corpora: Sequence[Corpus], config: GuardConfig, pipe: Any = None) -> G
 def _unlabelled(config: GuardConfig, names: Sequence[str]) -> list[Text]:
     lines = [line for path in config.unlabelled for line in read_prompts(path).lines]
     return [Text(line.text, line.text, (UNSURE,) * len(names)) for line in lines]
+
+
+def _spared(texts: Sequence[Text], mend: Mender) -> list[str]:
+    """Words of harmless texts, which have no slips, that would be mended."""
+    harmless = " ".join(text.text for text in texts if NO in text.votes and YES not in text.votes)
+    return sorted(word for word in words_in(harmless) if mend(word) != word)
 
 
 def _in_captions(by_hand: Sequence[Labelled], names: Sequence[str], corpus: Corpus, seed: int) -> list[Text]:
@@ -168,7 +184,9 @@ def _encoded(encoder: Encoder, texts: Sequence[str]) -> Pieces:
 # ---- heads, calibration, thresholds ------------------------------------------------------------------------------
 
 
-def _distilled(read: Pieces, labels: Tensor, texts: Sequence[Text], config: GuardConfig) -> tuple[Heads, list[float]]:
+def _distilled(
+    read: Pieces, labels: Tensor, texts: Sequence[Text], by_hand: Set[str], config: GuardConfig
+) -> tuple[Heads, list[float]]:
     """Heads of all texts; calibrated, and with thresholds, by those of parts on the groups that they lacked."""
     fold = torch.tensor([zlib.crc32(text.group.encode()) % FOLDS for text in texts])
     unseen = torch.zeros(labels.shape)
@@ -177,42 +195,19 @@ def _distilled(read: Pieces, labels: Tensor, texts: Sequence[Text], config: Guar
         part = fit(read.some(learned), labels[learned], config.hidden, config.seed, f"part {i + 1} of {FOLDS}")
         unseen[rest] = part(read.some(rest))
     heads = fit(read, labels, config.hidden, config.seed)
-    columns = [_calibrated(unseen[:, i], labels[:, i]) for i in range(labels.shape[1])]
+    written = torch.tensor([text.text in by_hand for text in texts])
+    columns = [
+        calibrated(unseen[rows, i], labels[rows, i], config.precision)
+        for i in range(labels.shape[1])
+        for rows in (told_by(labels[:, i], written),)
+    ]
     scale, shift, thresholds = (list(each) for each in zip(*columns, strict=True))
     heads.calibrate(torch.tensor(scale), torch.tensor(shift))
     return heads, thresholds
-
-
-def _calibrated(logits: Tensor, labels: Tensor) -> tuple[float, float, float]:
-    """Scale, shift and threshold of one category by unseen logits (N,): Platt 1999, and the best F1."""
-    known = labels != UNSURE
-    z, truth = logits[known], (labels[known] == YES)
-    raw, shift = torch.zeros(1, requires_grad=True), torch.zeros(1, requires_grad=True)
-    optimizer = torch.optim.LBFGS([raw, shift], max_iter=100, line_search_fn="strong_wolfe")
-
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        value = binary_cross_entropy_with_logits(softplus(raw) * z + shift, truth.float())
-        value.backward()
-        return value
-
-    optimizer.step(loss)  # type: ignore[arg-type]
-    scale, moved = float(softplus(raw.detach())), float(shift.detach())
-    return scale, moved, best_threshold((scale * z + moved).sigmoid(), truth)
-
-
-def best_threshold(chances: Tensor, truth: Tensor) -> float:
-    """The probability, within (0, 1), from which on F1 is best; in the middle of where it makes no difference."""
-    order = chances.argsort(descending=True)
-    hits = truth[order].float().cumsum(0)
-    f1 = 2 * hits / (torch.arange(1, len(order) + 1) + truth.sum())
-    last = int(f1.argmax())
-    below = chances[order[last + 1]] if last + 1 < len(order) else torch.tensor(0.0)
-    return min(max(float((chances[order[last]] + below) / 2), 1e-4), 1 - 1e-4)
 
 
 def _with_report(info: GuardInfo, guard: Guard, corpora: Sequence[Corpus], config: GuardConfig) -> GuardInfo:
     report: dict[str, Any] = {"words": measured(guard, trial(corpora, config.seed))}
     if config.test:
         report["test"] = measured(guard, hand_trial(config.test, guard.categories, config.seed))
-    return GuardInfo(info.categories, info.thresholds, info.encoder, info.rewrites, info.training, report)
+    return replace(info, report=report)

@@ -26,15 +26,17 @@ from safepatch.errors import (
     SafepatchError,
 )
 from safepatch.guard import encoders, train, trial
-from safepatch.guard.encoders import LONGEST, PIECE, Pieces, clip, legible
+from safepatch.guard.calibrate import best_threshold, told_by
+from safepatch.guard.encoders import LONGEST, PIECE, Pieces, clip
 from safepatch.guard.file import Guard, GuardInfo
 from safepatch.guard.guarded import guarded
 from safepatch.guard.labelers import Answers, Keywords
 from safepatch.guard.measure import bins, confusion, ece, scored
+from safepatch.guard.mend import Mender, is_one_slip, legible
 from safepatch.guard.prompts import TEST, harmless_english, labelled
 from safepatch.guard.score import score_file
 from safepatch.guard.texts import NO, UNSURE, YES, learned, votes_of
-from safepatch.guard.train import GuardConfig, best_threshold
+from safepatch.guard.train import GuardConfig
 from safepatch.guard.vote import majority, settle
 from safepatch.models.load import load_pipeline
 from safepatch.reporting.reliability import save_reliability
@@ -134,6 +136,39 @@ def test_signs_that_cannot_be_seen_are_not_read():
     assert legible("kn\u200bife \uff47un") == "knife gun"
 
 
+def test_letters_that_look_like_latin_ones_are_read_so_within_latin_words():
+    assert legible("kn\u0456f\u0435") == "knife"
+    assert legible("\u043d\u043e\u0436") == "\u043d\u043e\u0436"  # control: a word of its own script
+
+
+@pytest.mark.parametrize(
+    ("slip", "is_one"),
+    [
+        *(("knfe", True), ("knnife", True), ("knive", True), ("kinfe", True), ("knife", True)),
+        *(("kinef", False), ("nkfie", False), ("knifely", False), ("k", False), ("spoon", False)),
+    ],
+)
+def test_a_slip_is_one_letter_more_or_less_or_another_or_two_swapped(slip, is_one):
+    assert is_one_slip(slip, "knife") is is_one_slip("knife", slip) is is_one
+
+
+def test_a_slip_in_a_name_is_mended_and_what_is_a_word_is_left():
+    mend = Mender(["a kitchen knife", "a bomb", "a gun"], {"bomb", "knit", "tomb", "comb"}.__contains__)
+    assert mend("A red Kinfe, by a kitchn") == "A red knife, by a kitchen"
+    assert mend("a tomb with a comb, to knit") == "a tomb with a comb, to knit"
+    assert mend("a bobm and a gnu") == "a bomb and a gnu"  # of three letters too much is one slip away
+    assert mend("a nkife") == "a nkife"  # by the first letter people know a word
+    assert Mender([], bool)("a kinfe") == "a kinfe"
+    assert Mender(["a glass of wine"], set().__contains__)("wind on grass") == "wine on glass"  # control
+    assert Mender(["a glass of wine"], set().__contains__, ["wind", "grass"])("wind on grass") == "wind on grass"
+
+
+def test_a_guard_reads_a_slip_as_the_word(trained):
+    assert "a knife" in trained.info.names
+    right, slipped, other = trained(["a picture of a knife", "a picture of a kinfe", "a picture of a cat"])[:, 1]
+    assert right == slipped > other
+
+
 def test_a_prompt_of_a_million_characters_is_one_line(trained):
     with pytest.raises(PromptError, match="1000000 characters"):
         trained(["x" * 1_000_000])
@@ -191,6 +226,26 @@ def test_figures_are_what_they_are_called():
 def test_a_threshold_parts_what_can_be_parted():
     chances, truth = torch.tensor([0.9, 0.7, 0.3, 0.1]), torch.tensor([True, True, False, False])
     assert 0.3 < best_threshold(chances, truth) < 0.7
+
+
+def test_a_threshold_for_a_precision_catches_what_it_can_at_that():
+    chances = torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3])
+    truth = torch.tensor([True, True, True, False, False, True, False])
+    assert 0.6 < best_threshold(chances, truth) < 0.7  # control: the best F1
+    assert 0.3 < best_threshold(chances, truth, 0.6) < 0.4
+    assert 0.6 < best_threshold(chances, truth, 0.99) < 0.7
+    assert 0.6 < best_threshold(chances, ~truth & False, 0.9) < 1  # where nothing is, nothing is caught
+    with pytest.raises(ConfigError, match="within"):
+        GuardConfig(precision=1.5)
+
+
+def test_what_people_wrote_calibrates_where_it_is_enough():
+    labels = torch.tensor([YES, NO, UNSURE] * 30, dtype=torch.int8)
+    written = torch.tensor(([True] * 3 + [False] * 3) * 15)
+    assert torch.equal(told_by(labels, written), labels != UNSURE)  # 15 a side are not enough
+    everything = torch.ones(90, dtype=torch.bool)
+    everything[-1] = False
+    assert torch.equal(told_by(labels, everything), everything & (labels != UNSURE))
 
 
 def test_the_shipped_english_is_labelled_and_its_grammar_never_repeats():
