@@ -6,9 +6,11 @@ The embedded model's text encoder reads 24 tokens; Stable Diffusion's reads 77 w
 as much longer.
 """
 
+import resource
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
@@ -23,31 +25,37 @@ from safepatch.shipped import shipped_patches
 UNSAFE = 10  # one prompt in so many is for a category
 
 
-def prompts(n: int) -> list[str]:
+def prompts(n: int) -> Iterator[str]:
     """Captions of common things, and of weapons."""
     rng, common, unsafe = Random(0), common_words(), Corpus.open("weapons").words
-    return [
-        unsafe.unsafe(i, rng, companion=i % 2 == 1)[0].text
-        if i % UNSAFE == 0
-        else common.harmless(common.benign, rng.randrange(len(common.benign)), rng, i % 2 == 1).text
-        for i in range(n)
-    ]
+    for i in range(n):
+        if i % UNSAFE == 0:
+            yield unsafe.unsafe(i, rng, companion=i % 2 == 1)[0].text
+        else:
+            yield common.harmless(common.benign, rng.randrange(len(common.benign)), rng, i % 2 == 1).text
+
+
+def peak() -> float:
+    """Most memory that the process has held so far, in megabytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def main(n: int, patch: Path | None) -> None:
     """Audit, print."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "prompts.txt").write_text("\n".join(prompts(n)) + "\n")
+        with (folder / "prompts.txt").open("w") as file:
+            file.writelines(f"{text}\n" for text in prompts(n))
         if patch is None:
             patch = folder / "merged.safetensors"
             merge(
                 MergeRecipe(tuple(str(entry.path) for entry in shipped_patches("lora").values()), method="bundle"),
                 patch,
             )
-        pipe, started = load_pipeline("tiny-sd"), time.process_time()
+        pipe, started, before = load_pipeline("tiny-sd"), time.process_time(), peak()
         found = audit(folder / "prompts.txt", pipe, patch, folder / "audit")
         worked = time.process_time() - started
+        print(f"peak memory {peak():.0f} MB, {before:.0f} MB before", flush=True)
         distinct = len(set((folder / "prompts.txt").read_text().splitlines()))
         print(f"{torch.get_num_threads()} threads, {distinct:,} distinct prompts of {n:,}")
         print(*found.lines()[:-1], sep="\n")

@@ -7,6 +7,7 @@ import os
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ NAMES: dict[str, tuple[str, ...]] = {
 }
 LINE = "line"  # the only column of a file that holds bare prompts
 DELIMITERS = {".csv": ",;\t", ".tsv": "\t,;"}
+COMMENT = re.compile(r"\s*(#(?![,;\t])|$)")  # begins a line before the first that counts
 _COMMENTS = re.compile(r"(\s*#(?![,;\t])[^\n]*(\n|$))+")
 _LECO = {"target", "target_class"}
 _LONG = 3  # words from which on a text is a prompt and no name
@@ -64,9 +66,16 @@ def read_table(path: Path, column: str | None = None) -> Table:
     suffix = path.suffix.lower()
     if suffix not in FORMATS:
         raise PromptError(f"{path.name} is no prompt file that can be read; use one of {', '.join(FORMATS)}")
-    try:
+    with reading(path):
         text = path.read_text(encoding="utf-8-sig")
         return _delimited(text, DELIMITERS[suffix], column) if suffix in DELIMITERS else FORMATS[suffix](text)
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What goes wrong with a file within the block is a `PromptError` that names it."""
+    try:
+        yield
     except UnicodeDecodeError as error:
         raise PromptError(f"{path.name} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
     except PromptError as error:
@@ -74,7 +83,8 @@ def read_table(path: Path, column: str | None = None) -> Table:
     except OSError as error:
         raise PromptError(f"cannot read {path.name} ({error.strerror or error})") from None
     except (ValueError, RecursionError, csv.Error) as error:
-        raise PromptError(f"{path.name} is damaged: not {suffix[1:].upper()} ({error}); correct it") from None
+        kind = path.suffix[1:].upper()
+        raise PromptError(f"{path.name} is damaged: not {kind} ({error}); correct it") from None
 
 
 def match(columns: Iterable[str], names: Sequence[str]) -> str | None:
@@ -93,16 +103,25 @@ def plain(name: str) -> str:
 
 def _delimited(text: str, delimiters: str, column: str | None) -> Table:
     text = text[found.end() :] if (found := _COMMENTS.match(text)) else text
-    wanted = (*NAMES["prompt"], *([plain(column)] if column else []))
-    rows = list(_cells(text, _delimiter(text, delimiters, wanted)))
+    wanted = wanted_columns(column)
+    return headed(list(cells(io.StringIO(text), delimiter_of(text, delimiters, wanted))), wanted)
+
+
+def wanted_columns(column: str | None) -> tuple[str, ...]:
+    """Names of a column of prompts, with one that the header is known to have."""
+    return (*NAMES["prompt"], *([plain(column)] if column else []))
+
+
+def headed(rows: list[list[str]], wanted: Sequence[str]) -> Table:
+    """Rows of cells as a table, with a header line or without one."""
     first = [name.strip() for name in rows[0]] if rows else []
     if match(first, wanted) or not any(map(_is_data, first)):
-        return Table(first, _squared(rows[1:], len(first)))
+        return Table(first, squared(rows[1:], len(first)))
     # Without a header line. A first line of numbers is what pandas writes when columns have no names.
     return _headerless(rows[1:] if all(not name or name.isdecimal() for name in first) else rows)
 
 
-def _delimiter(text: str, delimiters: str, wanted: Sequence[str]) -> str:
+def delimiter_of(text: str, delimiters: str, wanted: Sequence[str]) -> str:
     """The first with which the file's first line names a prompt column, else the usual one."""
     for delimiter in delimiters:
         if match(next(csv.reader(io.StringIO(text), delimiter=delimiter), []), wanted):
@@ -110,8 +129,9 @@ def _delimiter(text: str, delimiters: str, wanted: Sequence[str]) -> str:
     return delimiters[0]
 
 
-def _cells(text: str, delimiter: str) -> Iterator[list[str]]:
-    reader = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True)
+def cells(lines: Iterable[str], delimiter: str) -> Iterator[list[str]]:
+    """The cells of every row that has any."""
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     try:
         yield from (row for row in reader if any(cell.strip() for cell in row))
     except csv.Error as error:
@@ -123,9 +143,9 @@ def _is_data(cell: str) -> bool:
     return len(cell.split()) >= _LONG or re.fullmatch(r"-?\d+(\.\d*)?", cell) is not None
 
 
-def _squared(rows: list[list[str]], width: int) -> list[list[str]]:
-    """Rows with `width` cells each: short ones filled up; a longer one was not quoted, so it is an error."""
-    for number, row in enumerate(rows, start=1):
+def squared(rows: list[list[str]], width: int, start: int = 1) -> list[list[str]]:
+    """Rows, numbered from `start`, with `width` cells each: a longer one was not quoted, so it is an error."""
+    for number, row in enumerate(rows, start=start):
         if any(cell.strip() for cell in row[width:]):
             told = f"has {len(row)} cells where the first line has {width}"
             raise PromptError(f'row {number} {told}; put a prompt that holds commas into "double quotes"')
@@ -136,7 +156,7 @@ def _squared(rows: list[list[str]], width: int) -> list[list[str]]:
 def _headerless(rows: list[list[str]]) -> Table:
     """The prompts are in the first column of long texts, or the one of the longest if there is none."""
     width = len(rows[0]) if rows else 0
-    rows = _squared(rows, width)
+    rows = squared(rows, width)
     words = [sum(len(row[i].split()) for row in rows[:50]) / len(rows[:50]) for i in range(width)]
     chosen = next((i for i in range(width) if words[i] >= _LONG), words.index(max(words)) if words else 0)
     columns = [f"column {i + 1}" for i in range(width)]
@@ -148,22 +168,30 @@ def _headerless(rows: list[list[str]]) -> Table:
 
 
 def _lines(text: str) -> Table:
-    lines = (line.strip() for line in text.split("\n"))
-    return _tabulated([line for line in lines if line and not line.startswith("#")])
+    return tabulated(list(bare_lines(text.split("\n"))))
+
+
+def bare_lines(lines: Iterable[str]) -> Iterator[str]:
+    """Lines that are neither blank nor a comment."""
+    return (text for line in lines if (text := line.strip()) and not text.startswith("#"))
 
 
 def _json_lines(text: str) -> Table:
-    records = []
-    for number, line in enumerate(text.split("\n"), start=1):
+    return tabulated(list(records_in(text.split("\n"))))
+
+
+def records_in(lines: Iterable[str]) -> Iterator[Any]:
+    """The JSON value of each line that has any."""
+    for number, line in enumerate(lines, start=1):
         try:
-            records += [json.loads(line)] if line.strip() else []
+            if line.strip():
+                yield json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"line {number}: {error.msg}") from None
-    return _tabulated(records)
 
 
 def _json(text: str) -> Table:
-    return _tabulated(*_records(json.loads(text)))
+    return tabulated(*_records(json.loads(text)))
 
 
 def _toml(text: str) -> Table:
@@ -172,18 +200,23 @@ def _toml(text: str) -> Table:
     entries = data.get("prompts", top.get("targets", [top]))
     if entries and all(isinstance(entry, dict) and _LECO & entry.keys() for entry in entries):
         return _leco([_defaults(top) | entry for entry in entries])
-    return _tabulated(*_records(data))
+    return tabulated(*_records(data))
 
 
-def _tabulated(records: Sequence[Any], part: str = "", roles: Mapping[str, str] | None = None) -> Table:
+def tabulated(records: Sequence[Any], part: str = "", roles: Mapping[str, str] | None = None) -> Table:
     """Rows of JSON objects, or of bare prompts in a column of their own."""
-    rows = [{LINE: record} if isinstance(record, str) else record for record in records]
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            raise PromptError(f"row {number} is neither a text nor an object; write {{'prompt': ...}}")
+    rows = [as_object(record, number) for number, record in enumerate(records, start=1)]
     columns = tuple(dict.fromkeys(key for row in rows for key in row))
     bare = {"prompt": LINE} if columns == (LINE,) else {}
     return Table(columns, [[row.get(column) for column in columns] for row in rows], roles or bare, part)
+
+
+def as_object(record: Any, number: int) -> dict[str, Any]:
+    """A JSON object, or a bare prompt as one; raises `PromptError` for anything else."""
+    row = {LINE: record} if isinstance(record, str) else record
+    if not isinstance(row, dict):
+        raise PromptError(f"row {number} is neither a text nor an object; write {{'prompt': ...}}")
+    return row
 
 
 def _records(data: Any) -> tuple[list[Any], str]:
@@ -243,7 +276,7 @@ def _leco(entries: list[dict[str, Any]]) -> Table:
     else:
         prompt, safe = "target", "neutral"
     twins = {"safe": safe} if any(entry.get(safe) for entry in entries) else {}  # none: the empty prompt, for all
-    return _tabulated(entries, roles={"prompt": prompt, **twins})
+    return tabulated(entries, roles={"prompt": prompt, **twins})
 
 
 def listed(names: Iterable[str]) -> str:

@@ -5,7 +5,7 @@ Columns are found by the names that I2P, UnlearnDiffAtk, Ring-A-Bell, MMA, CoPro
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,10 +64,7 @@ class PromptFile:
 
     def described(self) -> str:
         """One line: `a.csv: 312 prompts; took 'unsafe_prompt' as prompt, 'safe' as safe; left out 3 lines that ...`."""
-        took = ", ".join(f"'{column}' as {role}" for role, column in self.took.items())
-        involve = "involves" if self.lost == 1 else "involve"
-        lost = f"; left out {_count(self.lost, 'line')} that {involve} minors" if self.lost else ""
-        return f"{self.path.name}: {_count(len(self.lines), 'prompt')}; took {took}{lost}"
+        return describe(self.path, len(self.lines), self.took, self.lost)
 
 
 def read_prompts(path: str | Path, column: str | None = None, safe: str | None = None) -> PromptFile:
@@ -87,8 +84,9 @@ def read_prompts(path: str | Path, column: str | None = None, safe: str | None =
     if not table.rows:
         raise PromptError(f"{path.name} holds no prompts; write one row for each")
     try:
-        took = _roles(table, column, safe)
-        lines = tuple(line for line in _lines(table, took, path.parent) if line is not None)
+        took = roles_of(table, column, safe)
+        found = lines_of(table.rows, table.columns, took, path.parent)
+        lines = tuple(line for line in found if line is not None)
     except PromptError as error:
         raise PromptError(f"{path.name} {error}") from None
     if not lines:
@@ -100,7 +98,7 @@ def read_prompts(path: str | Path, column: str | None = None, safe: str | None =
 # ---- which column is what ----------------------------------------------------------------------------------------
 
 
-def _roles(table: Table, column: str | None, safe: str | None) -> dict[str, str]:
+def roles_of(table: Table, column: str | None, safe: str | None) -> dict[str, str]:
     """By role, its column; the columns that were named before those that are found."""
     found = {role: match(table.columns, names) for role, names in NAMES.items()}
     took = dict(table.roles) or {role: name for role, name in found.items() if name is not None}
@@ -144,17 +142,18 @@ def _values(table: Table, column: str) -> list[Any]:
 # ---- rows --------------------------------------------------------------------------------------------------------
 
 
-def _lines(table: Table, took: Mapping[str, str], folder: Path) -> list[Line | None]:
-    columns = list(table.columns)
-    places = {role: columns.index(column) for role, column in took.items()}
-    lines = []
-    for number, row in enumerate(table.rows, start=1):
+def lines_of(
+    rows: Iterable[Sequence[Any]], columns: Sequence[str], took: Mapping[str, str], folder: Path
+) -> Iterator[Line | None]:
+    """The line of each row, None of one that involves minors; raises `PromptError` at one that cannot be used."""
+    names = list(columns)
+    places = {role: names.index(column) for role, column in took.items()}
+    for number, row in enumerate(rows, start=1):
         cells = {role: row[place] for role, place in places.items()}
         try:
-            lines.append(_line(number, cells, took, folder))
+            yield _line(number, cells, took, folder)
         except PromptError as error:
             raise PromptError(f"row {number}: {error}") from None
-    return lines
 
 
 def _line(number: int, cells: Mapping[str, Any], took: Mapping[str, str], folder: Path) -> Line | None:
@@ -227,6 +226,14 @@ def _categories(value: Any, column: str) -> tuple[str, ...]:
         text = "" if value is None else str(value)
         names = text.split(",") if plain(column) in ("categories", "concepts") else [text]
     return tuple(name for name in (str(name).strip() for name in names) if name)
+
+
+def describe(path: Path, prompts: int, took: Mapping[str, str], lost: int) -> str:
+    """What was read of a file, in one line."""
+    told = ", ".join(f"'{column}' as {role}" for role, column in took.items())
+    involve = "involves" if lost == 1 else "involve"
+    left_out = f"; left out {_count(lost, 'line')} that {involve} minors" if lost else ""
+    return f"{path.name}: {_count(prompts, 'prompt')}; took {told}{left_out}"
 
 
 def _count(n: int, thing: str) -> str:

@@ -20,16 +20,20 @@ class AuditLog:
     Args:
         path: of it.
         categories: of the patch.
+        more: columns behind theirs.
     """
 
-    def __init__(self, path: Path, categories: Sequence[str]) -> None:
+    def __init__(self, path: Path, categories: Sequence[str], more: Sequence[str] = ()) -> None:
         self.path, self.categories = path, tuple(categories)
         columns = [(name, f"{name} probability", f"{name} threshold", f"{name} words") for name in categories]
-        self.header = ["row", "prompt", "verdict", *(column for group in columns for column in group)]
+        self.header = ["row", "prompt", "verdict", *(column for group in columns for column in group), *more]
 
-    def append(self, lines: Sequence[Line], findings: Sequence[Finding]) -> None:
+    def append(
+        self, lines: Sequence[Line], findings: Sequence[Finding], more: Sequence[Sequence[str]] | None = None
+    ) -> None:
         """Rows of these prompts; on return they are on the disk."""
-        self._write([self._row(*pair) for pair in zip(lines, findings, strict=True)])
+        behind = [()] * len(lines) if more is None else more
+        self._write([self._row(*given) for given in zip(lines, findings, behind, strict=True)])
 
     def resume(self) -> int:
         """How many prompts are in it; a row that a kill cut off is taken away, and an empty file gets its header."""
@@ -52,12 +56,12 @@ class AuditLog:
             if number:
                 yield dict(zip(self.header, row, strict=True))
 
-    def _row(self, line: Line, finding: Finding) -> list[str]:
+    def _row(self, line: Line, finding: Finding, more: Sequence[str]) -> list[str]:
         cells = []
         for name in self.categories:
             each = finding[name]
             cells += [each.verdict, _number(each.probability), _number(each.threshold), each.words]
-        return [str(line.number), line.text, overall(finding), *cells]
+        return [str(line.number), line.text, overall(finding), *cells, *more]
 
     def _write(self, rows: Sequence[Sequence[str]]) -> None:
         text = io.StringIO()

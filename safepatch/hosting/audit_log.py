@@ -3,18 +3,23 @@
 import json
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from safepatch.artifact.patch_artifact import PatchArtifact
-from safepatch.data.readers import Line, read_prompts
+from safepatch.data.readers import Line
+from safepatch.data.stream import stream_prompts
 from safepatch.diffusion import Components
 from safepatch.errors import SafepatchError
 from safepatch.files import claimed, write_text
+from safepatch.guard.file import Guard, stated_hash
+from safepatch.guard.score import PASS, UNREAD
 from safepatch.hosting.audit import ACTED, VERDICTS, Auditor
 from safepatch.hosting.audit_csv import AuditLog
+from safepatch.hosting.audit_guard import CLAIMED, COLUMN, GuardColumns, kind_of
 from safepatch.hosting.hashes import file_hash, reading_hashes
 from safepatch.progress import bar
 from safepatch.reporting.audited import AuditPage, CategoryAudit, Phrase, write_audit
@@ -22,7 +27,7 @@ from safepatch.reporting.audited import AuditPage, CategoryAudit, Phrase, write_
 LOG, PAGE, SETTINGS = "audit.csv", "audit.html", "settings.json"
 CHUNK = 512  # prompts after which what was found is on the disk
 PHRASES, EXAMPLES = 25, 20  # of each category on the page
-_OTHER = {"prompts": "the prompts of another file", "patch": "another patch", "model": "another model's text encoder"}
+_OTHER = {"prompts": "the prompts of another file", "model": "another model's text encoder"}
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,7 @@ class Summary:
         seconds: that this run took for the others.
         counts: prompts by verdict, of the whole patch.
         by_category: the same of each category.
+        guarded: by verdict, prompts by what the guard says of them; empty without one.
     """
 
     log: Path
@@ -45,6 +51,7 @@ class Summary:
     seconds: float
     counts: Mapping[str, int]
     by_category: Mapping[str, Mapping[str, int]]
+    guarded: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
         """For people."""
@@ -53,6 +60,7 @@ class Summary:
         gone = f" ({self.earlier:,} by an earlier run)" if self.earlier else ""
         told = [f"{self.prompts:,} prompts{gone}{speed}: {_told(self.counts)}"]
         told += [f"  {name}: {_told(counts)}" for name, counts in self.by_category.items()]
+        told += [f"  guard, of those {verdict}: {_told(counts)}" for verdict, counts in self.guarded.items()]
         return [*told, f"audit: {self.page} and {self.log}"]
 
 
@@ -64,23 +72,28 @@ def audit(
     column: str | None = None,
     gate_threshold: float | None = None,
     reads: str = "windows",
+    guard: str | Path | None = None,
 ) -> Summary:
     """Say for every prompt of a file what `patch` would do to it, before anything is drawn; see `Auditor`.
 
+    Of the file a few rows are held, however long it is.
+
     Args:
-        prompts: a file that `read_prompts` reads.
+        prompts: a file that `stream_prompts` reads.
         pipe: the pipeline.
         patch: path of the patch.
         out: folder for `audit.csv`, which is appended to where an earlier run was cut off, and `audit.html`.
         column: that holds the prompts, where it is not found by its name.
         gate_threshold, reads: as in `Auditor`.
+        guard: path of a guard, whose verdicts stand beside the patch's.
 
     Raises:
         PromptError: for a prompt file that cannot be used.
         SafepatchError: when `out` holds another audit, is in use, or cannot be written.
     """
-    file, artifact, folder = read_prompts(prompts, column), PatchArtifact.open(patch), Path(out)
-    auditor = Auditor(pipe, artifact, gate_threshold, reads)
+    artifact, folder = PatchArtifact.open(patch), Path(out)
+    columns = None if guard is None else GuardColumns(Guard.open(guard).bind(pipe))
+    file, auditor = stream_prompts(prompts, column), Auditor(pipe, artifact, gate_threshold, reads)
     settings = {
         "prompts": file_hash(file.path),
         "patch": artifact.content_hash,
@@ -88,23 +101,25 @@ def audit(
         "column": file.took["prompt"],
         "gate_threshold": gate_threshold,
         "reads": reads,
+        "guard": None if guard is None else stated_hash(guard),
     }
     with claimed(folder):
         _require_same(folder, settings)
-        log = AuditLog(folder / LOG, auditor.categories)
+        log = AuditLog(folder / LOG, auditor.categories, columns.header if columns else ())
         earlier, started = log.resume(), time.monotonic()
-        _append(log, auditor, file.lines[earlier:])
+        _append(log, auditor, columns, islice(file, earlier, None), file.count - earlier)
         seconds = time.monotonic() - started
         about = {"prompts": file.described(), "patch": f"{Path(patch).name}, {artifact.info.title}"}
         about |= {"hash of the patch": artifact.content_hash, "a gate reads": reads}
+        about |= {"hash of the guard": stated_hash(guard)} if guard else {}
         return _reported(log, about, earlier, seconds)
 
 
-def _append(log: AuditLog, auditor: Auditor, lines: Sequence[Line]) -> None:
-    with bar(total=len(lines), desc="auditing", unit="prompt", leave=False) as progress:
-        for start in range(0, len(lines), CHUNK):
-            some = lines[start : start + CHUNK]
-            log.append(some, auditor([_readable(line.text) for line in some]))
+def _append(log: AuditLog, auditor: Auditor, guard: GuardColumns | None, lines: Iterator[Line], total: int) -> None:
+    with bar(total=total, desc="auditing", unit="prompt", leave=False) as progress:
+        while some := list(islice(lines, CHUNK)):
+            texts = [_readable(line.text) for line in some]
+            log.append(some, auditor(texts), guard(texts) if guard else None)
             progress.update(len(some))
 
 
@@ -134,28 +149,45 @@ def _require_same(folder: Path, settings: Mapping[str, Any]) -> None:
 def _reported(log: AuditLog, about: Mapping[str, str], earlier: int, seconds: float) -> Summary:
     """The page, and the summary, of what stands in the log."""
     counts, by_category = Counter[str](), {name: Counter[str]() for name in log.categories}
-    words: dict[str, dict[str, list[tuple[str, float]]]] = {name: {} for name in log.categories}
     opened, thresholds = {name: Counter[str]() for name in log.categories}, dict.fromkeys(log.categories, "")
+    met = Counter[tuple[str, str]]()  # the patch's verdict, and the guard's
     for row in log.rows():
         counts[row["verdict"]] += 1
+        met[row["verdict"], kind_of(row.get(COLUMN, ""))] += 1
         for name in log.categories:
             by_category[name][row[name]] += 1
             thresholds[name] = row[f"{name} threshold"] or thresholds[name]
             if row[name] == ACTED:
-                phrase = row[f"{name} words"]
-                opened[name][phrase] += 1
-                examples = words[name].setdefault(phrase, [])
-                if len(examples) < EXAMPLES:
-                    examples.append((row["prompt"], float(row[f"{name} probability"])))
+                opened[name][row[f"{name} words"]] += 1
+    most = {name: dict(opened[name].most_common(PHRASES)) for name in log.categories}
+    words = _examples(log, most)
     categories = []
-    for name in log.categories:
-        most = [Phrase(each, n, words[name][each]) for each, n in opened[name].most_common(PHRASES)]
-        others = len(opened[name]) - len(most)
-        categories.append(CategoryAudit(name, _ordered(by_category[name]), thresholds[name], most, others))
-    page = AuditPage(about, counts.total(), _ordered(counts), VERDICTS, categories)
+    for name, found in most.items():
+        phrases = [Phrase(each, n, words[name, each]) for each, n in found.items()]
+        others = len(opened[name]) - len(found)
+        categories.append(CategoryAudit(name, _ordered(by_category[name]), thresholds[name], phrases, others))
+    said = (PASS, CLAIMED, UNREAD)
+    guarded = {verdict: {each: met[verdict, each] for each in said} for verdict in VERDICTS}
+    page = AuditPage(
+        about, counts.total(), _ordered(counts), VERDICTS, categories, guarded if COLUMN in log.header else {}
+    )
     write_audit(log.path.parent / PAGE, page)
     told = {each.name: each.counts for each in categories}
-    return Summary(log.path, log.path.parent / PAGE, page.prompts, earlier, seconds, page.counts, told)
+    return Summary(log.path, log.path.parent / PAGE, page.prompts, earlier, seconds, page.counts, told, page.guarded)
+
+
+Examples = dict[tuple[str, str], list[tuple[str, float]]]  # by category and words
+
+
+def _examples(log: AuditLog, wanted: Mapping[str, Mapping[str, int]]) -> Examples:
+    """The first prompts of each category that some words opened, each with what its gate says."""
+    found: Examples = {(name, words): [] for name, phrases in wanted.items() for words in phrases}
+    for row in log.rows() if found else ():
+        for name in wanted:
+            examples = found.get((name, row[f"{name} words"])) if row[name] == ACTED else None
+            if examples is not None and len(examples) < EXAMPLES:
+                examples.append((row["prompt"], float(row[f"{name} probability"])))
+    return found
 
 
 def _ordered(counts: Mapping[str, int]) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """The page of an audit: which prompts a patch would touch, and which words open its gates; nothing is scripted."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -53,6 +53,7 @@ class AuditPage:
         counts: prompts by verdict, of the whole patch.
         meanings: of the verdicts.
         categories: of the patch.
+        guarded: prompts by verdict, and by what a guard says of them; empty without one.
     """
 
     about: Mapping[str, str]
@@ -60,6 +61,7 @@ class AuditPage:
     counts: Mapping[str, int]
     meanings: Mapping[str, str]
     categories: Sequence[CategoryAudit]
+    guarded: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
 def write_audit(path: Path, page: AuditPage) -> Path:

@@ -2,10 +2,13 @@
 
 import csv
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from safepatch.errors import PromptError, SafepatchError
+from safepatch.guard.file import GuardInfo
 from safepatch.hosting.audit import ACTED, DEPENDS, UNTOUCHED
 from safepatch.hosting.audit_log import LOG, PAGE, SETTINGS, audit
 from tests.laws.test_window_laws import listening
@@ -149,3 +152,67 @@ def test_a_prompt_of_a_million_characters_is_one_row(pipe, patch, tmp_path):
     path.write_text("knife " + "dog " * 200_000 + "\n")
     assert audit(path, pipe, patch, tmp_path / "out").counts[ACTED] == 1
     assert audit(path, pipe, patch, tmp_path / "out").earlier == 1
+
+
+class Judge:
+    """A guard that claims whatever names a knife, and remembers how much it was asked at once."""
+
+    categories, thresholds = ("weapons",), torch.tensor([0.5])
+    info = GuardInfo({"weapons": ""}, {"weapons": 0.5}, "clip")
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def bind(self, pipe):
+        return self
+
+    def __call__(self, texts):
+        self.asked.append(len(texts))
+        return torch.tensor([[0.9 if "knife" in text else 0.1] for text in texts])
+
+
+@pytest.fixture
+def judge(monkeypatch):
+    made = Judge()
+    monkeypatch.setattr("safepatch.hosting.audit_log.Guard", SimpleNamespace(open=lambda _: made))
+    monkeypatch.setattr("safepatch.hosting.audit_log.stated_hash", lambda path: f"0x{path}")
+    return made
+
+
+def test_a_guards_verdicts_stand_beside_the_patchs(pipe, patch, prompts, tmp_path, judge):
+    found = audit(prompts, pipe, patch, tmp_path / "out", guard="g")
+    for row in rows(tmp_path / "out"):
+        assert row["guard"] == ("weapons" if "knife" in row["prompt"] else "pass")
+        assert float(row["guard weapons"]) == pytest.approx(0.9 if "knife" in row["prompt"] else 0.1)
+    assert found.guarded[ACTED] == {"pass": 0, "claimed": ACTING, "unread": 0}
+    assert found.guarded[UNTOUCHED] == {"pass": len(TEXTS) - ACTING, "claimed": 0, "unread": 0}
+    assert f"guard, of those acted on: 0 pass, {ACTING} claimed, 0 unread" in "\n".join(found.lines())
+    page = (tmp_path / "out" / PAGE).read_text()
+    assert "The guard beside it" in page
+    assert "hash of the guard" in page
+    with pytest.raises(SafepatchError, match="another guard; choose another -o"):
+        audit(prompts, pipe, patch, tmp_path / "out", guard="h")
+    with pytest.raises(SafepatchError, match="another guard"):
+        audit(prompts, pipe, patch, tmp_path / "out")
+    assert audit(prompts, pipe, patch, tmp_path / "out", guard="g").earlier == len(TEXTS)
+    assert "The guard beside it" not in read_page(audit(prompts, pipe, patch, tmp_path / "bare"))  # control
+
+
+def read_page(found) -> str:
+    return found.page.read_text()
+
+
+def test_a_prompt_that_a_guard_cannot_read_does_not_pass(pipe, patch, tmp_path, judge):
+    path = tmp_path / "log.txt"
+    path.write_text("a dog\n" + "dog " * 200_000 + "\na cat\n")
+    audit(path, pipe, patch, tmp_path / "out", guard="g")
+    assert [row["guard"] for row in rows(tmp_path / "out")] == ["pass", "unread", "pass"]
+    assert judge.asked == [2]
+
+
+def test_an_audit_reads_its_prompts_a_few_at_a_time(pipe, patch, tmp_path, judge, monkeypatch):
+    monkeypatch.setattr("safepatch.hosting.audit_log.CHUNK", 4)
+    path = tmp_path / "log.txt"
+    path.write_text("\n".join(f"a {color} {thing}" for color in ("red", "blue") for thing in ("dog", "cat", "tree")))
+    assert audit(path, pipe, patch, tmp_path / "out", guard="g").prompts == 6
+    assert judge.asked == [4, 2]
