@@ -49,6 +49,9 @@ def generate(
         bool, typer.Option("--receipt", help="Put into the PNG, and beside it, how it was made and what the patch did.")
     ] = False,
     key: Annotated[Path | None, typer.Option(help="With --receipt: sign it with this key, see keygen.")] = None,
+    certificate: Annotated[
+        Path | None, typer.Option(help="With --key: its certificates, PEM; the receipt stands in a C2PA manifest too.")
+    ] = None,
     receipt_prompt: Annotated[
         bool,
         typer.Option("--receipt-prompt", help="With --receipt: the prompt itself stands in it, not its hash alone."),
@@ -69,9 +72,11 @@ def generate(
 
     admit([prompt])
     require_writable(out)
-    if not receipt and (key or receipt_prompt):
-        raise SafepatchError("--key and --receipt-prompt are for receipts; give --receipt too")
-    stamp = Stamp.of(key, receipt_prompt) if receipt else None  # a key that is none is told before anything is drawn
+    if not receipt and (key or certificate or receipt_prompt):
+        raise SafepatchError("--key, --certificate and --receipt-prompt are for receipts; give --receipt too")
+    stamp = (
+        Stamp.of(key, receipt_prompt, certificate) if receipt else None
+    )  # a key that is none is told before anything is drawn
     scales = _scale(scale)
     if patch:
         require_fit(model, located(patch), allow_pickle)  # before gigabytes of weights are read

@@ -7,6 +7,7 @@ import typer
 
 from safepatch.cli import app, say
 from safepatch.cli.options import AllowPickle, Device, Dtype, Model, Tokenizer, opened
+from safepatch.errors import SafepatchError
 
 
 @app.command()
@@ -24,6 +25,7 @@ def audit(
     reads: Annotated[
         str, typer.Option(help="What a gate reads: windows, any few words in a row, or prompt, all of it at once.")
     ] = "windows",
+    guard: Annotated[Path | None, typer.Option(help="A guard's file, whose verdicts stand beside the patch's.")] = None,
     device: Device = "cpu",
     dtype: Dtype = None,
     tokenizer: Tokenizer = None,
@@ -31,13 +33,18 @@ def audit(
 ) -> None:
     """Say which prompts a patch would act on, and by which words; no image is made."""
     from safepatch.files import require_writable
+    from safepatch.guard.decide import lacking
+    from safepatch.guard.file import Guard
     from safepatch.hosting.audit_log import audit as run
     from safepatch.runtime.check import require_fit
 
     require_writable(out / "audit.csv")
-    require_fit(model, patch, allow_pickle)  # before gigabytes of weights are read
+    info, _ = require_fit(model, patch, allow_pickle)  # before gigabytes of weights are read
+    if guard:
+        for line in lacking(Guard.open(guard).categories, info.categories):
+            typer.echo(line, err=True)
     pipe = opened(model, device, dtype, tokenizer, allow_pickle)
-    say(*run(prompts, pipe, patch, out, column, gate_threshold, reads).lines())
+    say(*run(prompts, pipe, patch, out, column, gate_threshold, reads, guard).lines())
 
 
 @app.command()
@@ -71,6 +78,15 @@ def serve(
     timeout: Annotated[float, typer.Option(help="Seconds that a request may take.")] = 120.0,
     max_steps: Annotated[int, typer.Option(help="Denoising steps that may be asked for.")] = 100,
     max_size: Annotated[int, typer.Option(help="Pixels of a side that may be asked for.")] = 1024,
+    guard: Annotated[Path | None, typer.Option(help="A guard's file: it judges prompts before they may wait.")] = None,
+    guard_action: Annotated[
+        str, typer.Option(help="block what the guard claims, rewrite it with harmless words, or only score it.")
+    ] = "block",
+    receipt: Annotated[bool, typer.Option("--receipt", help="Put a receipt into every PNG, see generate.")] = False,
+    receipt_key: Annotated[Path | None, typer.Option(help="With --receipt: sign it with this key, see keygen.")] = None,
+    certificate: Annotated[
+        Path | None, typer.Option(help="With --receipt-key: its certificates, PEM, for a C2PA manifest in every PNG.")
+    ] = None,
     device: Device = "cpu",
     dtype: Dtype = None,
     tokenizer: Tokenizer = None,
@@ -78,12 +94,17 @@ def serve(
 ) -> None:
     """Serve images over HTTP, each drawn with the patch or not at all."""
     from safepatch.hosting.limits import Keys, Limits
-    from safepatch.hosting.serve import listening
+    from safepatch.hosting.serve import Service, listening
     from safepatch.hosting.serve import serve as run
+    from safepatch.hosting.stamp import Stamp
     from safepatch.runtime.check import require_fit
 
+    if (receipt_key or certificate) and not receipt:
+        raise SafepatchError("--receipt-key and --certificate are for receipts; give --receipt too")
     known, limits = Keys.of(keys), Limits(timeout=timeout, steps=max_steps, edge=max_size)
+    stamp = Stamp.of(receipt_key, certificate=certificate) if receipt else None
+    service = Service(patch, limits, batch, waiting, guard, guard_action, stamp)
     require_fit(model, patch, allow_pickle)
     with listening(host, port, known) as ours:
         say(f"serving {model} with {patch} on http://{host}:{port}, once it is loaded")
-        run(ours, lambda: opened(model, device, dtype, tokenizer, allow_pickle), patch, known, limits, batch, waiting)
+        run(ours, lambda: opened(model, device, dtype, tokenizer, allow_pickle), known, service)

@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from safepatch.diffusion.components import Components, denoiser
@@ -255,20 +254,16 @@ def as_picture(image: Tensor) -> Image.Image:
     return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy())
 
 
-def save_image(image: Tensor, path: Path, texts: Mapping[str, str] | None = None) -> None:
+def save_image(image: Tensor, path: Path) -> None:
     """Write an image as PNG, all or nothing; raises `SafepatchError` when it cannot be.
 
     Args:
         image: in [0, 1], shape (3, H, W).
         path: of the file.
-        texts: by keyword, that the file carries beside the pixels (iTXt).
     """
-    chunks = PngInfo()
-    for keyword, text in (texts or {}).items():
-        chunks.add_itxt(keyword, text)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:
-            as_picture(image).save(file, "PNG", pnginfo=chunks)
+            as_picture(image).save(file, "PNG")
     except OSError as error:
         raise unwritable(path, error, "choose another -o") from error

@@ -10,7 +10,8 @@ from PIL import Image
 
 from safepatch.diffusion import Components, denoiser, usual_guidance
 from safepatch.hosting.hashes import component_hashes, json_hash, text_hash
-from safepatch.hosting.receipt import VERSION, pixels_hash
+from safepatch.hosting.receipt import pixels_hash
+from safepatch.hosting.receipt_schema import VERSION
 from safepatch.hosting.recording import Drawn
 from safepatch.runtime.handle import Handle
 
@@ -82,6 +83,7 @@ def receipt_of(
     patch: Mapping[str, Any] | None,
     model: Mapping[str, Any],
     with_prompt: bool = False,
+    guard: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The receipt of one image.
 
@@ -94,6 +96,7 @@ def receipt_of(
         patch: of `patch_record`.
         model: of `model_record`.
         with_prompt: whether the prompts themselves stand in it, or only their hashes.
+        guard: which guard let the prompt pass, and how it acts; None without one.
     """
     is_known = patch is None or bool(drawn.timesteps)
     return {
@@ -106,6 +109,7 @@ def receipt_of(
         "steps": asked.steps,
         "guidance_scale": asked.guidance_scale,
         "patch": None if patch is None else dict(patch),
+        "guard": None if guard is None else dict(guard),
         **model,
         "denoising": {
             "timesteps": drawn.timesteps,

@@ -16,6 +16,8 @@ class Metrics:
         requests: by path and status code.
         images: drawn, by whether the patch acted on them.
         opened: images for which a category's gate opened.
+        judged: prompts that a guard judged, by what came of them (`passed`, `claimed` and drawn nevertheless,
+            `rewritten`, `blocked`, `failed`) and the category that claimed them.
     """
 
     def __init__(self) -> None:
@@ -25,6 +27,9 @@ class Metrics:
             "safepatch_images", "images, by whether the patch acted on them", ["acted"], registry=kept
         )
         self.opened = Counter("safepatch_gate_opened", "images for which a gate opened", ["category"], registry=kept)
+        self.judged = Counter(
+            "safepatch_guard_prompts", "prompts that the guard judged", ["outcome", "category"], registry=kept
+        )
         self._seconds = Histogram("safepatch_batch_seconds", "seconds of a batch", buckets=SECONDS, registry=kept)
         self._batches = Histogram("safepatch_batch_images", "images of a batch", buckets=IMAGES, registry=kept)
         self._waiting = Gauge("safepatch_waiting", "images that wait to be drawn", registry=kept)

@@ -16,37 +16,17 @@ from safepatch.artifact.container import canonical_json
 from safepatch.errors import ReceiptError
 from safepatch.files import write_text
 from safepatch.hosting import keys
+from safepatch.hosting.credentials import Manifest, manifest_of
+from safepatch.hosting.receipt_schema import is_whole
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 KEYWORD = "safepatch.receipt"  # of the PNG's text chunk
 SIDECAR = ".receipt.json"  # behind the image's name
-VERSION = 1
 PREFIX = b"safepatch receipt 1\n"
 PNG = b"\x89PNG\r\n\x1a\n"
 LARGEST = 1 << 22  # bytes of a sidecar
-
-# What a receipt holds, by name the type or what is in it.
-NUMBER = int | float
-_PROMPT = {"sha256": str}
-SCHEMA: dict[str, Any] = {
-    "version": int,
-    "pixels": str,
-    "size": [int, int],
-    "prompt": _PROMPT,
-    "seed": int,
-    "steps": int,
-    "guidance_scale": NUMBER,
-    "model": {"components": dict, "dtype": str, "device": str},
-    "scheduler": {"class": str, "config": str},
-    "software": dict,
-    "denoising": {"timesteps": list, "gates": dict, "acted_on": list},
-    "identical_to_base": bool,
-}
-_PATCH = {"hash": str, "scale": NUMBER | dict, "thresholds": dict, "window": [NUMBER, NUMBER]}
-_PATCH |= dict.fromkeys(("gate", "reads", "speed"), str)
-OPTIONAL: dict[str, Any] = {"negative_prompt": _PROMPT, "patch": _PATCH}  # None where there is none
 
 
 @dataclass(frozen=True)
@@ -57,20 +37,24 @@ class Verified:
         receipt: what it says.
         key: the public key it is signed with, in hex digits; None where it is not signed.
         is_vouched_for: whether that is the key that was asked for.
+        credentials: what its C2PA manifest says of whose it is; None where it has none.
     """
 
     receipt: dict[str, Any]
     key: str | None
     is_vouched_for: bool
+    credentials: str | None = None
 
     def lines(self) -> list[str]:
         """For people."""
-        told = {"patch": None, **self.receipt}
+        told = {"patch": None, "guard": None, **self.receipt}
         acted, steps = told["denoising"]["acted_on"], told["denoising"]["timesteps"]
         did = f"the patch acted in {len(acted)} of {len(steps)} steps" if told["patch"] else "no patch was applied"
         same = "; identical to the base's image" if told["identical_to_base"] else ""
         patch = told["patch"]["hash"] if told["patch"] else "none"
-        return [f"patch: {patch}", f"drawn with seed {told['seed']}: {did}{same}"]
+        guard = [f"guard: {told['guard']['hash']}, action {told['guard']['action']}"] if told["guard"] else []
+        signed = [f"C2PA manifest: {self.credentials}"] if self.credentials else []
+        return [f"patch: {patch}", *guard, f"drawn with seed {told['seed']}: {did}{same}", *signed]
 
 
 def pixels_hash(picture: Image.Image) -> str:
@@ -111,15 +95,15 @@ def verify_image(path: Path, public_key: Path | None = None) -> Verified:
     """Check that an image carries a receipt, of these very pixels, that nobody altered.
 
     Args:
-        path: a PNG; of one whose text was taken off, the sidecar counts.
+        path: a PNG; of one whose text was taken off, the sidecar counts, or its C2PA manifest.
         public_key: PEM file of the key it must be signed with; without it any key will do, and none.
 
     Raises:
         ReceiptError: when it has none, or one that is damaged, altered, of other pixels, or of another key.
     """
     expected = None if public_key is None else keys.raw(keys.public_key(public_key))
-    pixels, text = _opened(path)
-    signed = _parsed(path, text)
+    pixels, text, manifest = _opened(path)
+    signed = _parsed(path, text, manifest.sealed if manifest else None)
     receipt, key, signature = signed["receipt"], signed["key"], signed["signature"]
     if key is None and expected:
         raise ReceiptError(f"the receipt of {path} is not signed; leave out --public-key to check its pixels alone")
@@ -129,41 +113,46 @@ def verify_image(path: Path, public_key: Path | None = None) -> Verified:
         raise ReceiptError(f"the receipt of {path} is signed with another key, {str(key)[:16]}...; check whose it is")
     if receipt.get("pixels") != pixels:
         raise ReceiptError(f"the receipt of {path} is of other pixels: one was changed, or it is another image's")
-    return Verified(receipt, key, expected is not None)
+    return Verified(receipt, key, expected is not None, manifest.told if manifest else None)
 
 
 def _message(receipt: dict[str, Any]) -> bytes:
     return PREFIX + canonical_json(receipt).encode()
 
 
-def _opened(path: Path) -> tuple[str, str | None]:
-    """The hash of its pixels, and the receipt in its text."""
+def _opened(path: Path) -> tuple[str, str | None, Manifest | None]:
+    """The hash of its pixels, the receipt in its text, and its manifest."""
     try:
         with Image.open(path, formats=["PNG"]) as picture:
             picture.load()
-            return pixels_hash(picture), getattr(picture, "text", {}).get(KEYWORD)
+            text = getattr(picture, "text", {}).get(KEYWORD)
+            return pixels_hash(picture), text, manifest_of(path, picture)
     except FileNotFoundError:
         raise ReceiptError(f"no image at {path}; check the path") from None
     except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise ReceiptError(f"{path} is no PNG that can be read ({error})") from None
 
 
-def _parsed(path: Path, text: str | None) -> dict[str, Any]:
-    """The sealed receipt in the image or beside it, of which all parts are there."""
+def _parsed(path: Path, text: str | None, manifested: str | None) -> dict[str, Any]:
+    """The sealed receipt in the image, beside it or in its manifest, of which all parts are there."""
     beside = sidecar(path)
     kept = _read(beside) if beside.is_file() else None
-    if text is None and kept is None:
+    held = {f"the text of {path}": text, beside.name: kept, f"the C2PA manifest of {path}": manifested}
+    found = {place: each for place, each in held.items() if each is not None}
+    if not found:
         raise ReceiptError(f"{path} has no receipt, and there is no {beside.name}; draw with --receipt")
     try:
-        found = [json.loads(each) for each in (text, kept) if each is not None]
-        canonical_json(found)
+        signed = {place: json.loads(each) for place, each in found.items()}
+        canonical_json(signed)
     except (ValueError, RecursionError):
         raise ReceiptError(f"the receipt of {path} is damaged: it is no JSON") from None
-    if found[0] != found[-1]:
-        raise ReceiptError(f"{path} and {beside.name} hold different receipts; delete the one that is not its own")
-    if not _is_whole(found[0]):
+    first, *others = signed
+    for other in others:
+        if signed[first] != signed[other]:
+            raise ReceiptError(f"{first} and {other} hold different receipts; delete the one that is not its own")
+    if not is_whole(signed[first]):
         raise ReceiptError(f"the receipt of {path} is damaged, or of a newer safepatch; upgrade it")
-    return found[0]
+    return signed[first]
 
 
 def _read(path: Path) -> str:
@@ -172,21 +161,3 @@ def _read(path: Path) -> str:
             return file.read(LARGEST).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise ReceiptError(f"{path} cannot be read ({error}); delete it") from None
-
-
-def _is_whole(signed: Any) -> bool:
-    """Whether all that a receipt must have is there, of the right kinds; who signed it answers for the rest."""
-    if not isinstance(signed, dict) or signed.keys() != {"receipt", "key", "signature"}:
-        return False
-    receipt = signed["receipt"]
-    if not _fits(receipt, SCHEMA) or receipt["version"] != VERSION:
-        return False
-    return all(receipt.get(name) is None or _fits(receipt[name], shape) for name, shape in OPTIONAL.items())
-
-
-def _fits(value: Any, shape: Any) -> bool:
-    if isinstance(shape, dict):
-        return isinstance(value, dict) and all(_fits(value.get(name), each) for name, each in shape.items())
-    if isinstance(shape, list):
-        return isinstance(value, list) and len(value) == len(shape) and all(map(_fits, value, shape))
-    return isinstance(value, shape) and (shape is bool or not isinstance(value, bool))

@@ -3,15 +3,20 @@
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from safepatch.artifact.container import read_header
 from safepatch.diffusion import quiet
-from safepatch.errors import ConfigError
+from safepatch.errors import ConfigError, lookup
+from safepatch.guard.decide import ACTIONS, BLOCK, lacking
+from safepatch.guard.file import Guard
 from safepatch.hosting.limits import Keys, Limits
+from safepatch.hosting.stamp import Receipts, Stamp
 from safepatch.hosting.worker import Worker
+from safepatch.progress import note
 from safepatch.runtime.apply import apply
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -42,37 +47,73 @@ def listening(host: str, port: int, keys: Keys) -> Iterator[socket.socket]:
         yield ours
 
 
-def serve(
-    ours: socket.socket,
-    load: Callable[[], Any],
-    patch: Path,
-    keys: Keys,
-    limits: Limits,
-    batch: int = 4,
-    waiting: int = 64,
-) -> None:
+@dataclass(frozen=True)
+class Service:
+    """What is served, and how.
+
+    Attributes:
+        patch: without which nothing is answered.
+        limits: of what may be asked.
+        batch: images drawn at once.
+        waiting: images that may wait.
+        guard: a guard's file, if one judges prompts beforehand.
+        guard_action: `block`, `rewrite` or `score`.
+        stamp: how receipts are made, if images carry any.
+
+    Raises:
+        ConfigError: for a number below 1.
+        UnknownName: for another action.
+        ArtifactError: for a file that is no guard.
+    """
+
+    patch: Path
+    limits: Limits
+    batch: int = 4
+    waiting: int = 64
+    guard: Path | None = None
+    guard_action: str = BLOCK
+    stamp: Stamp | None = None
+
+    def __post_init__(self) -> None:
+        """Nonsense cannot be constructed."""
+        if self.batch < 1 or self.waiting < 1:
+            raise ConfigError(f"--batch and --waiting must be at least 1, not {self.batch} and {self.waiting}")
+        lookup(dict.fromkeys(ACTIONS), self.guard_action, what="action of a guard")
+        if self.guard:
+            Guard.open(self.guard)  # what is wrong with it is told before gigabytes of weights are read
+
+
+def serve(ours: socket.socket, load: Callable[[], Any], keys: Keys, service: Service) -> None:
     """Answer until told to stop.
 
     Args:
         ours: of `listening`.
         load: makes the pipeline, which nobody else draws with.
-        patch: without which nothing is answered.
         keys: of those who may ask.
-        limits: of what they may.
-        batch: images drawn at once.
-        waiting: images that may wait.
+        service: what they are served.
 
     Raises:
-        SafepatchError: when the patch cannot be applied.
+        SafepatchError: when the patch cannot be applied, or the guard cannot read.
     """
     import uvicorn
 
+    with serving(load(), keys, service) as app:
+        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[ours])
+
+
+@contextmanager
+def serving(pipe: Any, keys: Keys, service: Service) -> Iterator[Any]:
+    """The application, with the patch on `pipe`, which nobody else draws with, and a worker that draws."""
+    from safepatch.hosting.door import Door
     from safepatch.hosting.service import create_app
 
-    if batch < 1 or waiting < 1:
-        raise ConfigError(f"--batch and --waiting must be at least 1, not {batch} and {waiting}")
-    pipe = quiet(load())
-    with apply(pipe, patch) as handle, Worker(pipe, handle, batch, waiting) as worker:
+    quiet(pipe)
+    door = Door.opened(service.guard, service.guard_action, pipe) if service.guard else None  # before it is patched
+    content_hash = read_header(service.patch).stated_hash
+    with apply(pipe, service.patch) as handle, Worker(pipe, handle, service.batch, service.waiting) as worker:
         worker.require_patched()
-        app = create_app(worker, read_header(patch).stated_hash, keys, limits)
-        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[ours])
+        for line in lacking(door.guard.categories, handle.categories) if door else ():
+            note(line)
+        guard = door.describe() if door else None
+        receipts = Receipts(service.stamp, pipe, handle, content_hash, guard) if service.stamp else None
+        yield create_app(worker, content_hash, keys, service.limits, door, receipts)

@@ -15,8 +15,8 @@ from PIL import Image
 from safepatch.diffusion import as_picture, generate
 from safepatch.errors import ConfigError, PatchBypassed
 from safepatch.hosting.limits import Keys, Limits
+from safepatch.hosting.serve import Service, serve
 from safepatch.hosting.serve import listening as taken
-from safepatch.hosting.serve import serve
 from safepatch.hosting.service import create_app
 from safepatch.hosting.worker import Worker
 from safepatch.runtime.apply import apply
@@ -291,7 +291,7 @@ def test_a_worker_that_has_ended_answers_nobody(small_pipe):
 
 def test_no_server_starts_without_its_patch(tmp_path, small_pipe):
     with taken("127.0.0.1", 0, Keys()) as ours, pytest.raises(Exception, match=r"nowhere\.safetensors"):
-        serve(ours, lambda: small_pipe, tmp_path / "nowhere.safetensors", Keys(), Limits())
+        serve(ours, lambda: small_pipe, Keys(), Service(tmp_path / "nowhere.safetensors", Limits()))
     with apply(small_pipe, listening(small_pipe)) as handle:
         handle.remove()
         with pytest.raises(PatchBypassed, match="restart the server"):
