@@ -16,7 +16,7 @@ from safepatch.training.config import load_train_config
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 VERBS = get_command(app).commands  # type: ignore[attr-defined]
-OTHERS = ("make", "openssl")  # whose programs these are
+OTHERS = ("make", "openssl", "curl", "pip", "python")  # whose programs these are
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -30,7 +30,7 @@ def commands(page: Path) -> list[str]:
 def parsed(command: str) -> None:
     """Raise unless the command line knows this verb, its options, and of `train` every field."""
     _, verb, *words = shlex.split(command)
-    commands, name = (VERBS[verb].commands, words.pop(0)) if verb == "detector" else (VERBS, verb)
+    commands, name = (VERBS[verb].commands, words.pop(0)) if verb in ("detector", "guard") else (VERBS, verb)
     with commands[name].make_context(name, words) as context:
         if name == "train":
             load_train_config(None, context.params["overrides"] or [])
