@@ -82,7 +82,7 @@ def small_transformer_pipe(name: str, **sizes: Any) -> Any:
 def _small_sd3(name: str, sizes: dict[str, Any]) -> Any:
     better = {"dual_attention_layers": (0,), "qk_norm": "rms_norm"} if name == "sd3.5" else {}
     options = {"in_channels": 4, "out_channels": 4, "num_layers": 4, "num_attention_heads": 2, "attention_head_dim": 16}
-    options |= {"joint_attention_dim": 64, "caption_projection_dim": 32, "pooled_projection_dim": 64}
+    options |= {"joint_attention_dim": 96, "caption_projection_dim": 32, "pooled_projection_dim": 64}
     transformer = diffusers.SD3Transformer2DModel(
         **{"sample_size": 32, "patch_size": 2, "pos_embed_max_size": 32, **options, **better, **sizes}
     )
@@ -94,7 +94,7 @@ def _small_sd3(name: str, sizes: dict[str, Any]) -> Any:
             vae=_small_vae(),
             tokenizer=new_tokenizer(),
             tokenizer_2=new_tokenizer(),
-            text_encoder_3=_small_t5(64),
+            text_encoder_3=_small_t5(96),
             tokenizer_3=_small_t5_tokenizer(),
             **texts,
         )

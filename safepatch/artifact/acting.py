@@ -162,7 +162,8 @@ def _gate_layout(part: "PatchArtifact", kind: Kind, shapes: Shapes, stated: Mapp
     held = {name.removeprefix(prefix) for name in shapes if name.startswith(prefix)}
     if not held:
         return {}
-    missing = [*sorted({*kind.gate} - held), *sorted({*categories} - part.info.config.get("gate", {}).keys())]
+    needed = kind.gate if "cross_attention_dim" in part.info.fingerprint else TEXT_GATE  # a transformer's reads no more
+    missing = [*sorted({*needed} - held), *sorted({*categories} - part.info.config.get("gate", {}).keys())]
     if missing:
         raise ArtifactError(f"'{part.info.title}' lacks '{missing[0]}' of its gate; fit it again (safepatch gate)")
     gates, width = (*shapes[f"{prefix}detect"], 0, 0)[:2]

@@ -12,16 +12,25 @@ from safepatch.diffusion import Conditioning, Host
 
 
 class Texts:
-    """What the host reads of each of some texts, on disk, each distinct text once."""
+    """What the host reads of each of some texts, on disk, each distinct text once.
 
-    def __init__(self, host: Host, texts: Sequence[str], config: DataConfig) -> None:
+    Args:
+        host: who reads.
+        texts: what.
+        config: where it is kept.
+        words: keep only the states by which gates go.
+    """
+
+    def __init__(self, host: Host, texts: Sequence[str], config: DataConfig, words: bool = False) -> None:
         self._numbers = {text: i for i, text in enumerate(dict.fromkeys(texts))}
         distinct, dtype = list(self._numbers), host.components.compute_dtype
-        key = {"model": host.key, "texts": digest(distinct), "dtype": str(dtype), "kept": "states, tokens"}
+        key = {"model": host.key, "texts": digest(distinct), "dtype": str(dtype)}
+        key["kept"] = "words" if words else "states, tokens"
         self._shards = Shards(config.folder / "texts" / digest(key)[:24], key, len(distinct))
 
         def make(rows: range) -> dict[str, Tensor]:
             read = host.encode([distinct[i] for i in rows])
+            read = Conditioning(host.words(read)) if words else read
             return {name: part for name, part in read._asdict().items() if part is not None}
 
         self._shards.fill(make, "reading prompts")

@@ -29,6 +29,7 @@ from safepatch.diffusion.hosts.kinds import (
     family,
     fingerprint,
     host_kind,
+    text_width,
     usual_guidance,
 )
 from safepatch.diffusion.hosts.opening import open_host
@@ -127,6 +128,7 @@ __all__ = [
     "save_image",
     "steps_ahead",
     "teach",
+    "text_width",
     "threads_inside",
     "training_target",
     "uncompiled",

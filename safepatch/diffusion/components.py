@@ -10,7 +10,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0, JointAttnProc
 from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from safepatch.diffusion.hosts.kinds import TRANSFORMERS, UNET, host_kind
+from safepatch.diffusion.hosts.kinds import FLUX, TRANSFORMERS, UNET, host_kind
 from safepatch.errors import BaseMismatch, ConfigError, UnsupportedModel
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")  # that a patch may be for
@@ -48,7 +48,10 @@ class Components:
         parts = {name: uncompiled(getattr(pipe, name, None)) for name in cls.__dataclass_fields__}
         parts["unet"] = uncompiled(denoiser(pipe))
         second = "_2" if parts["text_encoder_2"] is not None else ""
-        needed = ("vae", "scheduler", f"text_encoder{second}", f"tokenizer{second}")
+        needed = ["vae", "scheduler", f"text_encoder{second}", f"tokenizer{second}"]
+        if host_kind(parts["unet"]) is not UNET:
+            needed += ["text_encoder", "tokenizer"]
+            needed += [] if second else ["text_encoder_2", "tokenizer_2"]
         missing = [name for name in needed if parts[name] is None]
         if missing:
             raise BaseMismatch(
@@ -64,7 +67,7 @@ class Components:
         return [module for module in named if module is not None]
 
     def text_encoders(self) -> list[tuple[Any, Any]]:
-        """Tokenizer and text encoder pairs, in the order in which the UNet's text states hold them.
+        """CLIP's tokenizer and text encoder pairs, in the order in which the text states hold them.
 
         Raises:
             UnsupportedModel: for an encoder of a UNet that is not CLIP's: its states are not read as CLIP's are.
@@ -72,6 +75,7 @@ class Components:
         if host_kind(self.unet) is UNET:
             _require_clip(self.text_encoder, self.text_encoder_2)
         pairs = ((self.tokenizer, self.text_encoder), (self.tokenizer_2, self.text_encoder_2))
+        pairs = pairs[:1] if host_kind(self.unet) is FLUX else pairs
         return [pair for pair in pairs if pair[1] is not None]
 
     def encoder(self, component: str) -> tuple[int, Any]:
@@ -89,6 +93,12 @@ class Components:
             kept = [name for name in TEXT_ENCODERS if getattr(self, name) is not None]
             raise BaseMismatch(f"this model has no {component} to patch; it has {' and '.join(kept)}")
         return next(number for number, each in enumerate(places) if each is found), found
+
+    def t5(self) -> tuple[Any, Any] | None:
+        """T5's tokenizer and encoder, of a transformer that has them."""
+        kind = host_kind(self.unet)
+        pair = (self.tokenizer_2, self.text_encoder_2) if kind is FLUX else (self.tokenizer_3, self.text_encoder_3)
+        return None if kind is UNET or pair[1] is None else pair
 
     @property
     def compute_dtype(self) -> torch.dtype:

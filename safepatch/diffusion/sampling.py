@@ -2,8 +2,9 @@
 
 import copy
 import inspect
-from collections.abc import Sequence
-from contextlib import suppress
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,15 @@ def encode(components: Components, prompts: Sequence[str], t5_tokens: int = T5_T
 
 @torch.no_grad()
 def encode_tokens(components: Components, tokens: Sequence[Tensor]) -> Conditioning:
-    """What a UNet reads of prompts that are tokens already, (B, T) for each text encoder, with start, end, padding."""
+    """What a UNet reads of prompts that are tokens already, (B, T) for each text encoder, with start, end, padding.
+
+    Of SD3 it is what CLIP's encoders say, before T5's width is filled up. Flux is told CLIP's pooled state alone, which
+    stands for text states here, (B, 1, width).
+    """
+    if host_kind(components.unet) is FLUX:
+        (_, text_encoder), *_ = components.text_encoders()
+        said: Tensor = text_encoder(tokens[0].to(text_encoder.device)).pooler_output
+        return Conditioning(said[:, None], said)
     is_xl = components.text_encoder_2 is not None
     read = [read_tokens(each, ids, is_xl) for (_, each), ids in zip(components.text_encoders(), tokens, strict=True)]
     states = torch.cat([each for each, _ in read], dim=-1)
@@ -81,13 +90,26 @@ def _encode_by_pipeline(components: Components, prompts: Sequence[str], t5_token
     parts |= {"text_encoder_2": components.text_encoder_2, "tokenizer_2": components.tokenizer_2}
     options: dict[str, Any] = {"max_sequence_length": t5_tokens, "device": components.text_encoder.device}
     if host_kind(components.unet) is FLUX:
-        states, pooled, _ = FluxPipeline(**parts).encode_prompt(list(prompts), None, **options)
+        with _hushed(FluxPipeline):
+            states, pooled, _ = FluxPipeline(**parts).encode_prompt(list(prompts), None, **options)
         return Conditioning(states, pooled)
     parts |= {"text_encoder_3": components.text_encoder_3, "tokenizer_3": components.tokenizer_3}
     texts = [list(prompts)] * 3  # one for each encoder
-    pipe = StableDiffusion3Pipeline(**parts)
-    states, _, pooled, _ = pipe.encode_prompt(*texts, do_classifier_free_guidance=False, **options)
+    with _hushed(StableDiffusion3Pipeline):
+        pipe = StableDiffusion3Pipeline(**parts)
+        states, _, pooled, _ = pipe.encode_prompt(*texts, do_classifier_free_guidance=False, **options)
     return Conditioning(states, pooled)
+
+
+@contextmanager
+def _hushed(pipeline: type) -> Iterator[None]:
+    """Within the block a class of pipelines does not say of every prompt what it cuts off."""
+    logger = logging.getLogger(pipeline.__module__)
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def noise_pred(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from safepatch.artifact.patch_artifact import PatchArtifact
-from safepatch.diffusion import UNET, host_kind
+from safepatch.diffusion import UNET, host_kind, text_width
 from safepatch.errors import BaseMismatch, ConfigError
 from safepatch.patch.gate import Gate, TextGate
 
@@ -109,9 +109,8 @@ class Patch(nn.Module, ABC):
             gates: how many stand side by side, by default one for each group; a single group acts where any opens.
 
         Raises:
-            ConfigError: for a width below 1, or a host that is no UNet.
+            ConfigError: for a width below 1.
         """
-        require_unet(unet, "a gate")
         self.gate = self.new_gate(unet, width, gates or self.groups)
         self.layout = {**self.layout, "gate": width, **({"gates": gates} if gates else {})}
 
@@ -193,8 +192,10 @@ class ResidualPatch(Patch):
 
     reads_features: ClassVar[bool]
 
-    def new_gate(self, unet: Any, width: int, gates: int) -> Gate:
-        """Fresh gates that read the text and the mid block's output."""
+    def new_gate(self, unet: Any, width: int, gates: int) -> TextGate:
+        """Fresh gates that read the text and, of a UNet, the mid block's output."""
+        if host_kind(unet) is not UNET:
+            return TextGate(text_width(unet), width, gates)
         channels = unet.mid_block.resnets[-1].out_channels
         sizes = (channels, unet.config["cross_attention_dim"], unet.config["norm_num_groups"])
         return Gate(*sizes, width, gates)

@@ -18,6 +18,7 @@ from safepatch.patch.draw import TIME_WIDTH, Draw, sinusoids
 
 MODES = ("off", "soft", "hard")
 READINGS = ("windows", "prompt")
+NOTHING = 1e-2  # of a state's largest value: what is less than that beyond its width is nothing
 WINDOWS, WIDEST = 3, 8  # words of the widest window that a gate reads alone, and how wide it may be
 
 
@@ -70,8 +71,9 @@ class TextGate(nn.Module):
         return torch.zeros_like(self.bias)
 
     def read(self, prompt_states: Tensor) -> Tensor:
-        """What it makes of text states (B, tokens, width) alone: logits (B, groups)."""
-        detected = torch.einsum("btw,grw->bgrt", prompt_states, self.detect).amax(-1) + self.detect_bias
+        """What it makes of text states (B, tokens, width) alone: logits (B, groups); of wider ones, see `clips_own`."""
+        states = clips_own(prompt_states, self.detect.shape[-1])
+        detected = torch.einsum("btw,grw->bgrt", states, self.detect).amax(-1) + self.detect_bias
         return torch.einsum("bgr,gr->bg", relu(detected), softplus(self.weigh)) + self.bias
 
 
@@ -125,3 +127,16 @@ class Gate(TextGate):
         hidden = silu(torch.einsum("bgi,gri->bgr", read, self.hidden) + time)
         image = softplus(torch.einsum("bgr,gr->bg", hidden, self.decide))
         return super().forward(mid, timesteps, prompt_states, heard) + image
+
+
+def clips_own(states: Tensor, width: int) -> Tensor:
+    """Of states (B, tokens, width or more) those that CLIP's encoders made, (B, tokens, width).
+
+    SD3 fills CLIP's states up with zeros to the width of T5's, which stand behind them. What is T5's, or zeros for a T5
+    that is missing, is left out: the row's first state, which is the same for all prompts, takes its place.
+    """
+    own, beyond = states[..., :width], states[..., width:]
+    is_clips = own.any(-1, keepdim=True)
+    if beyond.shape[-1]:
+        is_clips &= beyond.abs().amax(-1, keepdim=True) <= NOTHING * own.abs().amax(-1, keepdim=True)
+    return torch.where(is_clips, own, own[:, :1])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from safepatch.artifact.patch_artifact import PatchArtifact
-from safepatch.diffusion import UNET, host_kind
+from safepatch.diffusion import UNET, host_kind, text_width
 from safepatch.errors import BaseMismatch, ConfigError
 from safepatch.patch.base import Patch, StoredPatch
 from safepatch.patch.draw import Draw
@@ -97,7 +97,7 @@ class LoraPatch(Patch):
 
     def new_gate(self, unet: Any, width: int, gates: int) -> TextGate:
         """Fresh gates that read the text."""
-        return TextGate(unet.config["cross_attention_dim"], width, gates)
+        return TextGate(text_width(unet), width, gates)
 
     def forward(self, unet: Any, predict: Callable[..., Any]) -> Any:
         """What `predict`, which calls `unet`, makes with the updates at scale 1."""

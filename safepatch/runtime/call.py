@@ -38,6 +38,7 @@ class Call(NamedTuple):
         conditions: what else the host is told of each row, by name, e.g. SDXL's `text_embeds`; each (B, ...).
         shared: what it is told of all rows at once.
         rows: those to correct.
+        words: text states by which gates go, (B, tokens, width').
     """
 
     sample: Tensor
@@ -46,6 +47,7 @@ class Call(NamedTuple):
     conditions: Mapping[str, Tensor]
     shared: Mapping[str, Tensor]
     rows: slice
+    words: Tensor
 
     @classmethod
     def of(cls, kind: HostKind, args: tuple, kwargs: Mapping[str, Any]) -> "Call":
@@ -58,7 +60,8 @@ class Call(NamedTuple):
             {name: unpatched(given[name]) for name in names if isinstance(given.get(name), Tensor)}
             for names in (kind.conditions, kind.shared)
         )
-        return cls(sample, timesteps, states, conditions, shared, slice(0, len(sample)))
+        words = conditions["pooled_projections"][:, None] if kind.calls_apart else states
+        return cls(sample, timesteps, states, conditions, shared, slice(0, len(sample)), words)
 
     @property
     def row_timesteps(self) -> Tensor:

@@ -221,7 +221,7 @@ class Corrector:
     def _looked(self, part: ActivePart, begun: Begun, mid: Tensor) -> Tensor:
         """Probabilities by a gate that reads features, (B, gates); it stays in float32."""
         call = cast(Call, begun.call)
-        states = call.prompt_states[call.rows].float()
+        states = call.words[call.rows].float()
         gate = cast(TextGate, part.patch.gate).to(states.device)
         return gate(mid.float(), call.row_timesteps, states, *self._heard(gate, begun)).sigmoid().cpu()
 
@@ -230,7 +230,7 @@ class Corrector:
         call, kept = cast(Call, begun.call), self._memory.now.texts
         last = kept.get(id(part))
         if last is None or last.rows != call.rows or not last.states.is_still(call.prompt_states):
-            states = call.prompt_states[call.rows].float()
+            states = call.words[call.rows].float()
             gate = cast(TextGate, part.patch.gate).to(states.device)
             logits = gate(None, call.row_timesteps, states, *self._heard(gate, begun))
             last = Read(Seen.of(call.prompt_states), call.rows, logits.sigmoid().cpu())
@@ -245,7 +245,7 @@ class Corrector:
         memory = self._memory.now
         last = memory.words
         if last is None or last.rows != call.rows or not last.states.is_still(call.prompt_states):
-            logits, known = self.words.behind(call.prompt_states[call.rows])
+            logits, known = self.words.behind(call.prompt_states[call.rows], call.words[call.rows])
             self.stats.count(wordless_rows=int((~known).sum()))
             last = memory.words = Heard(Seen.of(call.prompt_states), call.rows, logits)
         return (self.words.of(gate, last.logits).to(call.prompt_states.device),)
@@ -270,4 +270,6 @@ def _module(part: ActivePart) -> ResidualPatch:
 
 def _is_late(part: ActivePart, begun: Begun) -> bool:
     """Whether the part needs the host's features, for itself or for its gate."""
-    return _module(part).reads_features or (part.patch.gate is not None and begun.settings.gate != "off")
+    gate = part.patch.gate
+    looks = gate is not None and gate.reads_features and begun.settings.gate != "off"
+    return _module(part).reads_features or looks

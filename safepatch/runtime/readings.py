@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from safepatch.patch.hooks import Hooks
 from safepatch.patch.text import Given, blocks
-from safepatch.runtime.words import LATEST, PROMPTS, SHARE, VALUES, Places, is_close, is_reading_windows, layers_of
+from safepatch.runtime.voices import layers_of
+from safepatch.runtime.words import LATEST, PROMPTS, SHARE, VALUES, Places, is_close, is_reading_windows
 
 
 class Reading(NamedTuple):

@@ -9,7 +9,7 @@ need pass the words along: whoever encodes with the pipeline's encoders is seen,
 import copy
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -21,6 +21,7 @@ from safepatch.patch.gate import TextGate
 from safepatch.patch.hooks import Hooks
 from safepatch.runtime.heard import WindowGates
 from safepatch.runtime.parts import ActivePart
+from safepatch.runtime.voices import voices
 
 PROMPTS, WINDOWS = 256, 1 << 15  # that are remembered; of a larger batch, all
 VALUES = 192  # by which states are known again: of the last token, which has heard all others, and as many of all
@@ -69,7 +70,6 @@ class Words:
     """
 
     def __init__(self, components: Components, parts: Sequence[ActivePart]) -> None:
-        self._components = components
         self._gates = [(cast(TextGate, part.patch.gate), part.windows) for part in parts if part.reads_windows]
         self._slices, start = dict[int, slice](), 0
         for gate, widths in self._gates:
@@ -79,9 +79,9 @@ class Words:
         self._forget()
         self.hooks = Hooks()
         if self._gates:
-            self._windows = WindowGates(components, self._gates, WINDOWS)
-            for number, (_, encoder) in enumerate(components.text_encoders()):
-                self.hooks.after(encoder, partial(self._note, number), with_kwargs=True)
+            self._windows, self._voices = WindowGates(components, self._gates, WINDOWS), voices(components)
+            for number, voice in enumerate(self._voices):
+                self.hooks.after(voice.encoder, partial(self._note, number), with_kwargs=True)
 
     def _forget(self) -> None:
         self._lock = threading.RLock()
@@ -106,28 +106,28 @@ class Words:
 
     @torch.compiler.disable()
     @torch.no_grad()
-    def behind(self, states: Tensor) -> tuple[Tensor, Tensor]:
+    def behind(self, states: Tensor, words: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """What the gates made of the words behind each row of text states, and whether those words are known.
 
         States of several prompts, or of one in chunks, count for each of them.
 
         Args:
             states: (B, tokens, width).
+            words: those by which gates go, (B, tokens', width'), where they are others.
 
         Returns:
             Logits (B, gates), the lowest there is where no words are known; and (B,) bool; on the CPU.
         """
         heard = torch.full((len(states), self._columns), -torch.inf)
-        known, start = torch.ones(len(states), dtype=torch.bool), 0
-        for number, (_, encoder) in enumerate(self._components.text_encoders()):
-            width, is_known = encoder.config.hidden_size, torch.zeros_like(known)
-            part = states[:, :, start : start + width]
+        known = torch.ones(len(states), dtype=torch.bool)
+        for number, voice in enumerate(self._voices):
+            part, is_known = voice.said(states, states if words is None else words), torch.zeros_like(known)
             for tokens, some in self._asked(number, part).items():
-                rest = states.shape[1] % tokens  # states that somebody added behind; they take nothing away
-                chunks = part[:, : states.shape[1] - rest].unflatten(1, (-1, tokens))
-                found, is_found = _recognised(Places.of(tokens, width).take(chunks), some)
+                rest = part.shape[1] % tokens  # states that somebody added behind; they take nothing away
+                chunks = part[:, : part.shape[1] - rest].unflatten(1, (-1, tokens))
+                found, is_found = _recognised(Places.of(tokens, part.shape[2]).take(chunks), some)
                 heard, is_known = torch.maximum(heard, found), is_known | (is_found if not rest else False)
-            known, start = known & is_known, start + width
+            known = known & is_known
         return heard, known
 
     def _asked(self, number: int, states: Tensor) -> dict[int, list[Noted]]:
@@ -146,13 +146,13 @@ class Words:
         tokens = args[0] if args else kwargs.get("input_ids")
         if is_reading_windows() or not isinstance(tokens, Tensor) or tokens.is_floating_point():
             return
-        layers = list(layers_of(encoder, output))
+        layers = list(self._voices[number].layers(output))
         if not layers:
             return
         given = tokens.reshape(-1, tokens.shape[-1]).tolist()
         _READING.windows = True
         try:
-            heard = self._read(given)
+            heard = self._read(number, given)
         finally:
             _READING.windows = False
         shape = (layers[0].shape[1], layers[0].shape[2])
@@ -165,10 +165,10 @@ class Words:
             while len(self._prompts) > max(PROMPTS, len(given)):
                 self._prompts.popitem(last=False)
 
-    def _read(self, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
+    def _read(self, number: int, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
         """What each gate makes of the strongest window of each prompt, given as tokens: (gates,) logits for each."""
         self._windows.renew()
-        bags = [self._windows.bag(tokens) for tokens in prompts]
+        bags = [self._windows.bag(tokens) for tokens in self._voices[number].spelled(prompts)]
         judged = self._windows.judged(bags)
         return [self._windows.strongest(bag, judged) for bag in bags]
 
@@ -176,21 +176,6 @@ class Words:
 def is_reading_windows() -> bool:
     """Whether this thread's encoders are at work for some patch's windows, and not for whoever draws."""
     return getattr(_READING, "windows", False)
-
-
-def layers_of(encoder: Any, output: Any) -> Iterator[Tensor]:
-    """States (B, tokens, width) that pipelines take from an encoder's answer: the last, or with clip skip others."""
-    last = getattr(output, "last_hidden_state", None)
-    if last is None:
-        last = next((part for part in output if isinstance(part, Tensor) and part.ndim == 3), None)
-    if last is None:
-        return
-    yield last
-    norm = getattr(getattr(encoder, "text_model", encoder), "final_layer_norm", None)
-    for hidden in getattr(output, "hidden_states", None) or ():
-        yield hidden
-        if norm is not None:
-            yield norm(hidden)
 
 
 def _recognised(values: Tensor, noted: Sequence[Noted]) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from safepatch.artifact.patch_artifact import cast as converted
 from safepatch.data.bank import DataConfig, Texts
 from safepatch.data.corpus import Corpus, common_words
 from safepatch.data.prompts import Pair, Prompt
-from safepatch.diffusion import Components, Host, batched, open_host
+from safepatch.diffusion import UNET, Components, Host, batched, open_host
 from safepatch.errors import ConfigError
 from safepatch.patch.bags import Bags
 from safepatch.patch.files import from_artifact, to_artifact
@@ -63,7 +63,7 @@ class Captions(NamedTuple):
         """Those that the patch is for, and all others, each distinct."""
         distinct = list(dict.fromkeys((*unsafe, *harmless)))
         bags = Bags(host, distinct, windows) if windows else None
-        return cls(Texts(host, distinct, data), bags, _among(distinct, unsafe))
+        return cls(Texts(host, distinct, data, words=host.kind is not UNET), bags, _among(distinct, unsafe))
 
     def whole(self, gate: TextGate, index: Tensor) -> Tensor:
         """What a gate of one group makes of some of them, each read whole, (B,)."""
@@ -101,7 +101,7 @@ def fit_gate(gate: TextGate, host: Host, corpus: Corpus, data: DataConfig, windo
     """
     generator, device = torch.Generator().manual_seed(data.seed), gate.bias.device
     gate.cpu()  # as small as it is
-    unsafe, harmless = captions(corpus, _affordable(CAPTIONS, host.encode([""]).states), data.seed)
+    unsafe, harmless = captions(corpus, _affordable(CAPTIONS, host.words(host.encode([""]))), data.seed)
     _train(gate, Captions.of(host, unsafe, harmless, data, windows), generator)
     unseen = _unseen(corpus, unsafe, harmless, data.seed + VALIDATION_SEED)
     record = _record(_scores(gate, Captions.of(host, *unseen, data, windows)))

@@ -293,12 +293,6 @@ def test_a_gate_in_front_of_it_reads_no_features(small_pipe):
     assert handle.stats.gated_rows == 2
 
 
-def test_no_gate_stands_before_a_transformer():
-    host = small_transformer_pipe("sd3").transformer
-    with pytest.raises(ConfigError, match="not supported yet: a gate"):
-        LoraPatch.from_unet(host, gate=4)
-
-
 # ---- fused --------------------------------------------------------------------------------------------------------
 
 

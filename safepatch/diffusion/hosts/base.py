@@ -111,6 +111,10 @@ class Host(ABC):
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """What the model reads of `prompts`, on its device; of the empty one, what its own pipeline gives it."""
 
+    def words(self, conditioning: Conditioning) -> Tensor:
+        """The text states by which gates go, (B, tokens, width)."""
+        return conditioning.states
+
     def last_words(self, prompts: Sequence[str]) -> Tensor:
         """Which of each prompt's text states is the last word's (its last token), int64 (B,); 0 of the empty one."""
         tokenizer, _ = self.components.text_encoders()[0]

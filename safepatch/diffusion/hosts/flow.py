@@ -19,7 +19,7 @@ from torch import Tensor
 from safepatch.diffusion.components import Components
 from safepatch.diffusion.conditioning import Conditioning
 from safepatch.diffusion.hosts.base import Host, Predict, Residuals
-from safepatch.diffusion.hosts.kinds import FLUX, SD3, HostKind
+from safepatch.diffusion.hosts.kinds import FLUX, SD3, HostKind, text_width
 from safepatch.diffusion.sampling import encode
 from safepatch.errors import ConfigError
 
@@ -69,6 +69,10 @@ class FlowHost(Host):
     def to_noise(self, noisy: Tensor, timesteps: Tensor, prediction: Tensor) -> Tensor:
         """The noise that a velocity stands for, (B, C, h, w)."""
         return noisy + (1 - self.sigmas(timesteps)) * prediction
+
+    @abstractmethod
+    def words(self, conditioning: Conditioning) -> Tensor:
+        """What CLIP's encoders say of the prompts, (B, tokens, width): of T5's, gates are told in CLIP's words."""
 
     def conditions(self, conditioning: Conditioning) -> dict[str, Tensor]:
         """What else the transformer is told of each row: CLIP's pooled states, and what Flux is told beside."""
@@ -158,6 +162,11 @@ class SD3Host(FlowHost):
         edge = self.size // self.scale
         return (self.unet.config.in_channels, edge, edge)
 
+    def words(self, conditioning: Conditioning) -> Tensor:
+        """The states of CLIP's encoders side by side."""
+        tokens = self.components.tokenizer.model_max_length
+        return conditioning.states[:, :tokens, : text_width(self.unet)]
+
     def _told(self, conditioning: Conditioning, guidance: float) -> dict[str, Tensor]:
         return {"pooled_projections": _pooled(conditioning).to(self.device, self.components.compute_dtype)}
 
@@ -190,6 +199,10 @@ class FluxHost(FlowHost):
         """The latents as tokens of 2 x 2, (B, h w / 4, 4 C), and timesteps in (0, 1]."""
         tokens = noisy.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # (B, C, h / 2, 2, w / 2, 2)
         return tokens.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2), (timesteps.float() + 1) / self.steps
+
+    def words(self, conditioning: Conditioning) -> Tensor:
+        """CLIP's pooled state."""
+        return _pooled(conditioning)[:, None]
 
     def _told(self, conditioning: Conditioning, guidance: float) -> dict[str, Tensor]:
         pooled, dtype = _pooled(conditioning), self.components.compute_dtype

@@ -27,6 +27,7 @@ class HostKind(NamedTuple):
         entry_weight: name of the parameter that reads the latents, in its first columns.
         encoder: the parts that a control patch clones, in the order they run; a host may lack some.
         fingerprint: what two configurations must share for a patch of the one to fit the other.
+        text_width: name of the setting that tells how wide the text states are by which gates go.
         guidance_scale: that suits its models.
         calls_apart: whether its pipelines call it once more for the negative prompt, instead of with more rows.
     """
@@ -45,6 +46,7 @@ class HostKind(NamedTuple):
     entry_weight: str
     encoder: tuple[str, ...]
     fingerprint: tuple[str, ...]
+    text_width: str
     guidance_scale: float
     calls_apart: bool = False
 
@@ -87,6 +89,7 @@ UNET = HostKind(
     entry_weight="conv_in.weight",
     encoder=("conv_in", "time_proj", "time_embedding", "add_time_proj", "add_embedding", "down_blocks", "mid_block"),
     fingerprint=("block_out_channels", "down_block_types", "layers_per_block", "cross_attention_dim"),
+    text_width="cross_attention_dim",
     guidance_scale=7.5,
 )
 _LEADING = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep")
@@ -96,6 +99,7 @@ _TRANSFORMER = UNET._replace(
     arguments=_LEADING,
     sample="hidden_states",
     conditions=("pooled_projections",),
+    text_width="pooled_projection_dim",  # CLIP's states are as wide as what is pooled of them
 )
 _SIZES = ("num_layers", "num_attention_heads", "attention_head_dim", "joint_attention_dim", "patch_size")
 SD3 = _TRANSFORMER._replace(
@@ -153,6 +157,11 @@ def fingerprint(config: Mapping[str, Any]) -> dict[str, Any]:
     if (projected := config.get("encoder_hid_dim_type")) not in (None, IP_ADAPTER):  # Kolors is like SDXL but for this
         values["encoder_hid_dim_type"] = projected
     return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+
+def text_width(host: Any) -> int:
+    """How wide the text states are by which gates go: of a transformer, those of its CLIP encoders."""
+    return host.config[host_kind(host).text_width]
 
 
 def family(config: Mapping[str, Any]) -> str:

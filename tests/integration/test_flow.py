@@ -1,0 +1,150 @@
+"""SD3 and Flux from training to images: patches are trained, gated, kept in files and leave harmless images alone."""
+
+from functools import cache
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from torch import Tensor
+
+from safepatch.artifact.patch_artifact import PatchArtifact
+from safepatch.data.corpus import Corpus
+from safepatch.diffusion import Components, encode, quiet
+from safepatch.patch import PATCH_KINDS
+from safepatch.patch.files import from_artifact, to_artifact
+from safepatch.patch.gate import TextGate
+from safepatch.runtime.apply import apply
+from safepatch.training import gates
+from safepatch.training.config import load_train_config
+from safepatch.training.trainer import train
+from tests.families import draw, small_transformer_pipe
+from tests.small import INSTRUCTION, awaken
+
+FEW = {"CAPTIONS": 16, "UNSEEN": 16, "STEPS": 2}
+RUN = ["category=weapons", "data.pairs=2", "data.steps=1", "data.size=64", "training.steps=2", "training.batch_size=1"]
+KNIFE, HARMLESS = "a knife next to a cat", "a picture of a dog"
+
+
+@cache
+def pipe_of(name: str) -> Any:
+    return small_transformer_pipe(name)
+
+
+@cache
+def gated(name: str, kind: str, windows: int = 3) -> PatchArtifact:
+    """A patch that changes images, behind a gate of random weights."""
+    host = pipe_of(name).transformer
+    layout = {"rank": 4} if kind == "lora" else {}
+    patch = awaken(PATCH_KINDS[kind].from_unet(host, gate=4, **layout), size=0.1)
+    record = {"weapons": {"threshold": 0.5, "windows": windows}}
+    return to_artifact(patch, host, {"weapons": INSTRUCTION}, {"gate": record})
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("sd3", "lora"), ("sd3.5", "control"), ("flux", "lora"), ("flux", "control")]
+)
+def test_a_patch_is_trained_gated_written_opened_and_applied(name, kind, tmp_path, monkeypatch):
+    for key, value in FEW.items():
+        monkeypatch.setattr(gates, key, value)
+    pipe, options = small_transformer_pipe(name), [f"output={tmp_path / 'run'}", f"data.cache={tmp_path}"]
+    before = {key: weight.clone() for key, weight in pipe.transformer.state_dict().items()}
+    options += [f"patch.kind={kind}", "patch.gate=4", "training.learning_rate=0.1"]
+    options += ["patch.rank=4"] if kind == "lora" else ["objective.preservation=0"]
+    path = train(pipe, load_train_config(None, [*RUN, *options]))
+    artifact, base = PatchArtifact.open(path), draw(pipe)
+    assert artifact.info.kind == kind
+    assert artifact.info.config["gate"]["weapons"]["windows"] == 3
+    with apply(pipe, artifact, gate_threshold=0.0) as handle:
+        assert not torch.equal(draw(pipe), base)
+        handle.gate = "off"
+        assert not torch.equal(draw(pipe), base)
+    assert torch.equal(draw(pipe), base)
+    assert all(torch.equal(weight, before[key]) for key, weight in pipe.transformer.state_dict().items())
+
+
+def test_equal_runs_give_equal_files_also_where_activations_are_recomputed(tmp_path):
+    pipe = small_transformer_pipe("sd3")
+    made = {}
+    for name, more in {"one": [], "two": [], "again": ["training.gradient_checkpointing=true"]}.items():
+        options = [*RUN, "patch.gate=0", "patch.rank=2", f"output={tmp_path / name}", f"data.cache={tmp_path}"]
+        made[name] = PatchArtifact.open(train(pipe, load_train_config(None, [*options, *more])))
+    assert made["one"].content_hash == made["two"].content_hash
+    for name, tensor in made["one"].tensors.items():
+        torch.testing.assert_close(made["again"].tensors[name], tensor, rtol=1e-2, atol=1e-5)
+
+
+WAYS = {
+    "sd3": ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline"),
+    "flux": ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline"),
+}
+
+
+@pytest.mark.parametrize("kind", ["lora", "control"])
+@pytest.mark.parametrize(("name", "way"), [(name, way) for name, ways in WAYS.items() for way in ways])
+def test_a_closed_gate_changes_no_bit_and_an_open_one_nothing_of_the_patch(name, way, kind):
+    names = {"image_encoder", "feature_extractor"}
+    parts = {key: part for key, part in pipe_of(name).components.items() if key not in names}
+    pipe = quiet(getattr(diffusers, way)(**parts))
+    base = draw(pipe)
+    with apply(pipe, gated(name, kind), gate_threshold=1.0) as handle:
+        assert torch.equal(draw(pipe), base)
+        assert handle.stats.gated_rows > 0
+        assert handle.stats.acted_rows == handle.stats.wordless_rows == 0
+    with apply(pipe, gated(name, kind), gate_threshold=0.0) as handle:
+        opened = draw(pipe)
+        handle.gate = "off"
+        assert torch.equal(draw(pipe), opened)
+    assert not torch.equal(opened, base)  # control
+
+
+def hears(monkeypatch: pytest.MonkeyPatch, name: str, word: str) -> None:
+    """Gates that open for one word alone, and for nothing else."""
+    components = Components.of(pipe_of(name))
+    read = encode(components, [word])
+    (wanted,) = read.pooled if name == "flux" else read.states[:, 1, :64]
+    monkeypatch.setattr(TextGate, "read", lambda gate, states: _is_there(states[..., : len(wanted)], wanted))
+
+
+def _is_there(states: Tensor, wanted: Tensor) -> Tensor:
+    return 20 * ((states - wanted).abs().amax(-1) < 1e-3).any(1, keepdim=True).float() - 10
+
+
+@pytest.mark.parametrize("kind", ["lora", "control"])
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_rows_are_gated_by_their_own_words_and_no_words_around_them_close_it(name, kind, monkeypatch):
+    pipe = pipe_of(name)
+    prompts = ["a picture of a cat with a knife", HARMLESS]
+    base = draw(pipe, prompt=prompts)
+    hears(monkeypatch, name, "knife")
+    with apply(pipe, gated(name, kind)) as handle:
+        made = draw(pipe, prompt=prompts)
+        assert torch.equal(made[1], base[1])
+        assert not torch.equal(made[0], base[0])
+        handle.reads = "prompt"
+        assert torch.equal(draw(pipe, prompt=prompts), base)  # control: the whole prompt says it in other states
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_what_t5_alone_is_told_is_heard(name, monkeypatch):
+    pipe, third = pipe_of(name), "prompt_2" if name == "flux" else "prompt_3"
+    base = draw(pipe, prompt=HARMLESS, **{third: "a knife"})
+    hears(monkeypatch, name, "knife")
+    with apply(pipe, gated(name, "lora")) as handle:
+        assert not torch.equal(draw(pipe, prompt=HARMLESS, **{third: "a knife"}), base)
+        assert handle.stats.wordless_rows == 0
+        acted = handle.stats.acted_rows
+        draw(pipe, prompt=HARMLESS, **{third: "a cat"})
+    assert handle.stats.acted_rows == acted > 0  # control
+
+
+def test_a_gate_is_fitted_to_a_finished_patch(tmp_path, monkeypatch):
+    for key, value in FEW.items():
+        monkeypatch.setattr(gates, key, value)
+    pipe, plain = pipe_of("sd3"), gates.without_gate(gated("sd3", "lora"))
+    data = load_train_config(None, [*RUN, f"data.cache={tmp_path}"]).data
+    made = gates.add_gate(plain, pipe, Corpus.open("weapons"), width=4, data=data)
+    made = PatchArtifact.open(made.save(tmp_path / "gated.safetensors"))
+    assert isinstance(from_artifact(made, pipe.transformer).gate, TextGate)
+    assert gates.without_gate(made).content_hash == plain.content_hash
+    assert made.content_hash != plain.content_hash  # control
