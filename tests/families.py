@@ -91,7 +91,7 @@ def _small_sd3(name: str, sizes: dict[str, Any]) -> Any:
         diffusers.StableDiffusion3Pipeline(
             transformer=transformer.eval(),
             scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
-            vae=_small_vae(),
+            vae=_small_vae(transformer.config.in_channels),
             tokenizer=new_tokenizer(),
             tokenizer_2=new_tokenizer(),
             text_encoder_3=_small_t5(96),
@@ -119,8 +119,8 @@ def _small_flux(name: str, sizes: dict[str, Any]) -> Any:
     )
 
 
-def _small_vae() -> Any:
-    sizes = {"block_out_channels": (32,) * 4, "latent_channels": 4, "layers_per_block": 1, "sample_size": 64}
+def _small_vae(channels: int = 4) -> Any:
+    sizes = {"block_out_channels": (32,) * 4, "latent_channels": channels, "layers_per_block": 1, "sample_size": 64}
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
     return diffusers.AutoencoderKL(**sizes, **blocks, shift_factor=0.1, scaling_factor=1.5).eval()
 

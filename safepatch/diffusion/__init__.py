@@ -23,9 +23,11 @@ from safepatch.diffusion.drawing import (
     threads_inside,
 )
 from safepatch.diffusion.hosts.base import Host, Predict, batched
+from safepatch.diffusion.hosts.flow import FLUX_EDGE, FluxHost, SD3Host
 from safepatch.diffusion.hosts.kinds import (
     UNET,
     HostKind,
+    config_kind,
     family,
     fingerprint,
     host_kind,
@@ -69,15 +71,18 @@ from safepatch.diffusion.windows import Spelling, Window, encode_windows, window
 
 __all__ = [
     "CLIP",
+    "FLUX_EDGE",
     "TEXT_ENCODERS",
     "TYPED",
     "UNET",
     "Components",
     "Conditioning",
     "Drawing",
+    "FluxHost",
     "Host",
     "HostKind",
     "Predict",
+    "SD3Host",
     "Spelling",
     "TokenReader",
     "Typed",
@@ -89,6 +94,7 @@ __all__ = [
     "as_picture",
     "batched",
     "calling_pipeline",
+    "config_kind",
     "decode_latents",
     "denoiser",
     "denoiser_entry",

@@ -16,6 +16,7 @@ from safepatch.diffusion import UNET, empty_unet, family, fingerprint
 from safepatch.errors import ArtifactError, BaseMismatch, ConfigError, SafepatchError, UnsupportedModel
 from safepatch.export.names import (
     ADAPTER,
+    COMPONENTS,
     DIFFUSERS_FILE,
     EXPORTED_GATE,
     TEXT_ENCODERS,
@@ -192,7 +193,8 @@ class _Settings:
     """PEFT's, of a file that states them."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
-        self._of = {key.removeprefix("unet."): value for key, value in values.items() if key.startswith("unet.")}
+        named = [(key.partition("."), value) for key, value in values.items() if key.startswith(COMPONENTS)]
+        self._of = {rest: value for (_, _, rest), value in named}
 
     def scale(self, layer: str, rank: int, alpha: float | None) -> float:
         """alpha / rank, or by rank-stabilised LoRA (Kalajdzievski 2023, arXiv 2312.03732) alpha / sqrt(rank)."""

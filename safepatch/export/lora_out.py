@@ -18,7 +18,7 @@ from torch import Tensor
 from safepatch.artifact.container import raw_bytes
 from safepatch.artifact.info import EXPORTED
 from safepatch.artifact.patch_artifact import PatchArtifact
-from safepatch.diffusion import UNET, family
+from safepatch.diffusion import UNET, config_kind, family
 from safepatch.errors import ConfigError, lookup
 from safepatch.export.names import ADAPTER, DIFFUSERS_FILE, EXPORTED_GATE, kohya_name, peft_name, text_name
 from safepatch.files import replacing, unwritable
@@ -58,8 +58,10 @@ def export(patch: str | Path, out: str | Path, form: str = "kohya") -> Path:
     artifact = PatchArtifact.open(patch)
     config = _config_of(artifact)
     factors = {name.removesuffix(".weight"): artifact.factors(f"lora.{name}") for name in updated_weights(artifact)}
-    component = artifact.info.component
+    component = _component(artifact)
     if form == "kohya":
+        if config_kind(config) is not UNET:
+            raise ConfigError("kohya's names of a transformer's layers are not known here; give --format diffusers")
         path, tensors = Path(out), _kohya_tensors(factors, component, config)
         if path.suffix != ".safetensors":
             raise ConfigError(f"a kohya LoRA is one .safetensors file, not {path}; choose another -o")
@@ -88,9 +90,13 @@ def _config_of(artifact: PatchArtifact) -> Mapping[str, Any]:
         )
     if dense := [name for name in updated_weights(artifact) if artifact.rank(f"lora.{name}") is None]:
         raise ConfigError(f"'{dense[0]}' has no factors after this merge; merge by cat, or train one patch")
-    if "cross_attention_dim" not in info.fingerprint:
-        raise ConfigError("only patches for UNets are exported; SD3's and Flux's names are not known here")
     return info.fingerprint
+
+
+def _component(artifact: PatchArtifact) -> str:
+    """What diffusers calls the part of a model that the patch changes."""
+    component = artifact.info.component
+    return config_kind(artifact.info.fingerprint).component if component == UNET.component else component
 
 
 def _kohya_tensors(factors: Mapping[str, Any], component: str, config: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -135,10 +141,10 @@ def _metadata(artifact: PatchArtifact, path: Path, ranks: Mapping[str, int], for
             "ss_output_name": path.stem,
         }
     else:
-        component = artifact.info.component  # of its layers the ends suffice: some classes wrap them
         others = {layer: rank for layer, rank in ranks.items() if rank != usual}
         settings = {"r": usual, "lora_alpha": usual, "rank_pattern": others, "alpha_pattern": others}
         settings |= {"target_modules": sorted(ranks), "peft_type": "LORA"}
+        component = _component(artifact)  # of its layers the ends suffice: some classes wrap them
         metadata[ADAPTER] = json.dumps({f"{component}.{key}": value for key, value in settings.items()}, sort_keys=True)
     return {key: value for key, value in metadata.items() if value}
 

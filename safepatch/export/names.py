@@ -4,14 +4,15 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from safepatch.artifact.info import EXPORTED
-from safepatch.diffusion import UNET, family
+from safepatch.diffusion import UNET, config_kind, family
 
 KOHYA = "lora_unet_"
 EXPORTED_GATE = f"{EXPORTED}.gate"  # metadata: a gate's weights; as tensors diffusers would refuse them
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 ADAPTER = "lora_adapter_metadata"  # diffusers' name for PEFT's settings
 TEXT_ENCODERS = ("lora_te_", "lora_te1_", "lora_te2_", "text_encoder.", "text_encoder_2.")
-PEFT = ("unet.", "base_model.model.", "")
+COMPONENTS = ("unet.", "transformer.")  # in which diffusers' LoRAs say that layers are
+PEFT = (*COMPONENTS, "base_model.model.", "")
 
 
 def kohya_name(layer: str, config: Mapping[str, Any]) -> str:
@@ -28,7 +29,7 @@ def text_name(layer: str, component: str, config: Mapping[str, Any]) -> str:
 
 def peft_name(layer: str, component: str) -> str:
     """The name of a layer in PEFT's files."""
-    return f"unet.{layer}" if component == UNET.component else f"{component}.text_model.{layer}"
+    return f"{component}.{layer}" if f"{component}." in COMPONENTS else f"{component}.text_model.{layer}"
 
 
 def text_layers_by_name(layers: Iterable[str], component: str, config: Mapping[str, Any]) -> dict[str, str]:
@@ -53,6 +54,6 @@ def layers_by_name(layers: Mapping[str, Any], config: Mapping[str, Any]) -> dict
     found = {}
     for layer in layers:
         found |= {f"{prefix}{layer}": layer for prefix in PEFT}
-        paths = (layer, original_path(layer, config))
+        paths = (layer, original_path(layer, config)) if config_kind(config) is UNET else ()
         found |= {KOHYA + path.replace(".", "_"): layer for path in paths}
     return found

@@ -39,7 +39,7 @@ from safepatch.errors import ConfigError
 from safepatch.objectives.base import Usual
 from safepatch.patch import LoraPatch, Patch
 
-LAYERS = r"\.attn2\.to_[kv]$"
+LAYERS = r"attentions\..*\.attn2\.to_[kv]$"
 TOKENS = ("last", "rest")
 NONE = 1e-9  # singular values below this share of the largest are rounding
 

@@ -31,7 +31,8 @@ from safepatch.objectives.noising import draw_timesteps
 from safepatch.patch import Patch
 from safepatch.patch.host import patched_prediction
 
-SELF_ATTENTION = r"\.attn1\."
+# A transformer attends to text and image at once; DUO's authors train all of that in SD3.
+SELF_ATTENTION = r"(attentions\..*\.attn1\.|^(single_)?transformer_blocks\.\d+\.attn2?\.)"
 
 
 @dataclass(frozen=True)

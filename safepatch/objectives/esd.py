@@ -29,11 +29,13 @@ from safepatch.objectives.noising import noised
 from safepatch.patch import Patch
 from safepatch.patch.host import patched_prediction
 
-# What of the host each variant trains; `all` is ours.
+# What of the host each variant trains; `all` is ours. What cross-attention is to a UNet, the text stream's attention is
+# to a transformer; its `attn2`, which SD3.5 has, is the image's with itself.
+CROSS = r"(attentions\..*\.attn2\.|\.add_[qkv]_proj$|\.to_add_out$)"
 VARIANTS: dict[str, str] = {
-    "x": r"\.attn2\.",
-    "x-strict": r"\.attn2\.to_[kv]$",
-    "u": r"^(?!.*\.attn2\.)",
+    "x": CROSS,
+    "x-strict": r"(attentions\..*\.attn2\.to_[kv]|\.add_[kv]_proj)$",
+    "u": rf"^(?!.*{CROSS})",
     "all": "",
 }
 

@@ -26,6 +26,13 @@ from safepatch.patch.gate import TextGate
 from safepatch.patch.hooks import Calls, Hooks
 
 GATE = "lora.gate."  # what the names of a gate's tensors begin with
+# Where in a transformer a patch may act: on the image's tokens, on the text's, or on both; Flux's single blocks,
+# through which both go as one, are neither's alone.
+STREAMS: dict[str, str] = {
+    "both": "",
+    "image": r"^transformer_blocks\.\d+\.(attn2?\.to_([qkv]|out\.0)$|ff\.)",
+    "text": r"^transformer_blocks\.\d+\.(attn\.(add_[qkv]_proj|to_add_out)$|ff_context\.)",
+}
 BLOCKS = ("attentions", "transformer_blocks", "single_transformer_blocks")  # where the layers are
 
 

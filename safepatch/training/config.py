@@ -14,6 +14,7 @@ from safepatch.models.load import ModelConfig
 from safepatch.objectives import OBJECTIVES, SafeControlConfig
 from safepatch.patch import PATCH_KINDS
 from safepatch.patch.gate import WIDEST, WINDOWS
+from safepatch.patch.lora import STREAMS
 
 SHORT = {"model": "path", "objective": "name"}  # `model=x` is `model.path=x`
 PRECISIONS = ("no", "bf16", "fp16")
@@ -33,6 +34,7 @@ class PatchConfig:
         rank: of a lora patch, of each update (default 16); of a lite patch, channels per branch (default 64); of a
             control patch, store the deltas of layers wider than this as low-rank factors (default 0, dense).
         depth: of a lite patch, 3 x 3 convolutions per branch (default 1).
+        stream: of a lora patch on a transformer, whose tokens it acts on: `image`, `text`, or `both` (the default).
         gate: channels of a gate that keeps the patch off what it is not for; 0 trains none.
         windows: words of the widest window that the gate reads alone, so that no words around it can close it; 0 for
             whole prompts only.
@@ -43,6 +45,7 @@ class PatchConfig:
     sees: str = "instruction+prompt"
     rank: int | None = None
     depth: int | None = None
+    stream: str | None = None
     gate: int = 32
     windows: int = WINDOWS
 
@@ -54,6 +57,8 @@ class PatchConfig:
         lookup(dict.fromkeys((UNET.component, *TEXT_ENCODERS)), self.component, what="component for patch.component")
         if self.component in TEXT_ENCODERS and self.kind != "lora":
             raise ConfigError(f"a {self.kind} patch cannot change the {self.component}; set patch.kind=lora")
+        if self.stream is not None:
+            lookup(STREAMS, self.stream, what="stream of a transformer")
         if not 0 <= self.windows <= WIDEST:
             raise ConfigError(f"patch.windows must be from 0 to {WIDEST} words, not {self.windows}")
 

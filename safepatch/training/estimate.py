@@ -18,11 +18,24 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from safepatch.diffusion import Components, Conditioning, Host, UNetHost, empty_unet, family
+from safepatch.diffusion import (
+    UNET,
+    Components,
+    Conditioning,
+    FluxHost,
+    Host,
+    SD3Host,
+    UNetHost,
+    empty_unet,
+    family,
+    host_kind,
+    open_host,
+)
 from safepatch.patch import Patch
 from safepatch.patch.host import patched_prediction
 
 META = torch.device("meta")
+TOKENS = 77  # of a prompt that CLIP reads
 LOWERED = {linear, conv2d, torch.matmul, torch.bmm, torch.einsum, scaled_dot_product_attention}  # by CUDA's autocast
 RAISED = {group_norm, layer_norm, softmax, mse_loss}  # to float32
 
@@ -43,13 +56,25 @@ def meta_host(config: Mapping[str, Any], edge: int, dtype: torch.dtype) -> Host:
     """A host of this configuration without weights, for latents of `edge` x `edge`."""
     unet = empty_unet(config, dtype)
     vae, second = _Stub(block_out_channels=(0,)), None
+    if host_kind(unet) is not UNET:
+        return open_host(Components(unet, vae, None, None, _Stub(num_train_timesteps=1000)), edge)  # type: ignore[arg-type]
     if width := pooled_width(config):
         second = _Stub(projection_dim=width)
     return _MetaHost(Components(unet, vae, None, None, None, text_encoder_2=second), edge)  # type: ignore[arg-type]
 
 
+def told(config: Mapping[str, Any]) -> tuple[int, int]:
+    """How many text states a host of this configuration is given of a prompt by default, and how wide they are."""
+    if "cross_attention_dim" in config:
+        return TOKENS, config["cross_attention_dim"]
+    flow = FluxHost.tokens if family(config) == "flux" else TOKENS + SD3Host.tokens
+    return flow, config["joint_attention_dim"]
+
+
 def pooled_width(config: Mapping[str, Any]) -> int:
-    """Of SDXL's pooled text states; 0 for a UNet that is told none."""
+    """Of the pooled text states that SDXL, SD3 and Flux are told; 0 for a UNet that is told none."""
+    if "cross_attention_dim" not in config:
+        return config["pooled_projection_dim"]
     total = config.get("projection_class_embeddings_input_dim")
     numbers = 5 if family(config) == "sdxl-refiner" else 6
     return total - numbers * config["addition_time_embed_dim"] if total else 0
@@ -179,5 +204,5 @@ def inputs(host: Host, rows: int, tokens: int) -> tuple[Tensor, Tensor, Conditio
     config = host.unet.config
     with META:
         pooled = torch.zeros(rows, width) if (width := pooled_width(config)) else None
-        states = torch.zeros(rows, tokens, config.cross_attention_dim)
+        states = torch.zeros(rows, tokens, told(config)[1])
         return torch.zeros(rows, *host.latent_shape), torch.zeros(rows).long(), Conditioning(states, pooled)

@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 
 from safepatch.data.bank import SAFE_SHARE, DataConfig
-from safepatch.diffusion import family
+from safepatch.diffusion import FLUX_EDGE, family
 from safepatch.errors import lookup
 from safepatch.patch import PATCH_KINDS, Patch
 from safepatch.training.config import TrainConfig
-from safepatch.training.estimate import drawing_bytes, meta_host, pooled_width, step_bytes
+from safepatch.training.estimate import drawing_bytes, meta_host, pooled_width, step_bytes, told
 
 GIB = 2**30
-TOKENS = 77  # of a prompt
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 STATES = {"adamw": 8, "adamw8bit": 2}  # bytes of an optimizer's state per weight
 TRANSIENT = {"adamw": 4, "adamw8bit": 0}  # and of what its step makes meanwhile
@@ -179,13 +178,13 @@ def predict(config: Mapping[str, Any], plan: Plan) -> Prediction:
         plan: of the run.
     """
     name = family(config)
-    edge = plan.data.size // PIXELS.get(name, 8) if plan.data.size else config["sample_size"] or 64
+    edge = plan.data.size // PIXELS.get(name, 8) if plan.data.size else config.get("sample_size", FLUX_EDGE) or 64
     host = meta_host(config, edge, plan.dtype)
     patch = _meta_patch(host.unet, plan)
     if plan.gradient_checkpointing:
         host.save_memory(lambda: patch.recomputing(host.unet))
-    rows = max(2, plan.rows)
-    one, all_ = (step_bytes(host, patch, n, TOKENS, plan.autocast).peak for n in (1, rows))
+    rows, (tokens, _) = max(2, plan.rows), told(config)
+    one, all_ = (step_bytes(host, patch, n, tokens, plan.autocast).peak for n in (1, rows))
     weights, own = _bytes(host.unet.parameters()), _bytes(patch.parameters())
     count, row = own // 4, (all_ - one) // (rows - 1)
     state = count * STATES[plan.optimizer]
@@ -201,7 +200,7 @@ def predict(config: Mapping[str, Any], plan: Plan) -> Prediction:
         row,
         fixed,
         weights + 2 * own + state + at_worst,
-        weights + beside + drawn_at_once * drawing_bytes(host, 1, TOKENS),
+        weights + beside + drawn_at_once * drawing_bytes(host, 1, tokens),
         _disk(config, edge, plan),
         *_calls(plan),
     )
@@ -227,9 +226,15 @@ def _meta_patch(unet: Any, plan: Plan) -> Patch:
 def _disk(config: Mapping[str, Any], edge: int, plan: Plan) -> int:
     """Latents in float32; text states of prompts that are all different, in the host's precision."""
     pairs, kept = plan.data.pairs, plan.data.pairs if plan.rows_per_pair > 1 else 1
-    latents = plan.pictures_per_pair * pairs * config.get("out_channels", 4) * edge * edge * 4
-    text = TOKENS * config["cross_attention_dim"] + pooled_width(config)
+    latents = plan.pictures_per_pair * pairs * _channels(config) * edge * edge * 4
+    tokens, width = told(config)
+    text = tokens * width + pooled_width(config)
     return latents + (2 * pairs + kept) * text * plan.dtype.itemsize
+
+
+def _channels(config: Mapping[str, Any]) -> int:
+    """Of latents; Flux's are told as tokens of 2 x 2."""
+    return config["in_channels"] // 4 if family(config) == "flux" else config.get("out_channels") or 4
 
 
 def _calls(plan: Plan) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from safepatch.objectives.closed_form import begin
 from safepatch.patch import PATCH_KINDS, Patch
 from safepatch.patch.files import to_artifact
 from safepatch.patch.gate import TextGate
+from safepatch.patch.lora import STREAMS
 from safepatch.patch.text import TextPatch
 from safepatch.progress import note
 from safepatch.training.config import PatchConfig, TrainConfig, TrainingConfig
@@ -63,7 +64,10 @@ def _fresh(host: Host, config: PatchConfig) -> Patch:
     if config.component != UNET.component:
         return TextPatch.of(host.components, config.component, **config.layout)
     kind = lookup(PATCH_KINDS, config.kind, what="patch kind")
-    return kind.from_unet(host.unet, config.sees, **config.layout)
+    patch = kind.from_unet(host.unet, config.sees, **config.layout)
+    if config.stream:
+        patch.keep_layers(STREAMS[config.stream])
+    return patch
 
 
 def _train(pipe: Any, host: Host, patch: Patch, config: TrainConfig, corpus: Corpus, out: RunFolder) -> Path:
@@ -134,6 +138,8 @@ def _recorded(config: TrainConfig) -> dict[str, Any]:
     if recorded["patch"]["component"] == UNET.component:
         del recorded["patch"]["component"]  # as before there were others
     del recorded["license"], recorded["training"]["report_to"], recorded["training"]["device"]
+    if not config.patch.stream:  # as it was before there was one
+        del recorded["patch"]["stream"]
     return {**recorded, "data": {name: value for name, value in recorded["data"].items() if name != "cache"}}
 
 

@@ -15,8 +15,8 @@ from safepatch.models.load import unet_config
 from safepatch.patch import PATCH_KINDS
 from safepatch.patch.host import patched_prediction
 from safepatch.training.config import load_train_config
-from safepatch.training.estimate import AsOnGpu, Tally, inputs, meta_host, step_bytes
-from safepatch.training.memory import CONTEXT, FRAGMENTS, GIB, TOKENS, Plan, Prediction, predict, predict_run
+from safepatch.training.estimate import TOKENS, AsOnGpu, Tally, inputs, meta_host, step_bytes
+from safepatch.training.memory import CONTEXT, FRAGMENTS, GIB, Plan, Prediction, predict, predict_run
 from tests.families import FAMILIES, small_config, small_family_pipe
 
 BF16 = {"dtype": torch.bfloat16, "mixed_precision": "bf16"}
