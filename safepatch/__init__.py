@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from safepatch.runtime.check import Status, check, status
     from safepatch.runtime.fuse import fuse, fuse_model
     from safepatch.runtime.handle import Handle
+    from safepatch.runtime.one_step import one_step
     from safepatch.signing import require_signed, sign
     from safepatch.taxonomy import Category
     from safepatch.training.config import TrainConfig, load_train_config
@@ -53,6 +54,7 @@ _HOMES: dict[str, str] = {
     "load_pipeline": "safepatch.models.load",
     "load_train_config": "safepatch.training.config",
     "merge": "safepatch.merging",
+    "one_step": "safepatch.runtime.one_step",
     "read_info": "safepatch.artifact.info",
     "require_signed": "safepatch.signing",
     "sign": "safepatch.signing",
@@ -88,6 +90,7 @@ __all__ = [
     "load_pipeline",
     "load_train_config",
     "merge",
+    "one_step",
     "read_info",
     "require_signed",
     "sign",

@@ -177,6 +177,7 @@ _CONFIG = {
     "gate": table(_GATE, key=name),
     "component": component,
     "encoder": table(COUNT),
+    "one_step": record({"timestep": whole}),
 }
 
 SCHEMA: dict[str, Check] = {

@@ -60,6 +60,7 @@ def generate(
     """Generate one image, with or without a patch."""
     from contextlib import nullcontext
 
+    from safepatch.artifact.info import read_info
     from safepatch.data.prompts import admit
     from safepatch.diffusion import generate as run
     from safepatch.diffusion import save_image
@@ -69,6 +70,7 @@ def generate(
     from safepatch.hub import located
     from safepatch.runtime.apply import apply
     from safepatch.runtime.check import require_fit
+    from safepatch.runtime.one_step import one_step, step_of
 
     admit([prompt])
     require_writable(out)
@@ -83,7 +85,10 @@ def generate(
     pipe = opened(model, device, dtype, tokenizer, allow_pickle, prediction_type)
     options = {"start": start, "end": end, "gate": gate, "gate_threshold": gate_threshold, "speed": speed}
     options |= {"reads": reads, "trusted": trust[0] if trust and len(trust) == 1 else trust}
-    with apply(pipe, patch, scales, **options) if patch else nullcontext() as handle:
+    info = read_info(located(patch)) if patch else None
+    if info and step_of(info) is not None:
+        steps, guidance_scale = 1, 1.0
+    with one_step(pipe, info), apply(pipe, patch, scales, **options) if patch else nullcontext() as handle:
         if stamp:
             asked = Asked.of(pipe, prompt, seed, steps, guidance_scale, negative_prompt)
             say(*stamp.draw(pipe, handle, located(patch) if patch else None, asked, out))

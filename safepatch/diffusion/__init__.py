@@ -49,6 +49,7 @@ from safepatch.diffusion.loading import (
     read_json,
     read_unet,
 )
+from safepatch.diffusion.one_step import draws_in_one_step, one_step_scheduler
 from safepatch.diffusion.sampling import (
     add_noise,
     alphas,
@@ -99,6 +100,7 @@ __all__ = [
     "denoiser",
     "denoiser_entry",
     "drawing",
+    "draws_in_one_step",
     "empty_unet",
     "encode",
     "encode_images",
@@ -124,6 +126,7 @@ __all__ = [
     "negative_rows",
     "noise_pred",
     "not_supported",
+    "one_step_scheduler",
     "open_host",
     "original_names",
     "prediction_type",

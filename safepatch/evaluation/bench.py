@@ -5,8 +5,8 @@ torch rounds: what a patch leaves alone is equal bit for bit.
 """
 
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -24,6 +24,7 @@ from safepatch.errors import ConfigError
 from safepatch.evaluation.kept import Batch, Kept, digest, pixels
 from safepatch.progress import bar
 from safepatch.runtime.apply import apply
+from safepatch.runtime.one_step import one_step, step_of
 
 _HASHES: "WeakKeyDictionary[PatchArtifact, str]" = WeakKeyDictionary()  # hashing a large patch takes a second
 
@@ -120,14 +121,16 @@ class Bench:
             total, start = sum(len(part.prompts) for part in missing.values()), time.perf_counter()
             with self._patched(patch), bar(total=total, desc=label, unit="image", leave=False) as shown:
                 for key, part in missing.items():
-                    found[key] = batch = Batch.of(self._draw(part, starts.get(key)))
+                    found[key] = batch = Batch.of(self._draw(part, starts.get(key), patch))
                     self.kept.put(key, batch)
                     shown.update(len(part.prompts))
             self.kept.count(total, time.perf_counter() - start)
         return cast(dict[str, Batch], found)
 
-    def guidance_scale(self, prompt: Prompt | None = None) -> float:
-        """The guidance scale that a prompt is drawn with."""
+    def guidance_scale(self, prompt: Prompt | None = None, patch: PatchArtifact | None = None) -> float:
+        """The guidance scale that a prompt is drawn with: none, 1, with a patch that draws in one step."""
+        if patch is not None and step_of(patch.info) is not None:
+            return 1.0
         if self.protocol.guidance_scale is not None:
             return self.protocol.guidance_scale
         return prompt.guidance if prompt and prompt.guidance is not None else usual_guidance(denoiser(self.pipe))
@@ -138,18 +141,28 @@ class Bench:
         how = [patch_hash(patch), sorted(self.options.items())] if patch else []
         return digest(self.name, self.about, self.protocol.steps, words, asked.way.key, how)
 
-    def _patched(self, patch: PatchArtifact | None) -> AbstractContextManager:
-        return apply(self.pipe, patch, **self.options) if patch else nullcontext()
+    def steps(self, patch: PatchArtifact | None) -> int:
+        """Denoising steps of what is drawn: one with a patch that draws so."""
+        return self.protocol.steps if patch is None or step_of(patch.info) is None else 1
 
-    def _draw(self, asked: Round, starts: Tensor | None) -> Tensor:
+    @contextmanager
+    def _patched(self, patch: PatchArtifact | None) -> Iterator[None]:
+        if patch is None:
+            yield
+            return
+        with one_step(self.pipe, patch.info), apply(self.pipe, patch, **self.options):
+            yield
+
+    def _draw(self, asked: Round, starts: Tensor | None, patch: PatchArtifact | None) -> Tensor:
         """Images of one batch, those of one guidance scale at a time."""
-        prompts, scales = asked.prompts, [self.guidance_scale(prompt) for prompt in asked.prompts]
+        prompts, steps = asked.prompts, self.steps(patch)
+        scales = [self.guidance_scale(prompt, patch) for prompt in prompts]
         made: dict[int, Tensor] = {}
         for scale in dict.fromkeys(scales):
             rows = [i for i, own in enumerate(scales) if own == scale]
             texts, seeds = [prompts[i].text for i in rows], [prompts[i].seed or 0 for i in rows]
             pictures = None if starts is None else starts[rows]
-            images = generate_by(self.pipe, texts, seeds, self.protocol.steps, scale, asked.way, pictures)
+            images = generate_by(self.pipe, texts, seeds, steps, scale, asked.way, pictures)
             made.update(zip(rows, images, strict=True))
         return torch.stack([made[i] for i in range(len(prompts))])
 

@@ -131,6 +131,8 @@ def check_agreement(sources: Sequence[Source], kept_apart: bool) -> None:
         for agreement in AGREEMENTS if kept_apart else (*AGREEMENTS, *OF_A_SUM):
             _compare(agreement, sources[0], other)
     for source in sources:
+        if source.info.config.get("one_step") and len(sources) > 1:
+            raise MergeError(f"{source.name} draws every picture in one step, beside which no other patch can act")
         if source.info.is_bundle and not kept_apart:
             raise MergeError(f"{source.name} is a bundle, whose parts have no sum; bundle it, or split it first")
 

@@ -9,6 +9,7 @@ from safepatch.objectives.esd import ESDConfig
 from safepatch.objectives.leco import LECOConfig
 from safepatch.objectives.safe_control import SafeControlConfig
 from safepatch.objectives.safegen import SafeGenConfig
+from safepatch.objectives.sfd import SFDConfig
 
 OBJECTIVES: dict[str, type] = {
     "safe_control": SafeControlConfig,
@@ -19,6 +20,7 @@ OBJECTIVES: dict[str, type] = {
     "duo": DUOConfig,
     "safegen": SafeGenConfig,
     "adv_unlearn": AdvUnlearnConfig,
+    "sfd": SFDConfig,
 }
 
 __all__ = ["OBJECTIVES", "Objective", "Player", "Rows", "SafeControlConfig", "Turn"]

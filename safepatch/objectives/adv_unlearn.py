@@ -28,7 +28,8 @@ from safepatch.data.concepts import drawn, erased, prompt_bank, require_prompts
 from safepatch.data.corpus import Corpus
 from safepatch.diffusion import Conditioning, Host, joined, moved
 from safepatch.errors import ConfigError
-from safepatch.objectives.base import Losses, Player, Turn, Usual
+from safepatch.objectives.adversary import Attackable, attacked
+from safepatch.objectives.base import Losses, Player, Turn
 from safepatch.objectives.esd import negatively_guided
 from safepatch.objectives.noising import noised
 from safepatch.patch.host import patched_prediction
@@ -38,7 +39,7 @@ ATTACKS = ("fast", "standard")
 
 
 @dataclass(frozen=True)
-class AdvUnlearnConfig(Usual):
+class AdvUnlearnConfig(Attackable):
     """Unlearn what an adversary's prefix brings back, at every step anew, and retain the rest (AdvUnlearn).
 
     Attributes:
@@ -103,7 +104,7 @@ class AdvUnlearnConfig(Usual):
         with torch.no_grad():
             concept, kept = host.predict(noisy, timesteps, joined([batch.unsafe, retain])).split([n, len(noisy) - n])
             empty = host.predict(noisy[:n], timesteps[:n], batch.safe)
-        asked = prefixed(batch.unsafe, prefix, reads_words(turn.patch))
+        asked = attacked(turn, prefixed(batch.unsafe, prefix, reads_words(turn.patch)))
         made = patched_prediction(host, turn.patch, noisy[:n], timesteps[:n], asked, turn.instruction)
         still = patched_prediction(host, turn.patch, noisy[n:], timesteps[n:], retain, turn.instruction)
         correct = mse_loss(made, negatively_guided(concept, empty, self.negative_guidance))

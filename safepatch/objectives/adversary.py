@@ -5,15 +5,17 @@ prompt in use takes a step up the loss, so an adversary costs no pass of its own
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from safepatch.diffusion import moved
+from safepatch.diffusion import Conditioning, joined, moved
 from safepatch.errors import ConfigError
-from safepatch.objectives.base import Player
+from safepatch.objectives.base import Player, Turn, Usual
 
+ADVERSARY = "adversary"  # the player's name
 SPREAD = 0.1  # of fresh soft prompts around the padding they start from
 
 
@@ -99,7 +101,35 @@ class SignAscent(torch.optim.Optimizer):
 def adversary(config: AdversaryConfig, states: Tensor) -> Player:
     """The player whose soft prompts start from the end of prompts' padding, the last of `states` (1, T, width)."""
     prompts = SoftPrompts(config, states[0, -1])
-    return Player("adversary", prompts, SignAscent(prompts), rides=True)
+    return Player(ADVERSARY, prompts, SignAscent(prompts), rides=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attackable(Usual):
+    """What objectives that learn step by step do: an adversary may play against the patch.
+
+    Attributes:
+        adversary: soft prompts that are trained against the patch while it learns.
+    """
+
+    adversary: AdversaryConfig = field(default_factory=AdversaryConfig)
+
+    def players(self, patch: Player, rows: Any) -> list[Player]:
+        """The patch, and the adversary if there is one; its padding is that of the first of the rows' texts."""
+        return [patch, adversary(self.adversary, rows.texts[[0]].states)] if self.adversary.count else [patch]
+
+
+def attacked(turn: Turn, unsafe: Conditioning, *others: Conditioning) -> Conditioning:
+    """What the patched model is asked, side by side, the unsafe prompts first.
+
+    Where an adversary plays, a share of the unsafe prompts end in a soft prompt, and all others in as much padding.
+    """
+    if ADVERSARY not in turn.others:
+        return joined([unsafe, *others])
+    prompts = cast(SoftPrompts, turn.others[ADVERSARY])
+    tokens, states = prompts.config.tokens, prompts.appended(unsafe.states, turn.generator)
+    padded = [one._replace(states=torch.cat((one.states, padding(one.states, tokens)), dim=1)) for one in others]
+    return joined([unsafe._replace(states=states), *padded])
 
 
 def padding(states: Tensor, tokens: int) -> Tensor:

@@ -22,13 +22,14 @@ from safepatch.data.concepts import drawn, erased, prompt_bank, require_prompts
 from safepatch.data.corpus import Corpus
 from safepatch.diffusion import Conditioning, Host, joined
 from safepatch.errors import ConfigError
-from safepatch.objectives.base import Losses, Player, Turn, Usual
+from safepatch.objectives.adversary import Attackable, attacked
+from safepatch.objectives.base import Losses, Player, Turn
 from safepatch.objectives.noising import noised
 from safepatch.patch.host import patched_prediction
 
 
 @dataclass(frozen=True)
-class AllButOneConfig(Usual):
+class AllButOneConfig(Attackable):
     """Give a prompt the guidance of its safe twin and hold the empty prompt's prediction (All but One).
 
     Attributes:
@@ -75,8 +76,7 @@ class AllButOneConfig(Usual):
         twice = torch.cat((noisy, noisy)), torch.cat((timesteps, timesteps))
         with torch.no_grad():
             target, base = host.predict(*twice, joined([batch.safe, empty])).chunk(2)
-        made, still = patched_prediction(
-            host, turn.patch, *twice, joined([batch.unsafe, empty]), turn.instruction
-        ).chunk(2)
+        asked = attacked(turn, batch.unsafe, empty)
+        made, still = patched_prediction(host, turn.patch, *twice, asked, turn.instruction).chunk(2)
         guidance, drift = mse_loss(made - still, target - base), mse_loss(still, base)
         return {"loss": guidance + self.unconditional * drift, "guidance": guidance, "unconditional": drift}

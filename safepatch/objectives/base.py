@@ -86,6 +86,10 @@ class Objective(Protocol):
         """
         ...
 
+    def recorded(self, host: Host) -> dict[str, Any]:
+        """What the patch's file must say of how pictures are drawn with it."""
+        ...
+
     def prepare(self, host: Host, corpus: Any, data: DataConfig) -> Rows:
         """Everything that is learned from, made once; of a `Corpus`, or of several where the objective is for more."""
         ...
@@ -157,6 +161,10 @@ class Usual:
                 f"objective={self._name} cannot train a {patch.kind} patch; set patch.kind={' or '.join(self.kinds)}"
             )
         return patch
+
+    def recorded(self, host: Host) -> dict[str, Any]:
+        """What a file must say of how pictures are drawn with the patch; nothing of most."""
+        return {}
 
     def solve(self, host: Host, patch: Patch, rows: Any) -> Mapping[str, float]:
         """Nothing: it takes steps."""

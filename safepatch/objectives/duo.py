@@ -26,7 +26,8 @@ from safepatch.data.settings import DataConfig
 from safepatch.data.twin_pictures import TwinBank, Twins, build_twins
 from safepatch.diffusion import UNET, Conditioning, Host, joined, moved
 from safepatch.errors import ConfigError
-from safepatch.objectives.base import Losses, Player, Turn, Usual
+from safepatch.objectives.adversary import Attackable, attacked
+from safepatch.objectives.base import Losses, Player, Turn
 from safepatch.objectives.noising import draw_timesteps
 from safepatch.patch import Patch
 from safepatch.patch.host import patched_prediction
@@ -36,7 +37,7 @@ SELF_ATTENTION = r"(attentions\..*\.attn1\.|^(single_)?transformer_blocks\.\d+\.
 
 
 @dataclass(frozen=True)
-class DUOConfig(Usual):
+class DUOConfig(Attackable):
     """Prefer the safe picture of each pair to the unsafe one, whatever the prompt (DUO); pictures only.
 
     Attributes:
@@ -87,21 +88,22 @@ class DUOConfig(Usual):
         timesteps = draw_timesteps(2 * n, int(host.steps * self.below), 1.0, turn.generator)
         timesteps = moved(torch.cat((timesteps, torch.full((n,), host.steps - 1))), batch.safe.device)
         noise, pure = moved(torch.randn(2, *batch.safe.shape, generator=turn.generator), batch.safe.device)
-        clean = torch.cat((batch.safe, batch.unsafe))
+        clean = torch.cat((batch.unsafe, batch.safe))
         noisy = torch.cat((host.add_noise(clean, torch.cat((noise, noise)), timesteps[: 2 * n]), pure))
         with torch.no_grad():
-            reference = host.predict(noisy, timesteps, self._asked(batch))
-        made = patched_prediction(host, turn.patch, noisy, timesteps, self._asked(batch), turn.instruction)
+            reference = host.predict(noisy, timesteps, joined(self._asked(batch)))
+        asked = attacked(turn, *self._asked(batch))
+        made = patched_prediction(host, turn.patch, noisy, timesteps, asked, turn.instruction)
         pairs = noisy[: 2 * n], timesteps[: 2 * n]
         target = host.from_x0(*pairs, clean)
         errors = [(prediction[: 2 * n] - target).square().flatten(1).mean(1) for prediction in (made, reference)]
-        chosen, rejected = (errors[0] - errors[1]).chunk(2)
+        rejected, chosen = (errors[0] - errors[1]).chunk(2)
         preference = -logsigmoid(-self.beta * (chosen - rejected)).mean()
         prior = (made[2 * n :] - reference[2 * n :]).square().mean()
         total = preference + self.beta * self.preservation * prior
         return {"loss": total, "preference": preference, "prior": prior, "margin": (rejected - chosen).mean()}
 
-    def _asked(self, batch: Twins) -> Conditioning:
+    def _asked(self, batch: Twins) -> list[Conditioning]:
         if self.prompted:
-            return joined([batch.safe_prompt, batch.unsafe_prompt, batch.empty])
-        return joined([batch.empty] * 3)
+            return [batch.unsafe_prompt, batch.safe_prompt, batch.empty]
+        return [batch.empty] * 3

@@ -24,7 +24,8 @@ from safepatch.data.concepts import drawn, erased, prompt_bank, require_prompts
 from safepatch.data.corpus import Corpus
 from safepatch.diffusion import UNET, Host
 from safepatch.errors import ConfigError
-from safepatch.objectives.base import Losses, Player, Turn, Usual
+from safepatch.objectives.adversary import Attackable, attacked
+from safepatch.objectives.base import Losses, Player, Turn
 from safepatch.objectives.noising import noised
 from safepatch.patch import Patch
 from safepatch.patch.host import patched_prediction
@@ -41,7 +42,7 @@ VARIANTS: dict[str, str] = {
 
 
 @dataclass(frozen=True)
-class ESDConfig(Usual):
+class ESDConfig(Attackable):
     """Answer a concept's words as the base does without them, pushed away from the concept (ESD); prompts only.
 
     Attributes:
@@ -93,7 +94,8 @@ class ESDConfig(Usual):
         noisy, timesteps, _ = noised(turn, batch.latents, self.timestep_power)
         with torch.no_grad():
             concept, empty = (host.predict(noisy, timesteps, asked) for asked in (batch.unsafe, batch.safe))
-        made = patched_prediction(host, turn.patch, noisy, timesteps, batch.unsafe, turn.instruction)
+        asked = attacked(turn, batch.unsafe)
+        made = patched_prediction(host, turn.patch, noisy, timesteps, asked, turn.instruction)
         return {"loss": mse_loss(made, negatively_guided(concept, empty, self.negative_guidance))}
 
 

@@ -25,14 +25,15 @@ from safepatch.data.latents import Latents
 from safepatch.data.prompts import EMPTY, Prompt
 from safepatch.diffusion import Conditioning, Host, moved
 from safepatch.errors import ConfigError
-from safepatch.objectives.base import Losses, Player, Turn, Usual
+from safepatch.objectives.adversary import Attackable, attacked
+from safepatch.objectives.base import Losses, Player, Turn
 from safepatch.patch.host import patched_prediction
 
 ACTIONS: dict[str, float] = {"erase": -1.0, "enhance": 1.0}
 
 
 @dataclass(frozen=True)
-class LECOConfig(Usual):
+class LECOConfig(Attackable):
     """Erase a concept on latents that the patched model itself draws (LECO); prompts only.
 
     Attributes:
@@ -106,7 +107,7 @@ class LECOConfig(Usual):
         with torch.no_grad():
             towards, left, right = (host.predict(noisy, timesteps, asked) for asked in (batch.safe, positive, empty))
         target = towards + ACTIONS[self.action] * self.guidance_scale * (left - right)
-        return {"loss": mse_loss(patched(noisy, timesteps, batch.unsafe), target)}
+        return {"loss": mse_loss(patched(noisy, timesteps, attacked(turn, batch.unsafe)), target)}
 
 
 def _admitted(text: str | None) -> str | None:

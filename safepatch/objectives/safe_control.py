@@ -5,8 +5,7 @@ counterfactuals is Safe-Control's (Meng et al. 2025, arXiv 2508.21099). The pape
 those here are ours, found on the embedded model (DESIGN.md).
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -16,10 +15,10 @@ from torch.nn.functional import mse_loss
 from safepatch.data.bank import SAFE_SHARE, Batch, DataConfig, PairBank, build_bank
 from safepatch.data.corpus import Corpus
 from safepatch.data.guided import push
-from safepatch.diffusion import Conditioning, Host, joined
+from safepatch.diffusion import Host, joined
 from safepatch.errors import ConfigError
-from safepatch.objectives.adversary import AdversaryConfig, SoftPrompts, adversary, padding
-from safepatch.objectives.base import Losses, Player, Turn, Usual
+from safepatch.objectives.adversary import Attackable, attacked
+from safepatch.objectives.base import Losses, Player, Turn
 from safepatch.objectives.noising import noised
 from safepatch.patch.host import patched_prediction
 
@@ -27,7 +26,7 @@ SUPERVISION = ("distilled", "paired")
 
 
 @dataclass(frozen=True)
-class SafeControlConfig(Usual):
+class SafeControlConfig(Attackable):
     """Answer an unsafe prompt as the frozen base answers its safe rewrite, and every other prompt as before.
 
     Attributes:
@@ -42,7 +41,6 @@ class SafeControlConfig(Usual):
             quicker and costs what stands beside the unsafe object.
         timestep_power: exponent of the uniform draw of timesteps; below 1 favours noisy ones, where it is decided what
             is drawn.
-        adversary: soft prompts that are trained against the patch while it learns.
     """
 
     name: str = "safe_control"
@@ -51,7 +49,6 @@ class SafeControlConfig(Usual):
     safe_share: float = SAFE_SHARE
     negative_guidance: float = 0.0
     timestep_power: float = 0.6
-    adversary: AdversaryConfig = field(default_factory=AdversaryConfig)
 
     def __post_init__(self) -> None:
         """Refuse what has no meaning."""
@@ -74,10 +71,6 @@ class SafeControlConfig(Usual):
         safe_share = 1.0 if self.supervision == "paired" else self.safe_share
         return build_bank(host, corpus, data, safe_share, retain=self.preservation > 0)
 
-    def players(self, patch: Player, rows: PairBank) -> list[Player]:
-        """The patch, and the adversary if there is one."""
-        return [patch, adversary(self.adversary, rows.texts[[0]].states)] if self.adversary.count else [patch]
-
     def loss(self, player: Player, turn: Turn) -> Losses:
         """The patch's `loss`, its part `correct` and, where something is preserved, its part `preserve`."""
         batch, n = cast(Batch, turn.batch), len(turn.batch.latents)
@@ -88,7 +81,7 @@ class SafeControlConfig(Usual):
         if self.supervision == "paired":
             truth = turn.host.target(latents[:n], noise[:n], timesteps[:n])
             target = torch.cat((truth, target[n:]))
-        asked = self._asked(turn, batch.unsafe, retain)
+        asked = attacked(turn, batch.unsafe, *retain)
         predicted = patched_prediction(turn.host, turn.patch, noisy, timesteps, asked, turn.instruction)
         correct = mse_loss(predicted[:n], target[:n])
         if not retain:
@@ -107,14 +100,3 @@ class SafeControlConfig(Usual):
         if self.negative_guidance:
             target[:n] += self.negative_guidance * (target[:n] - host.predict(*pairs, batch.unsafe))
         return target
-
-    def _asked(self, turn: Turn, unsafe: Conditioning, retain: Sequence[Conditioning]) -> Conditioning:
-        """What the patched model is asked; with an adversary, a share of the unsafe prompts end in a soft prompt."""
-        if not self.adversary.count:
-            return joined([unsafe, *retain])
-        prompts = cast(SoftPrompts, turn.others["adversary"])
-        padded = [kept._replace(states=self._padded(kept.states)) for kept in retain]
-        return joined([unsafe._replace(states=prompts.appended(unsafe.states, turn.generator)), *padded])
-
-    def _padded(self, states: Tensor) -> Tensor:
-        return torch.cat((states, padding(states, self.adversary.tokens)), dim=1)

@@ -28,9 +28,10 @@ from torch.nn.functional import avg_pool2d, interpolate, mse_loss
 from safepatch.data.corpus import Corpus
 from safepatch.data.settings import DataConfig
 from safepatch.data.twin_pictures import TwinBank, Twins, build_twins
-from safepatch.diffusion import UNET, Host, joined
+from safepatch.diffusion import UNET, Host
 from safepatch.errors import ConfigError
-from safepatch.objectives.base import Losses, Player, Turn, Usual
+from safepatch.objectives.adversary import Attackable, attacked
+from safepatch.objectives.base import Losses, Player, Turn
 from safepatch.objectives.duo import SELF_ATTENTION
 from safepatch.objectives.noising import noised
 from safepatch.patch import Patch
@@ -40,7 +41,7 @@ TARGETS = ("exact", "published")
 
 
 @dataclass(frozen=True)
-class SafeGenConfig(Usual):
+class SafeGenConfig(Attackable):
     """Make an unsafe picture a safe one at self-attention, whatever the prompt (SafeGen); pictures only.
 
     Attributes:
@@ -93,7 +94,7 @@ class SafeGenConfig(Usual):
         clean = torch.cat((batch.unsafe, cast(Tensor, batch.retain)))
         noisy, timesteps, noise = noised(turn, clean)
         safe = mosaic(batch.unsafe, self.mosaic) if self.mosaic else batch.safe
-        asked = joined([batch.empty, batch.empty])
+        asked = attacked(turn, batch.empty, batch.empty)
         made = patched_prediction(host, turn.patch, noisy, timesteps, asked, turn.instruction)
         if self.target == "published":
             made = host.to_noise(noisy, timesteps, made)

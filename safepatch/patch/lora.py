@@ -91,11 +91,7 @@ class LoraPatch(Patch):
             raise ConfigError(f"a lora patch has no '{min(layout)}', only a rank and a gate")
         if rank < 1:
             raise ConfigError(f"a lora patch needs a rank of at least 1, not {rank}")
-        draw, updates = Draw(seed=0), {}
-        for name, (out, width) in cls.layers_of(unet).items():
-            down = draw.normal(1, min(rank, out, width), width)[0].detach().clone()
-            updates[name] = Update(torch.zeros(out, len(down)), down)
-        return cls(updates, rank)
+        return cls(fresh_updates(cls.layers_of(unet), rank, seed=0), rank)
 
     @staticmethod
     def layers_of(host: Any) -> dict[str, tuple[int, int]]:
@@ -259,6 +255,15 @@ def updated(unet: Any, patch: LoraPatch) -> Iterator[None]:
         hooks.end()
         if hooks is not patch.hooks:
             hooks.hooks.remove()
+
+
+def fresh_updates(layers: Mapping[str, tuple[int, int]], rank: int, seed: int) -> dict[str, Update]:
+    """Updates that change nothing yet, of layers (out, in) by name: `up` is zero, `down` drawn from `seed`."""
+    draw, updates = Draw(seed=seed), {}
+    for name, (out, width) in layers.items():
+        down = draw.normal(1, min(rank, out, width), width)[0].detach().clone()
+        updates[name] = Update(torch.zeros(out, len(down)), down)
+    return updates
 
 
 def linear_layers(unet: Any) -> dict[str, tuple[int, int]]:

@@ -14,6 +14,7 @@ from safepatch.hub import located, source_of
 from safepatch.patch import Patch
 from safepatch.patch.files import from_artifact
 from safepatch.runtime.handle import Handle, refuse_compiled, refuse_fused_projections
+from safepatch.runtime.one_step import require_scheduler, step_of
 from safepatch.runtime.parts import ActivePart, Scale
 from safepatch.signing import held_copy, require_trusted
 
@@ -79,7 +80,12 @@ def apply(
     parts = [activate(part, components, gate_threshold) for part in artifact.parts()]
     if gate_threshold is not None and not any(part.patch.gate for part in parts):
         raise ConfigError("this patch has no gate; fit one with `safepatch gate`, or leave gate_threshold out")
-    return Handle(pipe, parts, scale, fail_closed, (start, end), gate, speed, reads)
+    steps = [timestep for part in artifact.parts() if (timestep := step_of(part.artifact.info)) is not None]
+    if steps:
+        require_scheduler(pipe, steps[0])
+    handle = Handle(pipe, parts, scale, fail_closed, (start, end), gate, speed, reads)
+    handle.only_step = steps[0] if steps else None
+    return handle
 
 
 def _opened(patch: str | Path, trusted: str | Path | Sequence[str | Path] | None) -> PatchArtifact:

@@ -39,6 +39,7 @@ from safepatch.runtime.corrector import SPEEDS, Corrector, Stats
 from safepatch.runtime.denoising import Denoising, Denoisings
 from safepatch.runtime.drain import Drain
 from safepatch.runtime.exchange import WORDLESS, Exchange
+from safepatch.runtime.one_step import require_step
 from safepatch.runtime.parts import ActivePart, Scale, check_scale, check_window, gate_mode
 from safepatch.runtime.residuals import with_residuals
 from safepatch.runtime.words import Words
@@ -53,6 +54,7 @@ class Handle:
     Attributes:
         categories: what the patch is for, where it came from a file.
         on_step: a function that is shown what the patch did in each call of the UNet, when it has ended; or None.
+        only_step: the timestep at which a patch that draws in one step must be asked, and without guidance; or None.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class Handle:
         self.speed = speed
         self.reads = reads
         self.on_step: Callable[[Step], object] | None = None
+        self.only_step: int | None = None
         self._fail_closed = fail_closed
         self._calls = Calls(Begun)
         self._drain = Drain(self._unet)
@@ -267,6 +270,8 @@ class Handle:
             denoising.will_miss, denoising.is_met = False, True  # it is said once
             self._say_missed()
         begun = self._begin(denoising, args, kwargs)
+        if self.only_step is not None:
+            require_step(begun, self.only_step)
         made = self._corrector.early(begun) if begun.call else None
         if made and self._host:
             self._host.add(made)

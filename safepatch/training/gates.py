@@ -195,6 +195,8 @@ def add_gate(
         raise ConfigError(f"'{artifact.info.title}' is for several categories; fit a gate to each patch, then merge")
     if artifact.info.categories != (corpus.name,):
         raise ConfigError(f"this patch is for {artifact.info.categories[0]}, the words are for {corpus.name}")
+    if artifact.info.config.get("one_step"):
+        raise ConfigError("this patch draws every picture in one step, so no gate may keep it off; leave it without")
     if not 0 <= windows <= WIDEST:
         raise ConfigError(f"windows must be of 0 to {WIDEST} words, not {windows}")
     host = open_host(Components.of(pipe))

@@ -51,6 +51,8 @@ def train(pipe: Any, config: TrainConfig, corpus: Corpus | None = None) -> Path:
     usual = f"runs/train/{corpus.name}-{config.patch.kind if changes == UNET.component else changes}"
     host = open_host(Components.of(pipe), config.data.size)
     patch = config.objective.suited(_fresh(host, config.patch))  # before anything is written or drawn
+    if config.patch.gate and config.objective.recorded(host):
+        raise ConfigError("this objective draws every picture itself, so no gate may keep it off; set patch.gate=0")
     run_is_of = {**_recorded(config), "model_key": host.key, "words_key": corpus.key}
     result = f"{corpus.name}.safetensors"
     with RunFolder.claim(Path(config.output or usual), run_is_of, result) as out:
@@ -151,6 +153,7 @@ def _packed(
     rewrite = {name: value for name, value in to_dict(corpus.rewrite).items() if name != "momentum" or value}
     recorded |= {"category": corpus.name, "model": recorded_name(config.model.path), "rewrite": rewrite}
     recorded |= {"gate": gates} if gates else {}
+    recorded |= config.objective.recorded(host)
     instructions = {corpus.name: corpus.category.instruction}
     license = config.license or (license_of(config.model.path) if config.model.path else "")
     artifact = to_artifact(patch, host.components, instructions, recorded, training, license)

@@ -4,7 +4,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
@@ -52,6 +52,7 @@ class Host(ABC):
             name = type(components.unet).__name__
             raise ConfigError(f"not supported yet: training for a {name}; it works with {self.kinds[0].noun}s only")
         self.components = components.freeze()
+        self._again: Callable[[], AbstractContextManager] = nullcontext
         self.unet: Any = components.unet
         self.kind = host_kind(components.unet)
         self.scale = 2 ** (len(components.vae.config.block_out_channels) - 1)  # pixels per latent
@@ -86,6 +87,11 @@ class Host(ABC):
     def steps(self) -> int:
         """Of the training schedule: timesteps are below it."""
         return self.components.scheduler.config.num_train_timesteps
+
+    @property
+    def predicts(self) -> str:
+        """`epsilon`, `v_prediction`, `sample` or `flow`."""
+        return "flow"
 
     @property
     def guidance(self) -> float:
@@ -158,20 +164,22 @@ class Host(ABC):
         guidance: float | None = None,
         predict: Predict | None = None,
         until: int | None = None,
+        since: int = 0,
     ) -> Denoised:
         """What `draw` does with pure noise, as far as one likes.
 
         Args:
-            latents: standard noise, (B, C, h, w).
+            latents: standard noise, (B, C, h, w), or what it had become before step `since`.
             asked, empty: of B prompts, and of what guidance points away from.
             steps: of the whole denoising.
             guidance, predict: as in `draw`.
-            until: how many of the steps are made, all by default.
+            until: the first step that is not made, none by default.
+            since: the first that is.
         """
         guidance = self.guidance if guidance is None else guidance
         scheduler, times = self._schedule(steps)
         until = steps if until is None else until
-        for t, own in list(zip(times, scheduler.timesteps.tolist(), strict=False))[:until]:
+        for t, own in list(zip(times, scheduler.timesteps.tolist(), strict=False))[since:until]:
             pred = self._guided(latents, t, asked, empty, guidance, predict)
             latents = scheduler.step(pred, own, latents, return_dict=False)[0]
         return Denoised(latents, times[until])
@@ -244,13 +252,24 @@ class Host(ABC):
         """Recompute the denoiser's activations in the backward pass, inside a context that `again` makes."""
 
         def recomputed(block: Any, *inputs: Any) -> Any:
-            return checkpoint(block, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), again()))
+            return checkpoint(block, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), self._again()))
 
+        self._again = again
         self.unet.enable_gradient_checkpointing(gradient_checkpointing_func=recomputed)
 
     def keep_activations(self) -> None:
         """Undo `save_memory`."""
+        self._again = nullcontext
         self.unet.disable_gradient_checkpointing()
+
+    @contextmanager
+    def recomputed_in(self, again: Callable[[], AbstractContextManager]) -> Iterator[None]:
+        """What is predicted within the block is recomputed, if it is, in another context than the patch's."""
+        before, self._again = self._again, again
+        try:
+            yield
+        finally:
+            self._again = before
 
     def put_aside(self, but: str = "") -> None:
         """Move what only the bank needed, the autoencoder and the text encoders, off the device; but for one of them.

@@ -34,6 +34,11 @@ class UNetHost(Host):
         return 2 ** (len(self.unet.config.block_out_channels) - 1)
 
     @property
+    def predicts(self) -> str:
+        """`epsilon`, `v_prediction` or `sample`."""
+        return prediction_type(self.components.scheduler)
+
+    @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(channels, h, w) of one picture's latents."""
         edge = self.size // self.scale
