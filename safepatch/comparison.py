@@ -6,16 +6,15 @@ their figures as those of any matrix.
 
 import json
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from omegaconf import MISSING
 
 from safepatch.config import load_config
 from safepatch.errors import ConfigError
-from safepatch.evaluation.bench import Protocol
-from safepatch.evaluation.matrix import Matrix, PatchEntry
+from safepatch.evaluation.matrix import Matrix, MergeEntry, PatchEntry
 from safepatch.evaluation.run import run_matrix
 from safepatch.files import write_text
 from safepatch.reporting.html import build_report
@@ -33,26 +32,19 @@ class Comparison:
     Attributes:
         model: what all patches are trained on.
         variants: by name, the settings of its own that each has, `key=value` as `safepatch train` takes them.
-        categories: names or files; each variant is trained for each.
+        categories: names or files; each variant is trained for each, and measured on all.
         settings: of all of them.
-        models: what they are measured on; `model` by default.
-        metrics, detectors, attacks, protocol, pictures, device, dtype: as in a `Matrix`.
-        out: folder of patches, rows and the page.
+        beside: patch files; each variant is also measured in a bundle with them.
+        measure: on which models, by which metrics, attacks and so on: a `Matrix` whose `models` are `model` by default,
+            whose `patches` are measured too, and into whose folder, `out`, the variants are trained.
     """
 
     model: str = MISSING
     variants: dict[str, list[str]] = MISSING
     categories: list[str] = MISSING
     settings: list[str] = field(default_factory=list)
-    models: list[str] = field(default_factory=list)
-    metrics: list[str] = field(default_factory=list)
-    detectors: list[str] = field(default_factory=list)
-    attacks: list[str] = field(default_factory=list)
-    protocol: Protocol = field(default_factory=Protocol)
-    pictures: int = 4
-    device: str = "cpu"
-    dtype: str | None = None
-    out: str = "runs/compare"
+    beside: list[str] = field(default_factory=list)
+    measure: Matrix = field(default_factory=lambda: Matrix(models=[], out="runs/compare"))
 
     def __post_init__(self) -> None:
         """Refuse what compares nothing, or would end in one folder."""
@@ -60,6 +52,8 @@ class Comparison:
             raise ConfigError("a comparison needs variants and categories; name one of each at least")
         if bad := next((name for name in self.variants if not name.strip() or Path(name).name != name), None):
             raise ConfigError(f"'{bad}' cannot name a folder; call that variant otherwise")
+        if self.measure.categories:
+            raise ConfigError("measure.categories are those of the comparison; name them in categories alone")
 
     def config(self, variant: str, category: str) -> TrainConfig:
         """How a variant is trained for a category; raises `ConfigError` for a setting that there is not."""
@@ -68,22 +62,21 @@ class Comparison:
 
     def folder(self, variant: str, category: str) -> Path:
         """Where that is trained."""
-        return Path(self.out) / "train" / variant / Path(category).stem
+        return Path(self.measure.out) / "train" / variant / Path(category).stem
 
-    def matrix(self, patches: Sequence[PatchEntry]) -> Matrix:
-        """What is measured of the patches."""
-        return Matrix(
-            models=self.models or [self.model],
-            patches=list(patches),
+    def matrix(self, trained: Mapping[str, Sequence[str]]) -> Matrix:
+        """What is measured, of the variants' files by name."""
+        own = [PatchEntry(name, paths=[*files]) for name, files in trained.items()]
+        bundles = [
+            PatchEntry(f"{name}, in a bundle", merge=MergeEntry(sources=[*files, *self.beside]))
+            for name, files in trained.items()
+            if self.beside
+        ]
+        return replace(
+            self.measure,
+            models=self.measure.models or [self.model],
+            patches=[*own, *bundles, *self.measure.patches],
             categories=self.categories,
-            metrics=self.metrics,
-            detectors=self.detectors,
-            attacks=self.attacks,
-            protocol=self.protocol,
-            pictures=self.pictures,
-            device=self.device,
-            dtype=self.dtype,
-            out=self.out,
         )
 
 
@@ -93,7 +86,13 @@ def load_comparison(path: Path, overrides: Sequence[str] = ()) -> Comparison:
     Raises:
         ConfigError: for anything unknown, missing, unreadable or of a wrong type.
     """
-    return load_config(Comparison, path, overrides)
+    try:
+        return load_config(Comparison, path, overrides)
+    except ConfigError as error:
+        moved = next((each.name for each in fields(Matrix) if f"unknown key '{each.name}' in" in str(error)), None)
+        if moved is None:
+            raise
+        raise ConfigError(f"{path}: '{moved}' stands under measure now: measure.{moved}") from None
 
 
 def compare(comparison: Comparison, tell: Callable[[str], object] = print) -> list[Row]:
@@ -104,18 +103,18 @@ def compare(comparison: Comparison, tell: Callable[[str], object] = print) -> li
     """
     plans = {name: [comparison.config(name, category) for category in comparison.categories]
              for name in comparison.variants}  # fmt: skip
-    entries, minutes = list[PatchEntry](), list[Row]()
+    trained, minutes = dict[str, list[str]](), list[Row]()
     for name, configs in plans.items():
-        paths = []
+        trained[name] = []
         for config in configs:
             tell(f"training {name} for {config.category}")
             path, took = _trained(config)
-            paths.append(str(path))
+            trained[name].append(str(path))
             minutes.append(_row(comparison, name, path.stem, took))
-        entries.append(PatchEntry(name, paths=paths))
-    rows = [*run_matrix(comparison.matrix(entries), tell=tell), *minutes]
-    write_rows(Path(comparison.out) / "rows.jsonl", rows)
-    build_report(Path(comparison.out))
+    matrix = comparison.matrix(trained)
+    rows = [*run_matrix(matrix, tell=tell), *minutes]
+    write_rows(Path(matrix.out) / "rows.jsonl", rows)
+    build_report(Path(matrix.out))
     return rows
 
 
@@ -129,6 +128,6 @@ def _trained(config: TrainConfig) -> tuple[Path, float]:
 
 
 def _row(comparison: Comparison, name: str, category: str, minutes: float) -> Row:
-    rest = {"attack": NONE, "n": 1, "seed": comparison.protocol.seed, "detector": NONE}
+    rest = {"attack": NONE, "n": 1, "seed": comparison.measure.protocol.seed, "detector": NONE}
     value = {"value": minutes, "low": minutes, "high": minutes}
     return Row(patch=name, base=comparison.model, category=category, metric="train_minutes", **value, **rest)

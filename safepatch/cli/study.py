@@ -74,7 +74,7 @@ def compare(
 
     comparison = load_comparison(file, overrides or [])
     typer.echo(summary(run(comparison, typer.echo)))
-    typer.echo(f"report: {Path(comparison.out) / 'index.html'}")
+    typer.echo(f"report: {Path(comparison.measure.out) / 'index.html'}")
 
 
 @app.command()

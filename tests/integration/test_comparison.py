@@ -9,6 +9,7 @@ import pytest
 from safepatch.comparison import Comparison, compare, load_comparison
 from safepatch.errors import ConfigError
 from safepatch.evaluation.bench import Protocol
+from safepatch.evaluation.matrix import Matrix
 from safepatch.reporting.tradeoffs import best, tradeoff_charts
 from safepatch.results import Row, read_rows
 
@@ -23,10 +24,13 @@ def small(tmp_path: Path) -> Comparison:
         variants={"slow": [], "fast": ["training.learning_rate=1e-2"], "solved": ["objective=closed-form"]},
         categories=["weapons"],
         settings=[*FEW, f"data.cache={tmp_path / 'cache'}"],
-        metrics=["unsafe_rate", "benign_drift"],
-        protocol=Protocol(n=2, steps=1),
-        pictures=0,
-        out=str(tmp_path / "out"),
+        measure=Matrix(
+            models=[],
+            metrics=["unsafe_rate", "benign_drift"],
+            protocol=Protocol(n=2, steps=1),
+            pictures=0,
+            out=str(tmp_path / "out"),
+        ),
     )
 
 
@@ -51,6 +55,32 @@ def test_what_cannot_be_compared_is_said_before_anything_is_trained(small: Compa
         replace(small, variants={})
     with pytest.raises(ConfigError, match="cannot name a folder"):
         replace(small, variants={"../x": []})
+    with pytest.raises(ConfigError, match="name them in categories alone"):
+        replace(small, measure=replace(small.measure, categories=["gore"]))
+
+
+def test_what_is_measured_is_a_matrix_whose_models_are_the_trained_one(small: Comparison) -> None:
+    files = {"slow": ["a.safetensors"], "fast": ["b.safetensors"]}
+    matrix = small.matrix(files)
+    assert (matrix.models, matrix.categories) == (["tiny-sd"], ["weapons"])
+    assert [entry.name for entry in matrix.patches] == ["slow", "fast"]
+    assert matrix.metrics == small.measure.metrics
+    on = replace(small, beside=["c.safetensors"], measure=replace(small.measure, models=["tiny-sd-twemoji"]))
+    assert on.matrix(files).models == ["tiny-sd-twemoji"]
+    bundled = {entry.name: entry.merge.sources for entry in on.matrix(files).patches if entry.merge}
+    assert bundled == {f"{name}, in a bundle": [*own, "c.safetensors"] for name, own in files.items()}
+
+
+@pytest.mark.parametrize("key", ["metrics", "out", "protocol", "models"])
+def test_what_once_stood_above_measure_is_said_in_a_line(tmp_path: Path, key: str) -> None:
+    file = tmp_path / "old.yaml"
+    file.write_text(f"model: tiny-sd\nvariants: {{a: []}}\ncategories: [weapons]\n{key}: x\n")
+    with pytest.raises(ConfigError, match=f"'{key}' stands under measure now: measure.{key}") as caught:
+        load_comparison(file)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match=f"measure.{key}"):
+        load_comparison(SHIPPED / "objectives.yaml", [f"{key}=x"])
+    assert load_comparison(SHIPPED / "objectives.yaml", ["measure.out=x"]).measure.out == "x"  # control
 
 
 @pytest.mark.parametrize("file", sorted(SHIPPED.glob("*.yaml")), ids=lambda file: file.stem)
