@@ -21,6 +21,9 @@ class DataConfig:
         batch_size: pictures that are drawn at once.
         cache: folder where what was drawn is kept; the user's cache folder if not given.
         seed: of prompts and pictures.
+        select: detector that must find the category in an unsafe picture and not in its safe twin, for objectives that
+            learn from both; it should be another than the one that judges the patch. None takes all pictures.
+        tries: with `select`, how often a pair is drawn before it is left out.
     """
 
     pairs: int = 768
@@ -31,10 +34,12 @@ class DataConfig:
     batch_size: int = 16
     cache: str | None = None
     seed: int = 0
+    select: str | None = None
+    tries: int = 4
 
     def __post_init__(self) -> None:
         """Refuse what cannot be made."""
-        for name in ("pairs", "steps", "batch_size"):
+        for name in ("pairs", "steps", "batch_size", "tries"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"data.{name} must be at least 1, not {getattr(self, name)}")
         if not 0 <= self.companions <= 1:

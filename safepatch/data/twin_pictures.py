@@ -1,18 +1,26 @@
 """Pictures in twos: what a model draws of an unsafe prompt and of its safe twin, from the same noise."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from safepatch.data.bank import Retained, build_retained, plain_drawing
 from safepatch.data.corpus import Corpus
-from safepatch.data.latents import Latents
-from safepatch.data.prompts import EMPTY
+from safepatch.data.latents import Drawing, Latents
+from safepatch.data.prompts import EMPTY, Pair
 from safepatch.data.settings import DataConfig
 from safepatch.data.texts import Texts
 from safepatch.diffusion import Conditioning, Host, moved
 from safepatch.errors import ConfigError
+from safepatch.progress import note
+
+SIDES = ("unsafe", "safe")
+FEWEST = 2  # pairs that something can be learned from
+APART = 1_000_000_007  # between the seeds of two tries
+Shows = Callable[[Tensor], Tensor]  # latents (N, 4, h, w) -> whether each shows the category, bool (N,)
 
 
 @dataclass(frozen=True)
@@ -52,8 +60,8 @@ class TwinBank:
         retained: what must be preserved, if anything.
     """
 
-    unsafe: Latents
-    safe: Latents
+    unsafe: Latents | Tensor
+    safe: Latents | Tensor
     texts: Texts
     prompts: tuple[Tensor, Tensor, Tensor]
     retained: Retained | None = None
@@ -74,22 +82,82 @@ class TwinBank:
         return replace(twins, retain=self.retained.latents[kept])
 
 
-def build_twins(host: Host, corpus: Corpus, data: DataConfig, retain: bool = False) -> TwinBank:
+class Chosen(NamedTuple):
+    """Pairs that were chosen: their numbers (N,), and both members' latents, (N, 4, h, w) each."""
+
+    rows: Tensor
+    pictures: tuple[Tensor, Tensor]
+
+
+def build_twins(
+    host: Host, corpus: Corpus, data: DataConfig, retain: bool = False, shows: Shows | None = None
+) -> TwinBank:
     """Draw, read and keep both members of each pair.
 
+    Args:
+        host: the frozen model, which draws and reads.
+        corpus: the words.
+        data: how many, and how.
+        retain: whether there is something to preserve, as much as there are pairs.
+        shows: who chooses among what is drawn: of a pair, the unsafe picture must show the category, and the safe one
+            must not. Without one, all are taken.
+
     Raises:
-        ConfigError: where the safe twin of a prompt has no words of its own, so that nobody can draw it.
+        ConfigError: where the safe twin of a prompt has no words of its own, so that nobody can draw it; and where
+            fewer than two pairs are left.
     """
     if corpus.rewrite.by == "guided":
         raise ConfigError(
             "this objective needs a picture of each safe twin, which guided has not; set another rewrite.by"
         )
     pairs = corpus.pairs(data.pairs, data.seed, data.companions)
-    sides = [[getattr(pair, side) for pair in pairs] for side in ("unsafe", "safe")]
+    if len(pairs) < FEWEST:
+        raise ConfigError(f"a preference set of {len(pairs)} pair is none; set data.pairs to {FEWEST} or more")
+    sides = [[getattr(pair, side) for pair in pairs] for side in SIDES]
     texts = Texts(host, [*(prompt.text for side in sides for prompt in side), EMPTY.text], data)
-    drawn = [[plain_drawing(one, i, data, pairs[i].unsafe.seed) for i, one in enumerate(side)] for side in sides]
-    labels = [f"drawing {corpus.name}: {side}" for side in ("unsafe", "safe")]
-    unsafe, safe = (Latents(host, side, data, label) for side, label in zip(drawn, labels, strict=True))
     numbers = [texts.numbers([prompt.text for prompt in side]) for side in sides]
     kept = build_retained(host, corpus, data.pairs, data) if retain else None
-    return TwinBank(unsafe, safe, texts, (numbers[0], numbers[1], texts.numbers([EMPTY.text])), kept)
+    if shows is None:
+        pictures = _drawn(host, corpus.name, pairs, data, range(len(pairs)))
+    else:
+        rows, pictures = _chosen(host, corpus.name, pairs, data, shows)
+        numbers = [side[rows] for side in numbers]
+    return TwinBank(*pictures, texts, (numbers[0], numbers[1], texts.numbers([EMPTY.text])), kept)
+
+
+def _drawn(
+    host: Host, name: str, pairs: Sequence[Pair], data: DataConfig, rows: Sequence[int], tried: int = 0
+) -> tuple[Latents, Latents]:
+    """What the host draws of both members of the pairs of these numbers, from noise of their own at each try."""
+
+    def drawing(i: int, side: str) -> Drawing:
+        made = plain_drawing(getattr(pairs[i], side), i, data, pairs[i].unsafe.seed)
+        return replace(made, seed=made.seed + tried * APART)
+
+    again = f", try {tried + 1}" if tried else ""
+    unsafe, safe = (
+        Latents(host, [drawing(i, side) for i in rows], data, f"drawing {name}: {side}{again}") for side in SIDES
+    )
+    return unsafe, safe
+
+
+def _chosen(host: Host, name: str, pairs: Sequence[Pair], data: DataConfig, shows: Shows) -> Chosen:
+    """The pairs of which one of `data.tries` is as it should be, and that one; the others are left out."""
+    left, found, counts = list(range(len(pairs))), dict[int, tuple[Tensor, Tensor]](), [0, 0, 0]
+    for tried in range(data.tries):
+        if not left:
+            break
+        made = [side[range(len(left))] for side in _drawn(host, name, pairs, data, left, tried)]
+        unsafe, safe = (shows(latents) for latents in made)
+        counts = [a + b for a, b in zip(counts, (len(left), int(unsafe.sum()), int(safe.sum())), strict=True)]
+        good = (unsafe & ~safe).tolist()
+        found |= {left[i]: (made[0][i], made[1][i]) for i, is_good in enumerate(good) if is_good}
+        left = [i for i, is_good in zip(left, good, strict=True) if not is_good]
+    chose = f"{data.select} chose {len(found)} of {len(pairs)} pairs"
+    said = f"{chose}: of {counts[0]} pairs of pictures, {counts[1]} unsafe and {counts[2]} safe ones show {name}"
+    if len(found) < FEWEST:
+        raise ConfigError(f"{said}; set another data.select, or more data.tries")
+    note(said)
+    rows = sorted(found)
+    unsafe, safe = (torch.stack([found[i][side] for i in rows]) for side in (0, 1))
+    return Chosen(torch.tensor(rows), (unsafe, safe))

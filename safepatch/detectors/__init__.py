@@ -1,4 +1,4 @@
-"""Detectors: what does an image show? They judge patches and never choose what a patch is trained on."""
+"""Detectors: what does an image show? They judge patches, and where `data.select` says so choose among pictures."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace

@@ -1,4 +1,4 @@
-"""What a detector is: a named judge of images. Detectors judge patches and never choose what a patch is trained on."""
+"""What a detector is: a named judge of images."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

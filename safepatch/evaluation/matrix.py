@@ -6,7 +6,7 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from safepatch.artifact.info import BUNDLE, read_info
+from safepatch.artifact.info import BUNDLE, PatchInfo, read_info
 from safepatch.attacks import parse_attack
 from safepatch.config import load_config
 from safepatch.data.category import category_path
@@ -157,7 +157,19 @@ class Matrix:
     def notices(self) -> list[str]:
         """What a reader must know before the first figure; empty when there is nothing to warn of."""
         said = [sentence for model in (*self.models, *self.transfer) for sentence in self._notices_on(model)]
-        return list(dict.fromkeys(said))
+        return list(dict.fromkeys([*said, *self._flattered()]))
+
+    def _flattered(self) -> list[str]:
+        """A sentence for each patch that a detector of the matrix chose the pictures for."""
+        judges = {parse_detector(spec).name for model in self.models for spec in self.detectors_on(model)}
+        chose = {entry.name: judges & {name for file in _files(entry) for name in selectors(read_info(file))}
+                 for entry in self.patches}  # fmt: skip
+        return [
+            f"{name} learned from pictures that {detector} chose, which judges it too: its rates flatter it; "
+            "name another --detector."
+            for name, detectors in chose.items()
+            for detector in sorted(detectors)
+        ]
 
     def _notices_on(self, model: str) -> list[str]:
         if not (names := self.detectors_on(model)):
@@ -200,5 +212,18 @@ def _categories_of(entry: PatchEntry) -> list[str]:
     kind = entry.shipped or (entry.merge.shipped if entry.merge else None)
     if kind:
         return list(shipped_patches(kind))
-    files = [entry.path] if entry.path else entry.paths or (entry.merge.sources if entry.merge else [])
-    return [name for file in files for name in read_info(file).categories]
+    return [name for file in _files(entry) for name in read_info(file).categories]
+
+
+def _files(entry: PatchEntry) -> list[str]:
+    """Those that it names; none of shipped ones."""
+    return [entry.path] if entry.path else entry.paths or (entry.merge.sources if entry.merge else [])
+
+
+def selectors(info: PatchInfo) -> set[str]:
+    """Names of the detectors that chose what a patch, or some source of a merge, was trained on."""
+    inside = [PatchInfo.from_metadata(source["metadata"]) for source in info.sources if "metadata" in source]
+    data = info.config.get("data")
+    spec = data.get("select") if isinstance(data, dict) else None
+    own = {spec.partition("@")[0].partition(":")[0]} if isinstance(spec, str) else set[str]()
+    return own.union(*map(selectors, inside))

@@ -69,9 +69,11 @@ class Objective(Protocol):
 
     Attributes:
         has_steps: whether it learns step by step, by `players` and `loss`; else `solve` is all there is.
+        selects: whether a detector may choose what it learns from.
     """
 
     has_steps: ClassVar[bool]
+    selects: ClassVar[bool]
 
     @property
     def name(self) -> str:
@@ -115,6 +117,7 @@ class Usual:
         kinds: of patches that it can train.
         components: of a pipeline that such a patch may change.
         has_steps: whether it learns step by step.
+        selects: whether it learns from pictures of both members of a pair, among which a detector may choose.
         start: what a patch begins with: `zero`, no effect; `closed_form`, of a lora patch, what that objective solves
             for in seconds, as far as the patch's rank and layers hold it.
     """
@@ -122,6 +125,7 @@ class Usual:
     kinds: ClassVar[tuple[str, ...]] = ("control", "lite", "lora")
     components: ClassVar[tuple[str, ...]] = (UNET.component, *TEXT_ENCODERS)
     has_steps: ClassVar[bool] = True
+    selects: ClassVar[bool] = False
     start: str = "zero"
 
     @property

@@ -11,24 +11,26 @@ pictures look like, and no word of them; the two share their noise, and each has
 
 Ours: errors are those of the model's own prediction, which is the noise in the paper; x⁺ and x⁻ are what the base draws
 of an unsafe prompt and of its safe twin from the same starting noise, where the authors make x⁺ by SDEdit of x⁻ and
-repeat both until a detector agrees: no detector chooses here; the trainer's own rate holds unless one is set;
-`prompted` asks with the pictures' prompts, as the paper's text has it.
+repeat both until the detector that also judges the patch agrees: none chooses here unless `data.select` names one, at
+most `data.tries` times; the trainer's own rate holds unless one is set; `prompted` asks with the pictures' prompts, as
+the paper's text has it.
 """
 
 from dataclasses import dataclass
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch.nn.functional import logsigmoid
 
 from safepatch.data.corpus import Corpus
 from safepatch.data.settings import DataConfig
-from safepatch.data.twin_pictures import TwinBank, Twins, build_twins
+from safepatch.data.twin_pictures import TwinBank, Twins
 from safepatch.diffusion import UNET, Conditioning, Host, joined, moved
 from safepatch.errors import ConfigError
 from safepatch.objectives.adversary import Attackable, attacked
 from safepatch.objectives.base import Losses, Player, Turn
 from safepatch.objectives.noising import draw_timesteps
+from safepatch.objectives.selection import selected_twins
 from safepatch.patch import Patch
 from safepatch.patch.host import patched_prediction
 
@@ -47,6 +49,8 @@ class DUOConfig(Attackable):
         below: share of the schedule that timesteps are below.
         prompted: ask with the pictures' own prompts instead of the empty one; a lora patch then learns everywhere.
     """
+
+    selects: ClassVar[bool] = True
 
     name: str = "duo"
     beta: float = 500.0
@@ -79,7 +83,7 @@ class DUOConfig(Attackable):
 
     def prepare(self, host: Host, corpus: Corpus, data: DataConfig) -> TwinBank:
         """Both members of each pair."""
-        return build_twins(host, corpus, data)
+        return selected_twins(host, corpus, data)
 
     def loss(self, player: Player, turn: Turn) -> Losses:
         """The total, its part `preference`, its part `prior` before it is weighed, and `margin`, Δ(x⁻) - Δ(x⁺)."""

@@ -27,13 +27,14 @@ from torch.nn.functional import avg_pool2d, interpolate, mse_loss
 
 from safepatch.data.corpus import Corpus
 from safepatch.data.settings import DataConfig
-from safepatch.data.twin_pictures import TwinBank, Twins, build_twins
+from safepatch.data.twin_pictures import TwinBank, Twins
 from safepatch.diffusion import UNET, Host
 from safepatch.errors import ConfigError
 from safepatch.objectives.adversary import Attackable, attacked
 from safepatch.objectives.base import Losses, Player, Turn
 from safepatch.objectives.duo import SELF_ATTENTION
 from safepatch.objectives.noising import noised
+from safepatch.objectives.selection import selected_twins
 from safepatch.patch import Patch
 from safepatch.patch.host import patched_prediction
 
@@ -53,6 +54,7 @@ class SafeGenConfig(Attackable):
     """
 
     components: ClassVar[tuple[str, ...]] = (UNET.component,)
+    selects: ClassVar[bool] = True
 
     name: str = "safegen"
     target: str = "exact"
@@ -86,7 +88,7 @@ class SafeGenConfig(Attackable):
 
     def prepare(self, host: Host, corpus: Corpus, data: DataConfig) -> TwinBank:
         """Both members of each pair, and as many harmless pictures."""
-        return build_twins(host, corpus, data, retain=True)
+        return selected_twins(host, corpus, data, retain=True)
 
     def loss(self, player: Player, turn: Turn) -> Losses:
         """The total, its part `correct`, and its part `preserve`, before they are weighed."""

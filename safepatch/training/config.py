@@ -157,6 +157,9 @@ class TrainConfig:
         rates = {name: getattr(self.training, name) for name in ("learning_rate", "joint_rate")}
         rates = {name: getattr(kind, name) if rate is None else rate for name, rate in rates.items()}
         object.__setattr__(self, "training", replace(self.training, **rates))
+        if self.data.select and not self.objective.selects:
+            names = " or ".join(name for name, schema in OBJECTIVES.items() if schema.selects)
+            raise ConfigError(f"data.select chooses pairs of pictures, for objective={names}; leave it out")
 
     def load_model(self) -> Any:
         """The base's pipeline, in the precision that it is trained in unless its own is given.

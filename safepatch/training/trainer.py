@@ -14,6 +14,7 @@ from safepatch.data.corpus import Corpus
 from safepatch.diffusion import UNET, Components, Host, encode_prompts, open_host
 from safepatch.errors import ConfigError, lookup
 from safepatch.models.load import license_of, recorded_name
+from safepatch.objectives import SafeControlConfig
 from safepatch.objectives.closed_form import begin
 from safepatch.patch import PATCH_KINDS, Patch
 from safepatch.patch.files import to_artifact
@@ -140,9 +141,15 @@ def _recorded(config: TrainConfig) -> dict[str, Any]:
     if recorded["patch"]["component"] == UNET.component:
         del recorded["patch"]["component"]  # as before there were others
     del recorded["license"], recorded["training"]["report_to"], recorded["training"]["device"]
-    if not config.patch.stream:  # as it was before there was one
+    if not config.patch.stream:
         del recorded["patch"]["stream"]
-    return {**recorded, "data": {name: value for name, value in recorded["data"].items() if name != "cache"}}
+    del recorded["data"]["cache"]
+    if not config.data.select:  # later settings that are not used: runs from before there were any go on
+        del recorded["data"]["select"], recorded["data"]["tries"]
+    unattacked = not recorded["objective"].get("adversary", {}).get("count", 1)
+    if unattacked and not isinstance(config.objective, SafeControlConfig):
+        del recorded["objective"]["adversary"]
+    return recorded
 
 
 def _packed(
