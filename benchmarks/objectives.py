@@ -42,7 +42,9 @@ LINES: dict[str, list[str]] = {
     "duo": ["objective=duo", "training.learning_rate=3e-4"],
     "safegen": ["objective=safegen"],
     "safegen, published": ["objective=safegen", "objective.target=published"],
+    "duo, selected": ["objective=duo", "training.learning_rate=3e-4", "data.select=embedded-second"],
     "adv_unlearn": ["objective=adv_unlearn"],
+    "sfd": ["objective=sfd", "objective.denoising_steps=4"],
     "leco": ["objective=leco", "objective.denoising_steps=10"],
 }
 

@@ -24,7 +24,7 @@ from safepatch.diffusion.hosts import unet as unet_host
 from safepatch.errors import ConfigError, PromptError
 from safepatch.objectives import OBJECTIVES, Player, Rows, SafeControlConfig, Turn, noising
 from safepatch.objectives.adv_unlearn import AdvUnlearnConfig, prefixed
-from safepatch.objectives.adversary import AdversaryConfig, SoftPrompts, adversary
+from safepatch.objectives.adversary import ADVERSARY, AdversaryConfig, SoftPrompts, adversary
 from safepatch.objectives.all_but_one import AllButOneConfig
 from safepatch.objectives.closed_form import ClosedFormConfig, Edit, begin
 from safepatch.objectives.duo import DUOConfig
@@ -506,6 +506,36 @@ def test_an_adversary_that_cannot_be_is_refused(settings):
 # ---- the adversary, a player that any objective can have -------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", [name for name, schema in OBJECTIVES.items() if schema.has_steps])
+def test_every_objective_that_takes_steps_can_have_an_adversary(host, name):
+    """The backward pass that trains the patch reaches the soft prompts, and their steps make the loss larger."""
+    attacker = AdversaryConfig(count=2, tokens=3, share=1.0, rate=0.2)
+    objective, rows = replace(CASES[name], adversary=attacker), rows_of(name)
+    patch = objective.suited(new_patch(host.unet, kinds_of(name)[-1])).requires_grad_(True).train()
+    player = Player("patch", patch, torch.optim.SGD(patch.parameters()))
+    assert [
+        other.name for other in replace(objective, adversary=AdversaryConfig()).players(player, bank_of(objective))
+    ][1:] == ([SCORE] if name == "sfd" else [])  # control: nobody plays unasked
+    players = {other.name: other for other in objective.players(player, bank_of(objective))}
+    rider, seen = players[ADVERSARY], []
+    others = {other.name: other.module for other in players.values() if other is not player}
+    for _ in range(4):
+        turn = Turn(host, patch, torch.zeros(1, 3, 192), rows, torch.Generator().manual_seed(0), others)
+        loss = objective.loss(player, turn)["loss"]
+        seen.append(loss.item())
+        loss.backward()
+        assert rider.module.states.grad.any()
+        rider.optimizer.step()
+        rider.optimizer.zero_grad()
+    assert all(parameter.grad.any() for parameter in patch.joints())
+    assert seen[-1] > seen[0]
+
+
+def test_what_is_solved_in_one_go_has_no_adversary():
+    with pytest.raises(TypeError, match="adversary"):
+        ClosedFormConfig(adversary=AdversaryConfig(count=1))
+
+
 def soft_prompts(**settings: int) -> Player:
     return adversary(AdversaryConfig(**{"count": 3, "tokens": 2, **settings}), torch.zeros(1, 4, 192))
 
@@ -903,6 +933,112 @@ def test_a_prefix_stands_behind_the_beginning():
     assert torch.equal(made[:, 0], states[:, 0])
     assert torch.equal(made[:, 1:4], prefix)
     assert torch.equal(made[:, 4:], states[:, 1:])
+
+
+# ---- sfd: two players, and no pictures ---------------------------------------------------------------------------
+
+
+def sfd_turn(host: UNetHost, rows: Any, seed: int = 0) -> tuple[Turn, Player, Player]:
+    """A turn of a fresh patch, and both players."""
+    patch = trainable(host, "lora", seed=None, case="sfd")
+    player, score = CASES["sfd"].players(
+        Player("patch", patch, torch.optim.SGD(patch.parameters())), bank_of(CASES["sfd"])
+    )
+    score.module.requires_grad_(True).train()
+    generator = torch.Generator().manual_seed(seed)
+    return Turn(host, patch, torch.zeros(1, 3, 192), rows, generator, {SCORE: score.module}), player, score
+
+
+def test_the_generators_loss_is_the_published_one():
+    drawn, real, fake = torch.randn(3, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    apart, omega = real - fake, (drawn - real).abs().mean((1, 2, 3))
+    product = (apart * (fake - drawn)).mean((1, 2, 3)) / omega
+    torch.testing.assert_close(identity_loss(drawn, real, fake, 1.0), product)
+    more = (apart * (real - drawn) - 1.2 * apart.square()).mean((1, 2, 3)) / omega
+    torch.testing.assert_close(identity_loss(drawn, real, fake, 1.2), more)
+    assert not torch.allclose(more, product)  # control
+    assert not identity_loss(drawn, real, real, 1.0).any()
+
+
+def test_where_both_scores_agree_there_is_nothing_to_learn(host):
+    """A fresh fake score is the base's: of what must stay nothing is asked, nor of a prompt that is its own twin."""
+    rows = rows_of("sfd")
+    turn, player, _ = sfd_turn(host, rows)
+    parts = CASES["sfd"].loss(player, turn)
+    assert parts["remain"].abs() < 1e-5
+    assert parts["forget"].abs() > 1e-4  # control
+    turn, player, _ = sfd_turn(host, replace(rows, safe=rows.unsafe))
+    assert CASES["sfd"].loss(player, turn)["forget"].abs() < 1e-5
+
+
+@pytest.mark.parametrize("case", ["sfd", "sfd, one step"])
+def test_each_player_moves_itself_alone(host, case):
+    turn, player, score = sfd_turn(host, rows_of(case))
+    for mover, other in ((player, score), (score, player)):
+        CASES[case].loss(mover, turn)["loss"].backward()
+        assert all(parameter.grad is None for parameter in other.module.parameters())
+        assert any(parameter.grad is not None for parameter in mover.module.parameters())
+        mover.module.zero_grad(set_to_none=True)
+    assert all(parameter.requires_grad for parameter in score.module.parameters())  # though it was held still
+
+
+def test_the_fake_score_learns_what_the_generator_draws(host):
+    turn, _, score = sfd_turn(host, rows_of("sfd"))
+    optimizer, seen = torch.optim.AdamW(score.module.parameters(), lr=5e-3), []
+    for _ in range(10):
+        loss = CASES["sfd"].loss(score, replace(turn, generator=torch.Generator().manual_seed(0)))["loss"]
+        seen.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert seen[-1] < 0.98 * seen[0]
+
+
+def test_a_patch_needs_prompts_alone_and_one_step_what_the_base_draws(host, monkeypatch, tmp_path):
+    data, drawn = DataConfig(pairs=2, steps=1, cache=str(tmp_path)), []
+    inner = UNetHost.draw
+    monkeypatch.setattr(UNetHost, "draw", lambda *args, **options: drawn.append(1) or inner(*args, **options))
+    assert SFDConfig().prepare(host, KEPT, data).batch(0, 2, 0).noise is None
+    assert not drawn
+    rows = SFDConfig(one_step=True).prepare(host, KEPT, data).batch(0, 2, 0)
+    assert drawn  # control
+    for noise, asked, latents in (
+        (rows.noise, rows.safe, rows.latents),
+        (rows.retain_noise, rows.retain, rows.retain_latents),
+    ):
+        again = host.denoise(noise, asked, rows.empty, 1).latents
+        torch.testing.assert_close(again, latents, rtol=1e-3, atol=1e-4)
+    alone = SFDConfig(one_step=True, forget=0, remain=0)
+    fresh = Player("patch", trainable(host, "lora"), torch.optim.SGD([torch.zeros(1)]))
+    assert alone.players(fresh, None) == [fresh]  # nobody asks for scores
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"forget": -1.0}, "forget, remain and regression must be at least 0"),
+        ({"forget": 0.0, "remain": 0.0}, "nothing is learned: set objective.forget or remain"),
+        ({"denoising_steps": 0}, "denoising_steps and score_rank must be at least 1"),
+        ({"guidance": 0.5}, "guidance must be at least 1"),
+    ],
+)
+def test_sfd_refuses_what_it_cannot_mean(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        SFDConfig(**settings)
+
+
+def test_one_step_is_for_lora_patches_and_within_the_schedule(host):
+    for kind in ("control", "lite"):
+        with pytest.raises(ConfigError, match=f"one_step cannot train a {kind} patch; set patch.kind=lora"):
+            SFDConfig(one_step=True).suited(new_patch(host.unet, kind))
+    with pytest.raises(ConfigError, match="timestep must be below the model's 1000, not 1000"):
+        SFDConfig(one_step=True, timestep=1000).prepare(host, KEPT, DataConfig(pairs=2))
+    assert SFDConfig(one_step=True).recorded(host) == {"one_step": {"timestep": 999}}  # of a v-prediction
+    assert SFDConfig(one_step=True, timestep=500).recorded(host) == {"one_step": {"timestep": 500}}
+    assert SFDConfig().recorded(host) == {}
+    host = new_small_host()
+    host.components.scheduler.register_to_config(prediction_type="epsilon")
+    assert SFDConfig(one_step=True).recorded(host) == {"one_step": {"timestep": 625}}
 
 
 def test_pictures_of_pairs_are_drawn_of_both_members_from_the_same_noise(host):
