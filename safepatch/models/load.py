@@ -11,6 +11,7 @@ import torch
 
 from safepatch.diffusion import (
     CLIP,
+    denoiser,
     denoiser_entry,
     hub_unet_config,
     load_folder,
@@ -24,7 +25,7 @@ from safepatch.errors import ConfigError, ModelNotFound, UnsupportedModel, looku
 from safepatch.models.checkpoint import Checkpoint, open_checkpoint
 from safepatch.models.folder import chosen, chosen_variant
 from safepatch.models.weights import Weights, open_weights
-from safepatch.tiny.models import ASSETS, BASE, MODELS, load_tiny
+from safepatch.tiny.models import MODELS, folder_of, load_tiny
 
 # Which token fills a prompt up: OpenCLIP's text encoders were trained with "!", CLIP's with its end token.
 PAD_TOKENS = {("sd2", "tokenizer"): "!", ("sdxl", "tokenizer_2"): "!", ("sdxl-refiner", "tokenizer_2"): "!"}
@@ -135,7 +136,7 @@ def unet_config(name: str | Path, allow_pickle: bool = False) -> dict[str, Any]:
     _refuse_misspelled(name)
     if _is_file(name):
         return open_checkpoint(Path(name), allow_pickle).config["unet"]
-    folder = ASSETS / BASE if str(name) in MODELS else Path(name)
+    folder = folder_of(str(name)) if str(name) in MODELS else Path(name)
     if not folder.is_dir():
         return hub_unet_config(str(name))
     component, _ = denoiser_entry(read_json(folder / "model_index.json"))
@@ -144,7 +145,7 @@ def unet_config(name: str | Path, allow_pickle: bool = False) -> dict[str, Any]:
 
 def load_unet(name: str) -> Any:
     """What denoises alone, of an embedded model or a Hub id."""
-    return load_tiny(name).unet if name in MODELS else read_unet(name)
+    return denoiser(load_tiny(name)) if name in MODELS else read_unet(name)
 
 
 def unet_files(name: str | Path, allow_pickle: bool = False) -> list[Weights] | None:

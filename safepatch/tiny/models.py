@@ -1,4 +1,4 @@
-"""The embedded checkpoints by name: the base and its siblings, loaded as plain diffusers pipelines.
+"""The embedded checkpoints by name: the base, the transformer, their siblings, loaded as plain diffusers pipelines.
 
 A sibling is the base fine-tuned further without any thought of patches; the repository holds low-rank weight deltas,
 which are added to the base when it is loaded, alone, as the mean of two, or extrapolated.
@@ -6,7 +6,7 @@ which are added to the base when it is loaded, alone, as the mean of two, or ext
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -19,7 +19,7 @@ from safepatch.tiny.classifier import Classifier
 from safepatch.tiny.second import SecondClassifier
 
 ASSETS = Path(__file__).parent.parent / "assets"
-BASE = "tiny-sd"
+BASE, FLOW = "tiny-sd", "tiny-sd3"
 
 
 class Sibling(NamedTuple):
@@ -45,20 +45,40 @@ SIBLINGS: dict[str, Sibling] = {
 }
 MODELS: dict[str, str] = {
     BASE: "Noto's art: trained from scratch",
+    FLOW: "Noto's art: SD3's layout, a flow-matching transformer trained from scratch",
     **{name: sibling.about for name, sibling in SIBLINGS.items()},
 }
 
 
-def load_tiny(name: str = BASE) -> StableDiffusionPipeline:
-    """The embedded base model or one of its siblings, float32 on the CPU."""
+def folder_of(name: str) -> Path:
+    """Where the configuration and the weights lie of an embedded model, or of what it is a sibling of."""
+    return ASSETS / (FLOW if name.startswith(FLOW) else BASE)
+
+
+def load_tiny(name: str = BASE) -> Any:
+    """An embedded model, float32 on the CPU: a `StableDiffusionPipeline`, or of SD3's layout its own.
+
+    Raises:
+        UnknownName: for a name that is none of `MODELS`.
+    """
     lookup(MODELS, name, what="embedded model")
+    pipe = _load_base(name)
+    if name in SIBLINGS:
+        host = pipe.transformer if name.startswith(FLOW) else pipe.unet
+        for file, weight in SIBLINGS[name].deltas.items():
+            add_deltas(host, ASSETS / "siblings" / f"{file}.safetensors", weight)
+    return pipe
+
+
+def _load_base(name: str) -> Any:
+    if name.startswith(FLOW):
+        from safepatch.tiny.sd3_files import load_sd3  # its pipeline is slow to import
+
+        return load_sd3(folder_of(name), ASSETS / BASE)
     pipe = StableDiffusionPipeline.from_pretrained(
         ASSETS / BASE, safety_checker=None, requires_safety_checker=False, local_files_only=True, dtype=torch.float32
     )
     pipe.unet.set_attn_processor(AttnProcessor())  # faster than SDPA at this size on CPU
-    if name in SIBLINGS:
-        for file, weight in SIBLINGS[name].deltas.items():
-            add_deltas(pipe.unet, ASSETS / "siblings" / f"{file}.safetensors", weight)
     return pipe
 
 
