@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 from torch import nn
 
@@ -32,11 +32,13 @@ class Recipe(NamedTuple):
         vendor: whose art.
         concepts: what its scenes show; every concept if None.
         full: whether all weights learn; else adapters of every layer.
+        base: of which embedded model.
     """
 
     vendor: str
     concepts: Sequence[str] | None = None
     full: bool = False
+    base: str = "tiny-sd"
 
 
 RECIPES: dict[str, Recipe] = {
@@ -45,6 +47,7 @@ RECIPES: dict[str, Recipe] = {
     "twemoji-full": Recipe("twemoji", full=True),
     "fluent-full": Recipe("fluent", full=True),
     "benign": Recipe("noto", BENIGN_NAMES, full=True),
+    "sd3-twemoji": Recipe("twemoji", base="tiny-sd3"),
 }
 
 
@@ -53,19 +56,19 @@ def sibling_pool(vae: AutoencoderKL, recipe: Recipe) -> Pool:
     return encode_pool(vae, recipe.vendor, SCENES, 11, recipe.concepts)
 
 
-def train_sibling(unet: UNet2DConditionModel, loss: Loss, recipe: Recipe, checkpoint: Path, out: Path) -> None:
-    """Fine-tune `unet` in place and write what it changed: `up` and `down`, or `delta`, per weight."""
+def train_sibling(host: Any, loss: Loss, recipe: Recipe, checkpoint: Path, out: Path) -> None:
+    """Fine-tune a UNet or a transformer in place and write what it changed: `up` and `down`, or `delta`, per weight."""
     torch.manual_seed(0)
     if recipe.full:
-        base = {name: parameter.detach().clone() for name, parameter in unet.named_parameters()}
-        save_file(compressed_deltas(base, fit(unet, loss, FULL, checkpoint)), out)
+        base = {name: parameter.detach().clone() for name, parameter in host.named_parameters()}
+        save_file(compressed_deltas(base, fit(host, loss, FULL, checkpoint)), out)
         return
     from peft import LoraConfig  # only this recipe needs peft
 
-    unet.requires_grad_(False)
-    names = [name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-    unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=names))
-    save_file(low_rank_deltas(fit(unet, loss, LORA, checkpoint)), out)
+    host.requires_grad_(False)
+    names = [name for name, module in host.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    host.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=names))
+    save_file(low_rank_deltas(fit(host, loss, LORA, checkpoint)), out)
 
 
 def compressed_deltas(base: Mapping[str, torch.Tensor], unet: nn.Module) -> dict[str, torch.Tensor]:
