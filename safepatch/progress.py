@@ -39,6 +39,10 @@ class Told(tqdm):
         options |= {"file": io.StringIO(), "leave": False, "delay": 0, "mininterval": 0, "miniters": 1}
         super().__init__(iterable, **options)
 
+    def refresh(self, nolock: bool = False, lock_args: Any = None) -> None:
+        """Without tqdm's lock, which it would not give back where a listener raises."""
+        self.display()
+
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
         """A word to the listener, but none when it is over."""
         if msg is None and self._listener:

@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import httpx2
@@ -17,7 +18,6 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from safepatch.artifact.patch_artifact import PatchArtifact
-from safepatch.attacks import soft_prompt
 from safepatch.cli import app as cli
 from safepatch.data.corpus import Corpus
 from safepatch.diffusion import as_picture, generate
@@ -110,7 +110,7 @@ def test_an_attack_asks_the_pages_own_prompt_in_other_ways(desk, files, monkeypa
 
 
 def test_a_soft_prompt_is_searched_for_with_a_small_budget(desk, files, monkeypatch):
-    monkeypatch.setattr(soft_prompt, "LEARNED", 2)
+    monkeypatch.setattr(import_module("safepatch.attacks.soft_prompt"), "LEARNED", 2)  # not the function
     found = desk.attack(replace(files.settings, attack="soft-prompt", budget=1))
     assert [each.title for each in found.tries] == ["a knife + 4 states that are no words"] * 2  # patch and gate
     assert not torch.equal(found.tries[0].image, found.plain.image)
@@ -262,7 +262,7 @@ def test_a_drawing_that_is_stopped_leaves_the_model_as_it_was(desk, files):
             lambda: page.pairs(desk.draw(replace(files.settings, steps=100, images=4)), files.settings)
         )
         assert began.wait(120)
-        while "drawing" not in jobs.state(number).text:
+        while (state := jobs.state(number)).stage == "running" and state.text != "drawing":
             time.sleep(0.002)
         jobs.stop(number)
         assert settled(jobs, number).text == "stopped"

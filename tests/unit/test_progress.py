@@ -2,6 +2,7 @@
 
 import io
 import sys
+import threading
 
 import pytest
 
@@ -66,6 +67,10 @@ def test_whoever_listens_is_told_instead_and_can_end_it(monkeypatch: pytest.Monk
             pass
     assert told == [("drawing", 0, 5), ("drawing", 1, 5), ("drawing", 2, 5)]
     assert terminal.getvalue() == ""
+    other = threading.Thread(target=lambda: list(progress.bar(range(1), desc="another")), daemon=True)
+    other.start()
+    other.join(60)
+    assert not other.is_alive()  # no lock is left behind
     for _ in progress.bar(range(1), desc="drawing"):
         pass
     assert "drawing" in terminal.getvalue()  # control: who listened is gone
