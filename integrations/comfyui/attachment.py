@@ -126,7 +126,8 @@ class Attachment:
         if y is not None:
             conditions = {"text_embeds": y[rows][:, : self._pooled], "time_ids": y[rows][:, self._pooled :]}
         times = timesteps.expand(len(x)) if timesteps.ndim == 0 else timesteps[rows]
-        return Call(x, times, unrepeated(context), conditions, {}, slice(0, len(x)))
+        states = unrepeated(context)
+        return Call(x, times, states, conditions, {}, slice(0, len(x)), states)
 
     @contextmanager
     def _layers_updated(self, net: Any, begun: Begun, rows: Rows, batch: int) -> Iterator[None]:

@@ -32,6 +32,7 @@ from safepatch.objectives.adversary import Attackable, attacked
 from safepatch.objectives.base import Losses, Player, Turn
 from safepatch.objectives.esd import negatively_guided
 from safepatch.objectives.noising import noised
+from safepatch.patch import Patch
 from safepatch.patch.host import patched_prediction
 from safepatch.patch.text import embeddings, reads_words, room_for
 
@@ -114,7 +115,7 @@ class AdvUnlearnConfig(Attackable):
     def _worst(self, turn: Turn) -> Tensor:
         """The adversary's prefix of each row, (B, tokens, width): what brings the base's prediction back best."""
         batch, host = cast(Batch, turn.batch), turn.host
-        patch = getattr(turn.patch, "module", turn.patch)  # a distributed trainer's wrapper counts backward passes
+        patch = cast(Patch, getattr(turn.patch, "module", turn.patch))
         near, words = batch.unsafe.states.float().flatten(0, 1), reads_words(patch)
         if words:
             near = embeddings(host.components, patch.component)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +85,7 @@ class LoraPatch(Patch):
         self.hooks: LayerHooks | None = None  # while it learns
 
     @classmethod
-    def ungated(cls, unet: Any, sees: str, empty: bool, rank: int = 16, **layout: Any) -> "LoraPatch":
+    def ungated(cls, unet: Any, sees: str, empty: bool, rank: int = 16, **layout: Any) -> Self:
         """A fresh patch: `up` is zero; what it `sees` is the host's business, and there is nothing to leave `empty`."""
         if layout:
             raise ConfigError(f"a lora patch has no '{min(layout)}', only a rank and a gate")

@@ -6,7 +6,7 @@ gates, negative prompts and whoever else encodes go on reading the model's own s
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -122,7 +122,8 @@ def patched_conditioning(components: Components, patch: nn.Module, asked: Condit
     Raises:
         ConfigError: where no words stand behind the states.
     """
-    number, encoder = components.encoder(getattr(patch, "module", patch).component)
+    own = cast(TextPatch, getattr(patch, "module", patch))
+    number, encoder = components.encoder(own.component)
     if asked.tokens is None:
         raise ConfigError("a text-encoder patch reads words, and none stand behind these states; patch the unet")
     tokens, is_xl = asked.tokens[:, number].to(encoder.device), components.text_encoder_2 is not None

@@ -59,8 +59,9 @@ class OfEncoder:
             if not all(matches):
                 continue
             pairs = zip(own.split(length), matches, strict=True)
-            chunks = [self._patched(chunk, match, scales) for chunk, match in pairs if match]
-            if not all(chunk is not None for chunk in chunks):
+            patched = [self._patched(chunk, match, scales) for chunk, match in pairs if match]
+            chunks = [chunk for chunk in patched if chunk is not None]
+            if len(chunks) < len(patched):
                 continue
             made = states.clone()
             made[:, self.columns] = torch.cat(chunks)
