@@ -11,9 +11,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from safepatch.diffusion import Conditioning, joined, moved
+from safepatch.diffusion import UNET, Conditioning, joined, moved
 from safepatch.errors import ConfigError
 from safepatch.objectives.base import Player, Turn, Usual
+from safepatch.patch import Patch
 
 ADVERSARY = "adversary"  # the player's name
 SPREAD = 0.1  # of fresh soft prompts around the padding they start from
@@ -113,6 +114,15 @@ class Attackable(Usual):
     """
 
     adversary: AdversaryConfig = field(default_factory=AdversaryConfig)
+
+    def suited(self, patch: Patch) -> Patch:
+        """All of it; raises `ConfigError` also for a text encoder's, which would not read a soft prompt."""
+        if self.adversary.count and patch.component != UNET.component:
+            raise ConfigError(
+                f"the adversary's soft prompts are text states, which a patch of the {patch.component} makes itself; "
+                "set objective.adversary.count=0, or objective=adv-unlearn"
+            )
+        return super().suited(patch)
 
     def players(self, patch: Player, rows: Any) -> list[Player]:
         """The patch, and the adversary if there is one; its padding is that of the first of the rows' texts."""
