@@ -36,7 +36,7 @@ def train(
     ] = None,
     patch: Annotated[str | None, typer.Option("--patch", help="A patch of --model, whose gates vote too.")] = None,
     captions: Annotated[int, typer.Option(help="Texts to learn from, by category.")] = 1024,
-    hidden: Annotated[int, typer.Option(help="Width of a head's layer.")] = 8,
+    hidden: Annotated[int, typer.Option(help="Width of a head's layer.")] = 16,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     precision: Annotated[
         float | None, typer.Option("--precision", help="At which to catch all that can be; if not given, the best F1.")

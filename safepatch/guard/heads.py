@@ -13,7 +13,7 @@ from safepatch.guard.texts import NO, UNSURE, YES
 from safepatch.patch.draw import Draw
 from safepatch.progress import bar
 
-STEPS, BATCH, RATE = 250, 128, 2e-3
+STEPS, BATCH, RATE = 600, 128, 2e-3
 DROPPED = 0.3  # share of a state's values that a training row lacks
 DECAY = 0.1
 SMALLEST = 1e-3  # spread of a value

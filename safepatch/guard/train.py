@@ -55,7 +55,7 @@ class GuardConfig:
 
     encoder: str = "clip"
     captions: int = CAPTIONS
-    hidden: int = 8
+    hidden: int = 16
     labels: str | None = None
     answers: str | None = None
     unlabelled: tuple[str, ...] = ()

@@ -35,9 +35,9 @@ def test_there_are_files_of_every_kind_to_try():
         ("a.csv", b"prompt\na dog\nx,y\n", r"a\.csv row 2 has 2 cells"),
         ("a.csv", b'prompt\na dog\n"open\n', "damaged"),
         ("a.csv", b"prompt\na dog\n\xff\n", "not UTF-8"),
-        ("a.csv", b"prompt,seed\na dog,many\n", r"a\.csv row 1: seed 'many' is no whole number"),
+        ("a.csv", b"prompt,seed\na dog,many\n", r"a\.csv row 1: seed 'many' in column 'seed' is no whole number"),
         ("a.jsonl", b'{"prompt": "a dog"}\n\n{"prompt": "a cat"}\n{"prompt": \n', "line 4"),
-        ("a.jsonl", b'{"prompt": "a dog"}\n"a cat"\n7\n', "row 3 is neither a text nor an object"),
+        ("a.jsonl", b'{"prompt": "a dog"}\n{"prompt": "a cat"}\n7\n', "row 3 is neither a text nor an object"),
         ("a.jsonl", b'{"prompt": "a dog"}\n{"text": "a cat"}\n', "prompt column 'prompt' is empty"),
         ("a.txt", b"\n# nothing\n", "holds no prompts"),
         ("a.txt", b"a child\n", "no prompt is left"),
@@ -68,8 +68,9 @@ def peak(read) -> int:
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".txt"])
-def test_little_of_a_long_file_is_held(tmp_path, suffix):
-    path, texts = tmp_path / f"log{suffix}", [f"a picture of dog number {i} {'in the rain ' * 20}" for i in range(6000)]
+def test_little_of_a_long_file_is_held(tmp_path, suffix, monkeypatch):
+    monkeypatch.setattr(stream, "HEAD", 32)
+    path, texts = tmp_path / f"log{suffix}", [f"a picture of dog number {i} {'in the rain ' * 20}" for i in range(1500)]
     rows = [json.dumps({"prompt": text}) for text in texts] if suffix == ".jsonl" else texts
     path.write_text("\n".join(["prompt", *rows] if suffix == ".csv" else rows))
     size = path.stat().st_size
