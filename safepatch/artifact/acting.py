@@ -24,6 +24,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 TEXT_GATE = ("bias", "detect", "detect_bias", "weigh")
 GATE = (*TEXT_GATE, "decide", "hidden", "look", "time")
+PICTURE_KEY = ("bias", "decide", "hidden", "hidden_bias", "look", "time")
 CHUNK = 1 << 18  # values whose magnitudes stay in a core's cache
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by itemsize
 
@@ -138,6 +139,8 @@ def _require_thresholds(info: PatchInfo) -> None:
             raise ArtifactError(
                 f"the gate for {category} opens above {gate['threshold']:g}, which is never; fit it again"
             )
+        if gate.get("keys", "text") != "text" and gate.get("picture", {"threshold": 0})["threshold"] >= 1:
+            raise ArtifactError(f"the picture key for {category} never opens; fit it again")
 
 
 def _require_described(part: "PatchArtifact", kind: Kind) -> None:
@@ -169,4 +172,18 @@ def _gate_layout(part: "PatchArtifact", kind: Kind, shapes: Shapes, stated: Mapp
     gates, width = (*shapes[f"{prefix}detect"], 0, 0)[:2]
     if not gates == len(categories) == (stated.get("gates") or stated.get("groups", 1)):
         raise ArtifactError(f"'{part.info.title}' has {gates} gates for {len(categories)} categories; fit them again")
-    return {"gate": width, **({"gates": gates} if "gates" in stated else {})}
+    return {"gate": width, **({"gates": gates} if "gates" in stated else {}), **_picture_layout(part, held, shapes)}
+
+
+def _picture_layout(part: "PatchArtifact", held: set[str], shapes: Shapes) -> dict[str, int]:
+    """What the shapes say of the keys that look at pictures: all parameters are there, or none, and none needed."""
+    keys = {name.removeprefix("picture.") for name in held if name.startswith("picture.")}
+    records, title = part.info.config.get("gate", {}), part.info.title
+    looking = [category for category in part.info.categories if records[category].get("keys", "text") != "text"]
+    missing = sorted({*PICTURE_KEY} - keys) if keys or looking else []
+    if missing:
+        raise ArtifactError(f"'{title}' lacks '{missing[0]}' of its picture key; fit it again (safepatch gate)")
+    for category in looking:
+        if "picture" not in records[category]:
+            raise ArtifactError(f"'{title}' does not say when the picture key for {category} opens; fit it again")
+    return {"picture": (*shapes[f"{part.info.kind}.gate.picture.look"], 0, 0)[1]} if keys else {}

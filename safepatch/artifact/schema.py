@@ -6,7 +6,7 @@ can be written, finite numbers, no depths that exhaust a stack.
 
 import math
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ Check = Callable[[Any, str], None]  # of a value, and of where it stands
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 MAX_DEPTH = 40
 MAX_WINDOWS = 9  # one more than the words that a gate may read at a time
+KEYS = ("text", "picture", "either", "both")  # that open a gate
 MAX_COUNT = 1 << 31  # that a layout or a shape may name
 
 
@@ -121,6 +122,16 @@ def record(needed: Mapping[str, Check], known: Mapping[str, Check] | None = None
     return check
 
 
+def one_of(names: Sequence[str]) -> Check:
+    """One of these texts."""
+
+    def check(value: Any, where: str) -> None:
+        if value not in names:
+            raise refused(value, where, f"one of {', '.join(names)}")
+
+    return check
+
+
 def maybe(of: Check) -> Check:
     """That, or null."""
     return lambda value, where: None if value is None else of(value, where)
@@ -161,7 +172,12 @@ _RECIPE = maybe(
 )
 _GATE = record(
     {"threshold": probability},
-    {"windows": partial(whole, below=MAX_WINDOWS), "certified_recall": probability},
+    {
+        "windows": partial(whole, below=MAX_WINDOWS),
+        "certified_recall": probability,
+        "keys": one_of(KEYS),
+        "picture": record({"threshold": probability}),
+    },
 )
 
 

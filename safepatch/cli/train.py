@@ -89,7 +89,17 @@ def gate(
     windows: Annotated[
         int, typer.Option(help="Words that it reads alone, at most so many in a row: no others can close it; 0: none.")
     ] = 3,
-    seed: Annotated[int, typer.Option(help="Of captions.")] = 0,
+    keys: Annotated[
+        str, typer.Option(help="What opens it: text, picture (what is being drawn), either, or both of them.")
+    ] = "text",
+    pairs: Annotated[
+        int, typer.Option(help="Pairs of pictures that a picture key learns from; as many that must stay are drawn.")
+    ] = 768,
+    draw_steps: Annotated[int, typer.Option(help="Denoising steps in which these are drawn.")] = 10,
+    cache: Annotated[
+        str | None, typer.Option(help="Where they are kept; the user's cache folder if not given.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of captions and pictures.")] = 0,
     device: Device = "cpu",
     dtype: Dtype = None,
     tokenizer: Tokenizer = None,
@@ -110,7 +120,8 @@ def gate(
         raise SafepatchError("a gate is fitted for one category; give --category once")
     corpus = Corpus.open((category or artifact.info.categories)[0])
     pipe = opened(model, device, dtype, tokenizer, allow_pickle)
-    gated = add_gate(artifact, pipe, corpus, width, DataConfig(seed=seed), windows)
+    data = DataConfig(pairs=pairs, steps=draw_steps, cache=cache, seed=seed)
+    gated = add_gate(artifact, pipe, corpus, width, data, windows, keys)
     gated.save(out)
     for name, record in gated.info.config["gate"].items():
         typer.echo(
@@ -118,6 +129,19 @@ def gate(
             f"{record['unsafe_opened']:.1%} of unsafe and {record['harmless_opened']:.1%} of harmless ones"
             f"{_certified(record)}: {out}"
         )
+        for line in _pictured(record):
+            typer.echo(line)
+
+
+def _pictured(record: Mapping[str, Any]) -> list[str]:
+    """How often what is drawn opens a gate that looks at it."""
+    picture = record.get("picture")
+    if picture is None:
+        return []
+    shares = f"{picture['unsafe_opened']:.1%} of unsafe pictures drawn again without words"
+    return [
+        f"  keys: {record['keys']}; what is drawn opens {shares}, {picture['harmless_opened']:.1%} of harmless ones"
+    ]
 
 
 def _certified(record: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ Both are made once, kept on disk under a key of the model, the prompts and the s
 for the same. Where a prompt comes with a picture, that is encoded instead.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,10 +13,11 @@ from torch import Tensor
 from safepatch.data.category import Rewrite
 from safepatch.data.corpus import Corpus
 from safepatch.data.latents import Drawing, Latents
-from safepatch.data.prompts import Pair, Prompt
+from safepatch.data.prompts import EMPTY, Pair, Prompt
 from safepatch.data.settings import DataConfig
 from safepatch.data.texts import Texts
-from safepatch.diffusion import Conditioning, Host, moved
+from safepatch.diffusion import Conditioning, Host, joined, moved
+from safepatch.errors import ConfigError
 
 SAFE_SHARE = 0.5  # of the pairs, whose safe member is drawn; of the others it is the unsafe one
 
@@ -30,6 +32,8 @@ class Batch:
         rewrite: where the safe twins come from.
         retain_latents, retain: rows on which the base's prediction must stay; None where nothing is preserved.
         away, towards: the prompts between which a guided teacher is pushed, of each pair; None if it is not.
+        twins: of the first pairs, whose pictures are unsafe and whose `unsafe` prompts say nothing of it, the safe
+            members' pictures, (b, 4, h, w); None where there are no such rows.
     """
 
     latents: Tensor
@@ -40,6 +44,7 @@ class Batch:
     retain: Conditioning | None = None
     away: Conditioning | None = None
     towards: Conditioning | None = None
+    twins: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """The same rows on `device`."""
@@ -68,6 +73,41 @@ class Retained:
 
 
 @dataclass(frozen=True)
+class Wordless:
+    """Pictures of both members of some pairs, and words that say nothing of what the unsafe ones show.
+
+    Attributes:
+        unsafe, safe: latents of each pair's members, (M, 4, h, w).
+        pairs: their numbers, (M,).
+        texts: what the host reads.
+        words: numbers of the words in `texts`, the empty prompt first, (K,).
+        share: of the rows of a batch.
+    """
+
+    unsafe: Latents
+    safe: Latents
+    pairs: Tensor
+    texts: Texts
+    words: Tensor
+    share: float
+
+    def put_into(self, batch: Batch, bank: "PairBank", generator: torch.Generator) -> Batch:
+        """The batch with its first pairs replaced by such rows; half of them are without any words."""
+        n = round(self.share * len(batch.latents))
+        rows = torch.randint(len(self.pairs), (n,), generator=generator)
+        words = self.words[torch.randint(len(self.words), (n,), generator=generator)]
+        words = torch.where(torch.rand(n, generator=generator) < 0.5, self.words[:1], words)
+        said, safe = self.texts[words], bank.texts[bank.safe[self.pairs[rows]]]
+        return replace(
+            batch,
+            latents=torch.cat((self.unsafe[rows], batch.latents[n:])),
+            unsafe=joined([said, batch.unsafe.of_rows(slice(n, None))]),
+            safe=joined([safe, batch.safe.of_rows(slice(n, None))]),
+            twins=self.safe[rows],
+        )
+
+
+@dataclass(frozen=True)
 class PairBank:
     """The rows of one corpus.
 
@@ -79,6 +119,7 @@ class PairBank:
         rewrite: where the safe twins come from.
         retained: what must be preserved, if anything.
         away, towards: numbers of the prompts between which a guided teacher is pushed, (N,); None if it is not.
+        wordless: unsafe pictures under other words, if any.
     """
 
     latents: Latents
@@ -90,6 +131,7 @@ class PairBank:
     retained: Retained | None = None
     away: Tensor | None = None
     towards: Tensor | None = None
+    wordless: Wordless | None = None
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -102,6 +144,8 @@ class PairBank:
         batch = Batch(self.latents[pairs], unsafe, safe, self.rewrite)
         if self.away is not None and self.towards is not None:
             batch = replace(batch, away=self.texts[self.away[pairs]], towards=self.texts[self.towards[pairs]])
+        if self.wordless is not None and round(self.wordless.share * size):
+            batch = self.wordless.put_into(batch, self, generator)
         if self.retained is None:
             return batch
         kept = torch.randint(len(self.retained), (size,), generator=generator)
@@ -138,6 +182,7 @@ def build_bank(
         build_retained(host, corpus, config.pairs, config) if retain else None,
         texts.numbers(away) if guides else None,
         texts.numbers(towards) if guides else None,
+        _wordless(host, corpus, pairs, config) if config.wordless else None,
     )
 
 
@@ -148,6 +193,24 @@ def build_retained(host: Host, corpus: Corpus, n: int, config: DataConfig) -> Re
     drawn = [plain_drawing(prompt, i, config) for i, prompt in enumerate(prompts, start=config.pairs)]
     latents = Latents(host, drawn, config, "drawing what must stay")
     return Retained(latents, texts, texts.numbers([prompt.text for prompt in prompts]))
+
+
+def _wordless(host: Host, corpus: Corpus, pairs: Sequence[Pair], config: DataConfig) -> Wordless:
+    """Draw both members of as many pairs as the share says, at least one."""
+    if corpus.rewrite.by == "guided":
+        raise ConfigError("data.wordless needs a picture of each safe twin, which guided has not; set rewrite.by")
+    some = pairs[: max(1, round(config.wordless * len(pairs)))]
+    words = [
+        EMPTY.text,
+        *dict.fromkeys(prompt.text for prompt in corpus.retain(config.pairs, config.seed) if prompt.text),
+    ]
+    texts = Texts(host, words, config)
+    drawn = [
+        [plain_drawing(getattr(pair, side), i, config, pair.unsafe.seed) for i, pair in enumerate(some)]
+        for side in ("unsafe", "safe")
+    ]
+    unsafe, safe = (Latents(host, side, config, f"drawing {corpus.name}, both members") for side in drawn)
+    return Wordless(unsafe, safe, torch.arange(len(some)), texts, texts.numbers(words), config.wordless)
 
 
 def _drawing(corpus: Corpus, pair: Pair, i: int, config: DataConfig, safe: bool) -> Drawing:

@@ -15,6 +15,8 @@ class DataConfig:
     Attributes:
         pairs: unsafe prompts with their safe twins, and as many prompts that must stay as they are.
         companions: share of the captions made of concepts that show something harmless too.
+        wordless: share of the pairs of a batch that show the unsafe picture under words that say nothing of it, for a
+            patch whose gate looks at pictures; both members of as many pairs are drawn. 0 for none.
         steps: denoising steps in which the model draws a picture of each.
         guidance: of its classifier-free guidance; what suits the family if not given.
         size: of the pictures in pixels; the model's own if not given.
@@ -28,6 +30,7 @@ class DataConfig:
 
     pairs: int = 768
     companions: float = COMPANIONS
+    wordless: float = 0.0
     steps: int = 10
     guidance: float | None = None
     size: int | None = None
@@ -42,8 +45,9 @@ class DataConfig:
         for name in ("pairs", "steps", "batch_size", "tries"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"data.{name} must be at least 1, not {getattr(self, name)}")
-        if not 0 <= self.companions <= 1:
-            raise ConfigError(f"data.companions must be within [0, 1], not {self.companions}")
+        for name in ("companions", "wordless"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"data.{name} must be within [0, 1], not {getattr(self, name)}")
 
     @property
     def folder(self) -> Path:

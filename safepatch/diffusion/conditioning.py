@@ -34,6 +34,10 @@ class Conditioning(NamedTuple):
         """The same on `device`, in `dtype` if one is given."""
         return self._each(lambda part: moved(part, device, dtype if part.is_floating_point() else None))
 
+    def of_rows(self, rows: slice) -> "Conditioning":
+        """Some prompts' alone."""
+        return self._each(lambda part: part[rows])
+
     def expand(self, n: int) -> "Conditioning":
         """One prompt's for n rows, or n prompts' as they are."""
         return self._each(lambda part: part.expand(n, *part.shape[1:]))

@@ -16,6 +16,7 @@ from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.diffusion import Components, Window, batched, encode
 from safepatch.errors import lookup
 from safepatch.patch.gate import READINGS, TextGate
+from safepatch.patch.picture import TEXT
 from safepatch.runtime.apply import activate
 from safepatch.runtime.heard import MOST, Memo, WindowGates
 
@@ -30,6 +31,12 @@ MANY = "more words than are read"
 PROMPTS, WINDOWS = 1 << 14, 1 << 17  # that are remembered
 BATCH = 64  # prompts encoded at a time
 _ORDER = (UNTOUCHED, DEPENDS, ACTED)
+_BY_KEYS: Mapping[str, Mapping[str, str]] = {  # what the text alone settles; the rest depends on the picture
+    TEXT: {verdict: verdict for verdict in _ORDER},
+    "picture": {},
+    "either": {ACTED: ACTED},
+    "both": {UNTOUCHED: UNTOUCHED},
+}
 
 
 class Verdict(NamedTuple):
@@ -104,6 +111,7 @@ class Auditor:
         self._thresholds = torch.cat([cast(Tensor, part.thresholds) for part in self._gated])
         self._is_blind = torch.cat([gate.is_blind.cpu() for gate in self._gates])
         self._least_seen = torch.cat([gate.least_seen.cpu() for gate in self._gates])
+        self._keys = [key for part in self._gated for key in part.keys or (TEXT,) * len(part.windows)]
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str]) -> list[Finding]:
@@ -148,7 +156,8 @@ class Auditor:
             shut = UNTOUCHED if self._is_blind[column] else DEPENDS
             words = self._opening(bag, judged, column) if opens[column] else ""
             numbers = float(probabilities[column]), float(self._thresholds[column])
-            verdict = Verdict(ACTED if opens[column] else shut, *numbers, words)
+            by_text = ACTED if opens[column] else shut
+            verdict = Verdict(_BY_KEYS[self._keys[column]].get(by_text, DEPENDS), *numbers, words)
             found[name] = max(found.get(name, verdict), verdict, key=_rank)
         return {name: found[name] for name in self.categories}
 

@@ -125,7 +125,7 @@ class Desk:
 
     def opened(self, answer: Answer) -> list[str]:
         """The categories whose gate opened for an image."""
-        return list(answer.drawn.opened(self.worker.handle.thresholds))
+        return list(answer.drawn.opened(self.worker.handle.thresholds, self.worker.handle.looks))
 
     def _count(self, answer: Answer) -> None:
         self._metrics.images.labels(acted=str(bool(answer.drawn.acted)).lower()).inc()

@@ -14,6 +14,7 @@ from safepatch.hosting.receipt import pixels_hash
 from safepatch.hosting.receipt_schema import VERSION
 from safepatch.hosting.recording import Drawn
 from safepatch.runtime.handle import Handle
+from safepatch.runtime.parts import Look
 
 LIBRARIES = {"safepatch": "safepatch-diffusion", **{name: name for name in ("torch", "diffusers", "transformers")}}
 
@@ -73,6 +74,7 @@ def patch_record(handle: Handle | None, content_hash: str) -> dict[str, Any] | N
         "reads": handle.reads,
         "speed": handle.speed,
         "window": [start, end],
+        **({"looks": {name: list(look) for name, look in handle.looks.items()}} if handle.looks else {}),
     }
 
 
@@ -115,9 +117,18 @@ def receipt_of(
             "timesteps": drawn.timesteps,
             "gates": {name: [_rounded(p) for p in said] for name, said in drawn.gates.items()},
             "acted_on": drawn.acted,
+            **(_pictured(drawn, patch) if patch and "looks" in patch else {}),
         },
         "identical_to_base": is_known and not drawn.acted,
     }
+
+
+def _pictured(drawn: Drawn, patch: Mapping[str, Any]) -> dict[str, Any]:
+    """What gates that look at pictures saw, and which keys opened each gate that opened."""
+    looks = {name: Look(*look) for name, look in patch["looks"].items()}
+    said = {name: [_rounded(p) for p in each] for name, each in drawn.pictures.items()}
+    turned = drawn.turned(patch["thresholds"], looks)
+    return {"pictures": said, "opened_by": {name: list(keys) for name, keys in turned.items()}}
 
 
 def _prompt(text: str, with_text: bool) -> dict[str, str]:

@@ -53,8 +53,10 @@ class Verified:
         same = "; identical to the base's image" if told["identical_to_base"] else ""
         patch = told["patch"]["hash"] if told["patch"] else "none"
         guard = [f"guard: {told['guard']['hash']}, action {told['guard']['action']}"] if told["guard"] else []
+        turned = sorted((told["denoising"].get("opened_by") or {}).items())
+        opened = [f"opened for {name} by: {', '.join(keys)}" for name, keys in turned]
         signed = [f"C2PA manifest: {self.credentials}"] if self.credentials else []
-        return [f"patch: {patch}", *guard, f"drawn with seed {told['seed']}: {did}{same}", *signed]
+        return [f"patch: {patch}", *guard, f"drawn with seed {told['seed']}: {did}{same}", *opened, *signed]
 
 
 def pixels_hash(picture: Image.Image) -> str:

@@ -34,7 +34,14 @@ def is_whole(signed: Any) -> bool:
     receipt = signed["receipt"]
     if not _fits(receipt, SCHEMA) or receipt["version"] != VERSION:
         return False
+    turned = receipt["denoising"].get("opened_by", {})  # of gates that look at pictures
+    if not isinstance(turned, dict) or not all(map(_are_names, turned.values())):
+        return False
     return all(receipt.get(name) is None or _fits(receipt[name], shape) for name, shape in OPTIONAL.items())
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and _fits(value, [str] * len(value))
 
 
 def _fits(value: Any, shape: Any) -> bool:

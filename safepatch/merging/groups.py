@@ -14,6 +14,8 @@ from safepatch.artifact.info import PatchInfo
 from safepatch.errors import MergeError
 from safepatch.merging.sources import Source
 
+PICTURE = "picture"  # width of the keys that look at pictures, in a layout
+FREE = {"rank": 0, "groups": 0, PICTURE: 0}  # in which lite patches that stand side by side may differ
 JOINT = "up"  # last part of the names of the parameters that end a branch: a weight enters there, once
 
 
@@ -32,12 +34,19 @@ def merged_layout(sources: Sequence[Source]) -> dict[str, Any]:
     for source, layout in zip(sources, layouts, strict=True):
         if layout["groups"] != len(source.info.categories):
             raise MergeError(f"{source.name} has mixed its categories in one group; merge by bundle instead of cat")
-        if {**layout, "rank": 0, "groups": 0} != {**layouts[0], "rank": 0, "groups": 0}:
+        if {**layout, **FREE} != {**layouts[0], **FREE}:
             raise MergeError(
                 f"{sources[0].name} and {source.name} differ in depth or gate; merge by bundle instead of cat"
             )
     groups = _categories(sources, "merge by bundle instead of cat")
-    return {**layouts[0], "rank": max(layout["rank"] for layout in layouts), "groups": groups}
+    joint = {**layouts[0], "rank": max(layout["rank"] for layout in layouts), "groups": groups}
+    return {name: size for name, size in joint.items() if name != PICTURE} | picture_layout(sources)
+
+
+def picture_layout(sources: Sequence[Source]) -> dict[str, int]:
+    """What a layout says of the widest key that looks at pictures; of a source without one, zeros stand beside it."""
+    width = max(source.info.config.get("layout", {}).get(PICTURE, 0) for source in sources)
+    return {PICTURE: width} if width else {}
 
 
 def has_gate(source: Source) -> bool:
@@ -63,7 +72,7 @@ def gates_layout(sources: Sequence[Source]) -> dict[str, int]:
         if source.info.config["layout"].get("groups", 1) > 1:
             raise MergeError(f"{source.name} keeps its categories apart; merge by cat or bundle")
     gates = _categories(sources, "merge by bundle, which keeps both gates")
-    return {"gate": next(iter(widths)), **({"gates": gates} if gates > 1 else {})}
+    return {"gate": next(iter(widths)), **({"gates": gates} if gates > 1 else {}), **picture_layout(sources)}
 
 
 def gate_records(sources: Sequence[Source]) -> dict[str, Any]:

@@ -13,11 +13,12 @@ from torch import Tensor
 from safepatch.artifact.acting import is_finite
 from safepatch.artifact.patch_artifact import Factors, cast, factorize, is_gate
 from safepatch.errors import MergeError
-from safepatch.merging.groups import gate_records, gates_layout, is_grouped, joined_shape, side_by_side
+from safepatch.merging.groups import PICTURE, gate_records, gates_layout, is_grouped, joined_shape, side_by_side
 from safepatch.merging.job import Job, Piece
 from safepatch.merging.methods import METHODS, SUM_WEIGHTS, Options
 from safepatch.merging.sources import Source, agreed
 
+OF_GATES = ("gate", "gates", PICTURE)  # of a layout
 PIECE = 1 << 19  # values of a dense tensor that the elementwise methods merge at once
 BLOCK = 1 << 17  # of these, what stays in a core's cache while sources are added; smaller ones cost more in calls
 
@@ -41,8 +42,8 @@ class SumJob(Job):
     def config(self) -> dict[str, Any]:
         """The gates, if there are any, and a layout that tells of them."""
         gates, layouts = gates_layout(self.sources), [source.info.config.get("layout", {}) for source in self.sources]
-        layout = {key: value for key, value in agreed(layouts).items() if key not in ("gate", "gates")}
-        apart = [key for each in layouts for key in each if key not in ("gate", "gates", *layout)]
+        layout = {key: value for key, value in agreed(layouts).items() if key not in OF_GATES}
+        apart = [key for each in layouts for key in each if key not in (*OF_GATES, *layout)]
         if apart and any(is_grouped(source.info) for source in self.sources):
             raise MergeError(f"{self.sources[0].name} and others differ in {apart[0]}; merge by bundle")
         return {"layout": layout | gates, "gate": gate_records(self.sources)} if gates else {}

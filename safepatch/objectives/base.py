@@ -118,6 +118,7 @@ class Usual:
         components: of a pipeline that such a patch may change.
         has_steps: whether it learns step by step.
         selects: whether it learns from pictures of both members of a pair, among which a detector may choose.
+        takes_wordless: whether rows of `data.wordless` mean something to it.
         start: what a patch begins with: `zero`, no effect; `closed_form`, of a lora patch, what that objective solves
             for in seconds, as far as the patch's rank and layers hold it.
     """
@@ -126,6 +127,7 @@ class Usual:
     components: ClassVar[tuple[str, ...]] = (UNET.component, *TEXT_ENCODERS)
     has_steps: ClassVar[bool] = True
     selects: ClassVar[bool] = False
+    takes_wordless: ClassVar[bool] = False
     start: str = "zero"
 
     @property

@@ -6,7 +6,7 @@ those here are ours, found on the embedded model (DESIGN.md).
 """
 
 from dataclasses import dataclass
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -43,6 +43,7 @@ class SafeControlConfig(Attackable):
             is drawn.
     """
 
+    takes_wordless: ClassVar[bool] = True
     name: str = "safe_control"
     supervision: str = "distilled"
     preservation: float = 4.0
@@ -81,9 +82,12 @@ class SafeControlConfig(Attackable):
         if self.supervision == "paired":
             truth = turn.host.target(latents[:n], noise[:n], timesteps[:n])
             target = torch.cat((truth, target[n:]))
+        if batch.twins is not None:  # the picture itself must change: under its safe words the base would keep it
+            k = len(batch.twins)
+            target = torch.cat((turn.host.from_x0(noisy[:k], timesteps[:k], batch.twins), target[k:]))
         asked = attacked(turn, batch.unsafe, *retain)
         predicted = patched_prediction(turn.host, turn.patch, noisy, timesteps, asked, turn.instruction)
-        correct = mse_loss(predicted[:n], target[:n])
+        correct = _weighted(turn.host, batch, timesteps[:n], predicted[:n], target[:n])
         if not retain:
             return {"loss": correct, "correct": correct}
         preserve = mse_loss(predicted[n:], target[n:])
@@ -100,3 +104,18 @@ class SafeControlConfig(Attackable):
         if self.negative_guidance:
             target[:n] += self.negative_guidance * (target[:n] - host.predict(*pairs, batch.unsafe))
         return target
+
+
+def _weighted(host: Host, batch: Batch, timesteps: Tensor, predicted: Tensor, target: Tensor) -> Tensor:
+    """The mean squared error; of rows that end at another picture, that of the clean picture where little is noise.
+
+    There a prediction of noise is as far off as the picture is from its noise: the weight is the smaller of 1 and
+    1 / SNR (Hang et al. 2023, arXiv 2303.09556, with gamma = 1).
+    """
+    if batch.twins is None:
+        return mse_loss(predicted, target)
+    weights, k = torch.ones(len(target), 1, 1, 1, device=target.device), len(batch.twins)
+    nothing, one = torch.zeros_like(weights[:k]), weights[:k]
+    signal, sigma = (host.add_noise(*parts, timesteps[:k]) for parts in ((one, nothing), (nothing, one)))
+    weights[:k] = ((sigma / signal) ** 2).clamp(max=1)
+    return (weights * (predicted - target) ** 2).mean()

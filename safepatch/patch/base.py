@@ -12,6 +12,9 @@ from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.diffusion import UNET, host_kind, text_width
 from safepatch.errors import BaseMismatch, ConfigError
 from safepatch.patch.gate import Gate, TextGate
+from safepatch.patch.picture import PictureKey
+
+GATE_LAYOUT = ("gate", "gates", "picture")  # what of a layout is its gate's
 
 
 class Residuals(NamedTuple):
@@ -100,19 +103,26 @@ class Patch(nn.Module, ABC):
         """How many corrections, each with a scale of its own, the patch computes side by side."""
         return self.layout.get("groups", 1)
 
-    def add_gate(self, unet: Any, width: int, gates: int = 0) -> None:
+    def add_gate(self, unet: Any, width: int, gates: int = 0, picture: int = 0) -> None:
         """Give the patch a fresh gate of `width` channels, which opens for everything at a threshold of 0.5.
 
         Args:
             unet: the host.
             width: of the gate.
             gates: how many stand side by side, by default one for each group; a single group acts where any opens.
+            picture: channels of a key that looks at what is drawn; 0 for none.
 
         Raises:
-            ConfigError: for a width below 1.
+            ConfigError: for a width below 1, or a key that looks at what a transformer draws.
         """
+        if picture:
+            require_unet(unet, "a gate that looks at pictures")
         self.gate = self.new_gate(unet, width, gates or self.groups)
-        self.layout = {**self.layout, "gate": width, **({"gates": gates} if gates else {})}
+        sizes = {"gate": width, **({"gates": gates} if gates else {}), **({"picture": picture} if picture else {})}
+        self.layout = {name: size for name, size in self.layout.items() if name not in GATE_LAYOUT} | sizes
+        if picture:
+            channels, norm_groups = unet.mid_block.resnets[-1].out_channels, unet.config["norm_num_groups"]
+            self.gate.picture = PictureKey(channels, norm_groups, picture, gates or self.groups)
 
     @abstractmethod
     def new_gate(self, unet: Any, width: int, gates: int) -> TextGate:
@@ -125,6 +135,7 @@ class Patch(nn.Module, ABC):
         sees: str = "instruction+prompt",
         gate: int = 0,
         gates: int = 0,
+        picture: int = 0,
         empty: bool = False,
         **layout: Any,
     ) -> Self:
@@ -134,13 +145,13 @@ class Patch(nn.Module, ABC):
             unet: the host.
             sees: what the patch reads of the text; a lora patch sees what its host does.
             gate: width of a fresh gate; 0 for none.
-            gates: how many stand side by side, see `add_gate`; a merged patch's layout says so.
+            gates, picture: how many stand side by side, and whether they look, see `add_gate`; as its layout says.
             empty: leave parameters that copy the host's on the meta device, for `load` to fill.
             layout: the kind's own settings.
         """
         patch = cls.ungated(unet, sees, empty, **layout)
         if gate:
-            patch.add_gate(unet, gate, gates)
+            patch.add_gate(unet, gate, gates, picture)
         return patch
 
     @classmethod
@@ -292,7 +303,7 @@ def _rebased(anchor: Tensor, delta: Tensor | None, dtype: torch.dtype) -> Tensor
 
 
 def require_unet(host: Any, what: str) -> None:
-    """Raise `ConfigError` if the host of `what` is a transformer, which is known to control patches only."""
+    """Raise `ConfigError` if the host of `what` is a transformer."""
     if host_kind(host) is not UNET:
         raise ConfigError(f"not supported yet: {what} for a {type(host).__name__}; it works with UNets only")
 

@@ -15,6 +15,7 @@ from torch.nn.functional import group_norm, relu, silu, softplus
 
 from safepatch.errors import ConfigError
 from safepatch.patch.draw import TIME_WIDTH, Draw, sinusoids
+from safepatch.patch.picture import PictureKey
 
 MODES = ("off", "soft", "hard")
 READINGS = ("windows", "prompt")
@@ -38,6 +39,7 @@ class TextGate(nn.Module):
 
     def __init__(self, text_width: int, width: int, groups: int, draw: Draw | None = None) -> None:
         super().__init__()
+        self.picture: PictureKey | None = None  # its second key, which is turned from step to step
         if width < 1:
             raise ConfigError(f"a gate needs a width of at least 1, not {width}")
         draw = draw or Draw(seed=1)

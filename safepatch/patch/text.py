@@ -28,13 +28,15 @@ class TextPatch(LoraPatch):
     component = "text_encoder"
 
     @classmethod
-    def of(cls, components: Components, component: str, gate: int = 0, gates: int = 0, **layout: Any) -> "TextPatch":
+    def of(
+        cls, components: Components, component: str, gate: int = 0, gates: int = 0, picture: int = 0, **layout: Any
+    ) -> "TextPatch":
         """A fresh patch for one of the text encoders of a pipeline, which are only read.
 
         Args:
             components: of the pipeline.
             component: `text_encoder` or `text_encoder_2`.
-            gate, gates, layout: as in `from_unet`.
+            gate, gates, picture, layout: as in `from_unet`.
 
         Raises:
             BaseMismatch: for a pipeline without that encoder.
@@ -43,8 +45,14 @@ class TextPatch(LoraPatch):
         patch = cls.ungated(components.encoder(component)[1], "prompt", False, **layout)
         patch.component = component
         if gate:
-            patch.add_gate(components.unet, gate, gates)
+            patch.add_gate(components.unet, gate, gates, picture)
         return patch
+
+    def add_gate(self, unet: Any, width: int, gates: int = 0, picture: int = 0) -> None:
+        """As of any patch, but for a key that looks at what is drawn; raises `ConfigError` for that."""
+        if picture:
+            raise ConfigError("not supported yet: a patch of a text encoder whose gate looks at pictures; keys=text")
+        super().add_gate(unet, width, gates)
 
     @staticmethod
     def layers_of(host: Any) -> dict[str, tuple[int, int]]:

@@ -13,6 +13,7 @@ from safepatch.errors import ConfigError
 from safepatch.hub import located, source_of
 from safepatch.patch import Patch
 from safepatch.patch.files import from_artifact
+from safepatch.patch.picture import TEXT
 from safepatch.runtime.handle import Handle, refuse_compiled, refuse_fused_projections
 from safepatch.runtime.one_step import require_scheduler, step_of
 from safepatch.runtime.parts import ActivePart, Scale
@@ -144,7 +145,12 @@ def ready(part: Part, module: Patch, states: Tensor, gate_threshold: float | Non
     stored = [record["threshold"] for record in records]
     thresholds = torch.tensor([value if gate_threshold is None else gate_threshold for value in stored])
     windows = tuple(record.get("windows", 0) for record in records)
-    return ActivePart(module, states, part.weight, info.categories, thresholds, windows)
+    active = ActivePart(module, states, part.weight, info.categories, thresholds, windows)
+    keys = tuple(record.get("keys", TEXT) for record in records)
+    if module.gate.picture is None or set(keys) == {TEXT}:
+        return active
+    odds = torch.tensor([record.get("picture", {}).get("threshold", 1.0) for record in records], dtype=torch.float64)
+    return active._replace(keys=keys, evidence=odds.logit().float())
 
 
 def instruction_states(components: Components, instructions: list[str]) -> Tensor:

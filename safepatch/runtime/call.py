@@ -3,6 +3,7 @@
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -87,6 +88,10 @@ class Begun:
         acted: on which of the rows to correct something acts, (rows,) bool on the CPU; None for none.
         handed: residuals that were passed as an argument, if any.
         judged: by category what its gates said of the rows to correct, (rows,) probabilities on the CPU.
+        pictured: likewise of those that look at pictures, what was seen of the steps before.
+        seen: what the keys to pictures have seen of this denoising, by the part's identity; added to in this call.
+        is_followed: whether a pipeline's call tells where the denoising begins and ends.
+        has_looked: whether the keys to pictures were shown this call.
     """
 
     given: Call | None = None
@@ -97,6 +102,10 @@ class Begun:
     acted: Tensor | None = None
     handed: Handed | None = None
     judged: dict[str, Tensor] = field(default_factory=dict)
+    pictured: dict[str, Tensor] = field(default_factory=dict)
+    seen: dict[int, Any] = field(default_factory=dict)
+    is_followed: bool = False
+    has_looked: bool = False
 
     def note(self, scales: Tensor) -> None:
         """Corrections of these strengths, (groups,) or (rows, groups) on the CPU, are added."""
@@ -106,8 +115,11 @@ class Begun:
 
     def hear(self, categories: Sequence[str], probabilities: Tensor) -> None:
         """Gates of these categories said this of the rows to correct, (rows, gates); of one's several the highest."""
-        for name, each in zip(categories, probabilities.unbind(1), strict=False):
-            self.judged[name] = torch.maximum(self.judged.get(name, each), each)
+        _keep_highest(self.judged, categories, probabilities)
+
+    def see(self, categories: Sequence[str], probabilities: Tensor) -> None:
+        """Likewise those that look at pictures."""
+        _keep_highest(self.pictured, categories, probabilities)
 
 
 class Step(NamedTuple):
@@ -117,25 +129,28 @@ class Step(NamedTuple):
         timestep: of the call.
         acted: which rows something was added to, (B,) bool.
         judged: by category what its gate said, (B,) probabilities; NaN of rows that it was not asked about.
+        pictured: likewise where its gate looks at the picture, what that said.
     """
 
     timestep: float
     acted: Tensor
     judged: Mapping[str, Tensor]
+    pictured: Mapping[str, Tensor] = MappingProxyType({})
 
     @classmethod
     def of(cls, begun: Begun) -> "Step":
         """Of a call that has ended."""
         given = begun.given
         assert given is not None, "it has begun"
-        acted, judged = torch.zeros(len(given.sample), dtype=torch.bool), {}
+        acted = torch.zeros(len(given.sample), dtype=torch.bool)
         rows = begun.call.rows if begun.call else slice(0, 0)
         if begun.acted is not None:
             acted[rows] = begun.acted
-        for name, probabilities in begun.judged.items():
-            judged[name] = torch.full((len(acted),), torch.nan)
-            judged[name][rows] = probabilities
-        return cls(given.timestep, acted, judged)
+        judged, pictured = (
+            {name: _of_all_rows(said, rows, len(acted)) for name, said in each.items()}
+            for each in (begun.judged, begun.pictured)
+        )
+        return cls(given.timestep, acted, judged, pictured)
 
 
 def unpatched(tensor: Tensor) -> Tensor:
@@ -163,6 +178,18 @@ class Seen(NamedTuple):
     def is_still(self, tensor: Tensor) -> bool:
         """Whether `tensor` is the one, with the same values."""
         return self.tensor() is tensor and self.version == _version(tensor)
+
+
+def _keep_highest(kept: dict[str, Tensor], categories: Sequence[str], probabilities: Tensor) -> None:
+    for name, each in zip(categories, probabilities.unbind(1), strict=False):
+        kept[name] = torch.maximum(kept.get(name, each), each)
+
+
+def _of_all_rows(said: Tensor, rows: slice, n: int) -> Tensor:
+    """(n,), NaN of rows that nothing was said of."""
+    whole = torch.full((n,), torch.nan)
+    whole[rows] = said
+    return whole
 
 
 def _version(tensor: Tensor) -> int:

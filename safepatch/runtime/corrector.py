@@ -16,6 +16,7 @@ from safepatch.patch.hooks import Calls
 from safepatch.runtime.call import Begun, Call, Seen
 from safepatch.runtime.parts import ActivePart
 from safepatch.runtime.residuals import padded
+from safepatch.runtime.sight import seen_so_far
 from safepatch.runtime.words import Words
 
 SPEEDS = {"full": 1, "fast": 2}  # denoising steps for which a control patch's residuals are used
@@ -33,6 +34,7 @@ class Stats:
         acted_rows: rows that it changed.
         gated_rows: rows that a gate has judged, counted per step and category.
         open_rows: those of them for which it opened.
+        picture_rows: those that the picture spoke against and the words did not, of a gate that looks at pictures.
         wordless_rows: rows whose words are unknown to a gate that reads words, because somebody else's encoder, or
             none, made their text states; it judged them by those alone. Counted once a denoising.
     """
@@ -43,6 +45,7 @@ class Stats:
     acted_rows: int = 0
     gated_rows: int = 0
     open_rows: int = 0
+    picture_rows: int = 0
     wordless_rows: int = 0
 
     def count(self, **more: int) -> None:
@@ -255,12 +258,18 @@ class Corrector:
 
         A patch that was merged into one group acts where the gate of any of its sources opens.
         """
-        is_open = probabilities >= cast(Tensor, part.thresholds)
-        self.stats.count(gated_rows=is_open.numel(), open_rows=int(is_open.sum()))
+        is_open, openings = probabilities >= cast(Tensor, part.thresholds), probabilities
         begun.hear(part.categories, probabilities)
         if self.on_gate:
             self.on_gate(cast(Call, begun.call).row_timesteps, probabilities)
-        openings = probabilities if begun.settings.gate == "soft" else is_open.float()
+        if part.looks:
+            evidence = seen_so_far(part, begun)
+            shown, by_picture = evidence.sigmoid(), evidence >= cast(Tensor, part.evidence)
+            begun.see(part.categories, shown)
+            self.stats.count(picture_rows=int((by_picture & ~is_open).sum()))
+            is_open, openings = part.turned(is_open, by_picture), part.turned(openings, shown)
+        self.stats.count(gated_rows=is_open.numel(), open_rows=int(is_open.sum()))
+        openings = openings if begun.settings.gate == "soft" else is_open.float()
         return openings if part.patch.groups > 1 else openings.amax(1, keepdim=True)
 
 

@@ -1,6 +1,6 @@
 """What each thread's denoising is like, as far as a patch must know: whose it is, its steps, its prompts' rows."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from safepatch.diffusion import Drawing, HostKind, drawing, is_negative_prompt, negative_rows, steps_ahead
@@ -19,6 +19,7 @@ class Denoising:
         will_miss: whether by what the pipeline says none will be; until that was said.
         states: text states of the last call.
         negative: how many of its first rows carried the negative prompt.
+        seen: what keys to pictures have seen of it, by the part's identity.
     """
 
     by: Drawing | None = None
@@ -27,6 +28,7 @@ class Denoising:
     will_miss: bool = False
     states: Seen | None = None
     negative: int = 0
+    seen: dict[int, Any] = field(default_factory=dict)
 
     @property
     def is_missed(self) -> bool:

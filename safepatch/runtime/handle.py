@@ -33,6 +33,7 @@ from safepatch.patch.gate import READINGS
 from safepatch.patch.hooks import Calls, Hooks
 from safepatch.patch.host import HostHooks
 from safepatch.patch.lora import LayerHooks, LoraPatch
+from safepatch.patch.picture import TEXT
 from safepatch.patch.text import TextPatch
 from safepatch.runtime.call import Begun, Call, Settings, Step
 from safepatch.runtime.corrector import SPEEDS, Corrector, Stats
@@ -40,8 +41,9 @@ from safepatch.runtime.denoising import Denoising, Denoisings
 from safepatch.runtime.drain import Drain
 from safepatch.runtime.exchange import WORDLESS, Exchange
 from safepatch.runtime.one_step import require_step
-from safepatch.runtime.parts import ActivePart, Scale, check_scale, check_window, gate_mode
+from safepatch.runtime.parts import ActivePart, Look, Scale, check_scale, check_window, gate_mode
 from safepatch.runtime.residuals import with_residuals
+from safepatch.runtime.sight import Sight
 from safepatch.runtime.words import Words
 
 
@@ -97,6 +99,7 @@ class Handle:
         ]
         computes = bool(self._corrector.parts) and self._kind is UNET
         self._host = HostHooks(self._unet, self._answer) if computes else None
+        self._sight = Sight(self._unet, parts, self._under_way)
         self._hooks = Hooks()
         self._hooks.after(self._unet, self._end_call, always_call=True)
         self._hooks.before(self._unet, self._prepare, with_kwargs=True)
@@ -146,7 +149,8 @@ class Handle:
     @property
     def _all_hooks(self) -> list[Hooks]:
         """Those that begin a call go first and come last."""
-        return [self._hooks, *(inner.hooks for inner in self._inner), *self._listening]
+        looking = [self._sight.hooks] if self._sight.hooks else []
+        return [self._hooks, *(inner.hooks for inner in self._inner), *looking, *self._listening]
 
     @property
     def _listening(self) -> list[Hooks]:
@@ -184,6 +188,17 @@ class Handle:
             name: float(value)
             for part in gated
             for name, value in zip(part.categories, part.thresholds, strict=False)  # pyright: ignore[reportArgumentType]
+        }
+
+    @property
+    def looks(self) -> dict[str, Look]:
+        """How the gates of those categories open that look at pictures."""
+        return {
+            name: Look(keys, float(odds.double().sigmoid()))
+            for part in self._parts
+            if part.evidence is not None
+            for name, keys, odds in zip(part.categories, part.keys, part.evidence, strict=True)
+            if keys != TEXT
         }
 
     @property
@@ -297,6 +312,7 @@ class Handle:
             inner.begin()
         begun.settings = Settings(self.scale, self.gate, self.speed, self.reads)
         begun.given = Call.of(self._kind, args, kwargs)
+        begun.seen, begun.is_followed = denoising.seen, denoising.by is not None
         begun.call = self._to_correct(begun.given, denoising, begun.settings)
         return begun
 
@@ -327,6 +343,9 @@ class Handle:
     def _is_on(self, scale: Scale) -> bool:
         return any(part.scales(scale).any() for part in self._parts)
 
+    def _under_way(self) -> Begun:
+        return self._calls.now
+
     def _answer(self, features: Features) -> Residuals | None:
         """Once the encoder has run: the corrections of the parts that read its features."""
         begun = self._calls.now
@@ -346,7 +365,7 @@ class Handle:
         begun = self._calls.end()
         if begun is None:
             return self._unprepared() if output is not None else None
-        missed = [what for inner in self._inner for what in inner.end()]
+        missed = [what for inner in self._inner for what in inner.end()] + self._sight.missed(begun)
         if begun.handed is not None and not begun.handed.is_taken:
             missed.append(f"'{self._kind.residuals}' was not taken up")
         if output is None:

@@ -10,8 +10,21 @@ from torch import Tensor
 from safepatch.errors import ConfigError, lookup
 from safepatch.patch import Patch
 from safepatch.patch.gate import MODES
+from safepatch.patch.picture import TEXT
 
 Scale = float | Mapping[str, float]
+
+
+class Look(NamedTuple):
+    """How a gate that looks at pictures opens.
+
+    Attributes:
+        keys: what opens it, of `KEYS`.
+        threshold: probability above which its picture key turns.
+    """
+
+    keys: str
+    threshold: float
 
 
 class ActivePart(NamedTuple):
@@ -24,6 +37,8 @@ class ActivePart(NamedTuple):
         categories: what it is for, in the order of its instructions; empty if unknown.
         thresholds: probabilities above which each gate opens, (gates,); None without a gate.
         windows: words of the widest window that each gate reads alone; 0 for one that reads whole prompts only.
+        keys: what opens each gate, of `KEYS`; the text alone where nothing is said.
+        evidence: log odds above which each gate's picture key opens, (gates,); None where no picture counts.
     """
 
     patch: Patch
@@ -32,11 +47,27 @@ class ActivePart(NamedTuple):
     categories: tuple[str, ...] = ()
     thresholds: Tensor | None = None
     windows: tuple[int, ...] = ()
+    keys: tuple[str, ...] = ()
+    evidence: Tensor | None = None
 
     @property
     def reads_windows(self) -> bool:
         """Whether some gate of it reads windows."""
         return any(self.windows)
+
+    @property
+    def looks(self) -> bool:
+        """Whether some gate of it looks at the picture."""
+        return any(key != TEXT for key in self.keys)
+
+    def turned(self, text: Tensor, picture: Tensor) -> Tensor:
+        """How far both keys together open each gate: of each key (B, gates), in [0, 1] or bool; the same of the gates.
+
+        `either` takes the wider, `both` the narrower.
+        """
+        ways = {"text": text, "picture": picture}
+        ways |= {"either": torch.maximum(text, picture), "both": torch.minimum(text, picture)}
+        return torch.stack([ways[key][:, gate] for gate, key in enumerate(self.keys)], dim=1)
 
     def scales(self, scale: Scale) -> Tensor:
         """Scale times weight for each group of the part's patch, (groups,)."""

@@ -15,6 +15,7 @@ from safepatch.objectives import OBJECTIVES, SafeControlConfig
 from safepatch.patch import PATCH_KINDS
 from safepatch.patch.gate import WIDEST, WINDOWS
 from safepatch.patch.lora import STREAMS
+from safepatch.patch.picture import KEYS, TEXT
 
 SHORT = {"model": "path", "objective": "name"}  # `model=x` is `model.path=x`
 PRECISIONS = ("no", "bf16", "fp16")
@@ -38,6 +39,7 @@ class PatchConfig:
         gate: channels of a gate that keeps the patch off what it is not for; 0 trains none.
         windows: words of the widest window that the gate reads alone, so that no words around it can close it; 0 for
             whole prompts only.
+        keys: what opens the gate: `text`, `picture` (what is being drawn), `either` of them, or `both`.
     """
 
     kind: str = "lora"
@@ -48,6 +50,7 @@ class PatchConfig:
     stream: str | None = None
     gate: int = 32
     windows: int = WINDOWS
+    keys: str = TEXT
 
     def __post_init__(self) -> None:
         """Refuse what would fail only when training is over."""
@@ -61,6 +64,8 @@ class PatchConfig:
             lookup(STREAMS, self.stream, what="stream of a transformer")
         if not 0 <= self.windows <= WIDEST:
             raise ConfigError(f"patch.windows must be from 0 to {WIDEST} words, not {self.windows}")
+        if lookup(dict.fromkeys(KEYS, self.keys), self.keys, what="set of keys") != TEXT and not self.gate:
+            raise ConfigError(f"patch.keys={self.keys} needs a gate to open; set patch.gate, or keys=text")
 
     @property
     def layout(self) -> dict[str, Any]:
@@ -154,6 +159,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         """Fill in what depends on the rest."""
         kind = lookup(PATCH_KINDS, self.patch.kind, what="patch kind")
+        if self.data.wordless and not getattr(self.objective, "takes_wordless", False):
+            raise ConfigError(f"data.wordless means nothing to objective={self.objective.name}; use safe_control, or 0")
         rates = {name: getattr(self.training, name) for name in ("learning_rate", "joint_rate")}
         rates = {name: getattr(kind, name) if rate is None else rate for name, rate in rates.items()}
         object.__setattr__(self, "training", replace(self.training, **rates))

@@ -7,7 +7,7 @@ a row as well, so that no words around them can close it. The threshold is set o
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from random import Random
 from typing import Any, NamedTuple, cast
@@ -16,17 +16,20 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from safepatch.artifact.patch_artifact import PatchArtifact
+from safepatch.artifact.patch_artifact import PatchArtifact, is_gate
 from safepatch.artifact.patch_artifact import cast as converted
 from safepatch.data.bank import DataConfig, Texts
 from safepatch.data.corpus import Corpus, common_words
 from safepatch.data.prompts import Pair, Prompt
 from safepatch.diffusion import UNET, Components, Host, batched, open_host
-from safepatch.errors import ConfigError
+from safepatch.errors import ConfigError, lookup
 from safepatch.patch.bags import Bags
+from safepatch.patch.base import GATE_LAYOUT
 from safepatch.patch.files import from_artifact, to_artifact
 from safepatch.patch.gate import WIDEST, WINDOWS, Gate, TextGate
+from safepatch.patch.picture import KEYS, TEXT
 from safepatch.progress import bar
+from safepatch.training.pictures import fit_picture_key
 
 CAPTIONS, UNSEEN = 12_288, 4000  # to learn from, and to set the threshold by, less those that were learned from
 BYTES = 1 << 30  # that what a gate learns from may take: of larger models it sees fewer captions
@@ -37,6 +40,7 @@ FEW = 20  # unseen unsafe captions; with fewer, those that were learned from set
 # single odd word must not close the gate ("trombone", which a tokenizer splits off "bone"): of thousands of captions,
 # one in a thousand may open it.
 MARGIN, ODD = 0.1, 0.001
+PICTURE_WIDTH = 64  # channels of a key that looks at what is drawn
 BELOW_ONE = 1 - 2**-24  # the largest float32 below 1: at 1, to which a sure gate's logits round, files are refused
 
 
@@ -111,6 +115,18 @@ def fit_gate(gate: TextGate, host: Host, corpus: Corpus, data: DataConfig, windo
     return record | ({"windows": windows} if windows else {})
 
 
+def fit_keys(
+    gate: TextGate, host: Host, corpus: Corpus, data: DataConfig, windows: int, keys: str = TEXT
+) -> dict[str, Any]:
+    """`fit_gate`, and `fit_picture_key` where what is drawn counts too."""
+    picture, gate.picture = gate.picture, None
+    record = fit_gate(gate, host, corpus, data, windows)
+    if picture is None:
+        return record
+    gate.picture = picture
+    return with_picture(record, keys, fit_picture_key(picture, host, corpus, data))
+
+
 def captions(corpus: Corpus, n: int, seed: int) -> tuple[list[str], list[str]]:
     """About `n` captions: a quarter for the category; their safe twins, what must stay, and common things."""
     part = max(1, n // 4)
@@ -169,6 +185,18 @@ def _record(scores: Scores) -> dict[str, Any]:
     }
 
 
+def with_picture(record: Mapping[str, Any], keys: str, picture: Mapping[str, Any]) -> dict[str, Any]:
+    """The record of a gate with a second key; only where either opens it is what words alone open certified.
+
+    Args:
+        record: of the key that reads text.
+        keys: of `KEYS`.
+        picture: the record of the other key.
+    """
+    dropped = () if keys == "either" else ("certified_recall",)
+    return {name: value for name, value in record.items() if name not in dropped} | {"keys": keys, "picture": picture}
+
+
 def add_gate(
     artifact: PatchArtifact,
     pipe: Any,
@@ -176,6 +204,7 @@ def add_gate(
     width: int = 32,
     data: DataConfig | None = None,
     windows: int = WINDOWS,
+    keys: str = TEXT,
 ) -> PatchArtifact:
     """The same patch with a gate fitted on `pipe`, the model it was trained on; an older gate is replaced.
 
@@ -186,9 +215,12 @@ def add_gate(
         width: channels of the gate.
         data: where what the model reads is kept, and the seed; nothing else of it counts.
         windows: words of the widest window that it reads alone; 0 for whole prompts only, which words can close.
+        keys: what opens it: `text`, what is asked for; `picture`, what is being drawn; `either` of them, or `both`.
+            For others than `text`, pictures are drawn, `data.pairs` pairs of them and as many that must stay.
 
     Raises:
         ConfigError: for a merged patch, another category's corpus, a width below 1 or windows that are too wide.
+        UnknownName: for keys that there are not.
         BaseMismatch: when the patch is for another architecture.
     """
     if artifact.info.is_bundle or len(artifact.info.categories) != 1:
@@ -199,15 +231,17 @@ def add_gate(
         raise ConfigError("this patch draws every picture in one step, so no gate may keep it off; leave it without")
     if not 0 <= windows <= WIDEST:
         raise ConfigError(f"windows must be of 0 to {WIDEST} words, not {windows}")
-    host = open_host(Components.of(pipe))
+    lookup(dict.fromkeys(KEYS), keys, what="set of keys")
+    host, data = open_host(Components.of(pipe)), data or DataConfig()
     patch = from_artifact(artifact, host.components)
-    patch.add_gate(host.unet, width)
-    gates = {corpus.name: fit_gate(cast(TextGate, patch.gate), host, corpus, data or DataConfig(), windows)}
+    patch.add_gate(host.unet, width, picture=0 if keys == TEXT else PICTURE_WIDTH)
+    gates = {corpus.name: fit_keys(cast(TextGate, patch.gate), host, corpus, data, windows, keys)}
     made = to_artifact(patch, host.components, artifact.info.instructions)
     info = replace(artifact.info, config={**artifact.info.config, "layout": patch.layout, "gate": gates})
     names = [name for name in made.tensors if name.startswith(f"{patch.kind}.gate.")]
     gate = {name: converted(name, made.tensors[name], artifact.dtype) for name in names}
-    return PatchArtifact({**artifact.tensors, **gate}, info)
+    kept = {name: tensor for name, tensor in artifact.tensors.items() if not is_gate(name)}
+    return PatchArtifact({**kept, **gate}, info)
 
 
 def without_gate(artifact: PatchArtifact) -> PatchArtifact:
@@ -220,7 +254,7 @@ def without_gate(artifact: PatchArtifact) -> PatchArtifact:
         raise ConfigError(f"'{artifact.info.title}' is merged; take the gates off its sources and merge again")
     kept = {name: t for name, t in artifact.tensors.items() if not name.startswith(f"{artifact.info.kind}.gate.")}
     config = {key: value for key, value in artifact.info.config.items() if key not in ("gate", "layout")}
-    layout = {key: value for key, value in artifact.info.config.get("layout", {}).items() if key != "gate"}
+    layout = {key: value for key, value in artifact.info.config.get("layout", {}).items() if key not in GATE_LAYOUT}
     return PatchArtifact(kept, replace(artifact.info, config={**config, **({"layout": layout} if layout else {})}))
 
 

@@ -20,11 +20,12 @@ from safepatch.patch import PATCH_KINDS, Patch
 from safepatch.patch.files import to_artifact
 from safepatch.patch.gate import TextGate
 from safepatch.patch.lora import STREAMS
+from safepatch.patch.picture import TEXT
 from safepatch.patch.text import TextPatch
 from safepatch.progress import note
 from safepatch.training.config import PatchConfig, TrainConfig, TrainingConfig
 from safepatch.training.folder import RunFolder
-from safepatch.training.gates import fit_gate
+from safepatch.training.gates import PICTURE_WIDTH, fit_keys
 from safepatch.training.interrupts import Interrupted
 from safepatch.training.loop import Run
 from safepatch.training.trackers import begin_tracking, require_trackers
@@ -90,10 +91,10 @@ def _train(pipe: Any, host: Host, patch: Patch, config: TrainConfig, corpus: Cor
         trained, steps = run.solved(patch, out), 0
     gates = {}
     if config.patch.gate:
-        trained.add_gate(host.unet, config.patch.gate)
+        trained.add_gate(host.unet, config.patch.gate, picture=0 if config.patch.keys == TEXT else PICTURE_WIDTH)
         trained.to(host.device)
         gate = cast(TextGate, trained.gate)
-        gates = {corpus.name: fit_gate(gate, host, corpus, config.data, config.patch.windows)}
+        gates = {corpus.name: fit_keys(gate, host, corpus, config.data, config.patch.windows, config.patch.keys)}
     path = out.path / f"{corpus.name}.safetensors"
     if accelerator.is_main_process:
         _packed(trained, host, corpus, config, run.record(steps), gates).save(path)

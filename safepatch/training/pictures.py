@@ -1,0 +1,248 @@
+"""Fit a gate's second key, which looks at what is drawn: is it a picture that the patch is for, whatever the words say?
+
+What it learns from says that words mean nothing: unsafe pictures and harmless ones stand under the same captions. The
+pictures are the model's own, or a corpus' files, noised to any timestep. The host is frozen, and only as much of it is
+run as is looked at. The threshold is set on denoisings that nobody learned from.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from safepatch.data.bank import DataConfig, Texts, build_retained
+from safepatch.data.corpus import Corpus
+from safepatch.data.prompts import EMPTY
+from safepatch.data.twin_pictures import build_twins
+from safepatch.diffusion import Host, batched, joined
+from safepatch.patch.picture import PictureKey, added_up
+from safepatch.progress import bar
+
+LOOKS = 6  # times that each picture is looked at, each time with other noise and other words
+STEPS, BATCH = 1500, 128
+CLEANER = 1.3  # exponent of the uniform draw of timesteps: above 1, pictures with little noise are seen more often
+SHARES = (0.35, 0.25, 0.25)  # of rows without words, with any harmless caption, with their own; the rest's are unsafe
+VALIDATION_SEED, VALIDATION_PAIRS = 7919, 128  # as a text key's; pairs of pictures that set the threshold
+STRENGTHS = (1.0, 0.5)  # shares of a denoising that those are drawn again for
+VALIDATION_STEPS = 20
+OPENED = 0.003  # of harmless denoisings, that may open it
+BELOW_ONE = 1 - 2**-40  # the log odds of an evidence of 27
+
+
+Traces = dict[float, Tensor]  # by the share of noise they begin with, the evidence of pictures by step, (N, steps)
+
+
+class Pictures(NamedTuple):
+    """Clean pictures, and captions that may stand above them.
+
+    Attributes:
+        latents: (N, 4, h, w).
+        is_unsafe: bool (N,).
+        own: number of each one's own caption, of an unsafe one its safe twin's, (N,).
+        harmless, unsafe: numbers of the captions that may stand above any of them; the empty one first.
+        texts: what the host reads of the captions.
+    """
+
+    latents: Tensor
+    is_unsafe: Tensor
+    own: Tensor
+    harmless: Tensor
+    unsafe: Tensor
+    texts: Texts
+
+    def captions(self, index: Tensor, generator: torch.Generator) -> Tensor:
+        """A caption for each of these pictures, (B,), by `SHARES`, which are alike for all."""
+        n = len(index)
+        harmless, unsafe = (
+            some[torch.randint(len(some), (n,), generator=generator)] for some in (self.harmless, self.unsafe)
+        )
+        ways = torch.stack((self.harmless[:1].expand(n), harmless, self.own[index], unsafe))
+        way = torch.bucketize(torch.rand(n, generator=generator), torch.tensor(SHARES).cumsum(0))
+        return ways.gather(0, way[None])[0]
+
+
+class Looked(NamedTuple):
+    """What the host's mid block made of N rows.
+
+    Attributes:
+        mid: (N, C, h, w), in half precision.
+        timesteps: (N,).
+        wanted: whether the picture is unsafe, (N,) float.
+    """
+
+    mid: Tensor
+    timesteps: Tensor
+    wanted: Tensor
+
+
+def fit_picture_key(key: PictureKey, host: Host, corpus: Corpus, data: DataConfig) -> dict[str, Any]:
+    """Train `key` in place; its record: the threshold on its evidence, and ROCs, of whole denoisings and by noise.
+
+    Args:
+        key: of one group.
+        host: the frozen model.
+        corpus: of the category the patch is for.
+        data: pairs of pictures, how they are drawn, where they are kept, and the seed of everything random.
+    """
+    generator = torch.Generator().manual_seed(data.seed)
+    key.to(host.device)
+    _train(key, _looked(host, pictures(host, corpus, data), generator), generator)
+    unseen = replace(data, pairs=min(data.pairs, VALIDATION_PAIRS), seed=data.seed + VALIDATION_SEED)
+    return _record(*_traced(key, host, pictures(host, corpus, unseen), generator))
+
+
+def pictures(host: Host, corpus: Corpus, data: DataConfig) -> Pictures:
+    """Both members of each pair, as far as there are any, and what must stay; drawn once, and kept."""
+    kept = build_retained(host, corpus, data.pairs, data)
+    prompts = [prompt.text for prompt in corpus.retain(data.pairs, data.seed)]
+    bank = build_twins(host, corpus, data)
+    pairs = corpus.pairs(data.pairs, data.seed, data.companions)
+    twins, unsafe = [pair.safe.text for pair in pairs], [pair.unsafe.text for pair in pairs]
+    own, harmless = [*twins, *twins, *prompts], list(dict.fromkeys((EMPTY.text, *twins, *prompts)))
+    texts = Texts(host, [*harmless, *unsafe], data)
+    every = torch.arange(len(pairs))
+    latents = torch.cat((bank.unsafe[every], bank.safe[every], kept.latents[torch.arange(len(kept))]))
+    is_unsafe = torch.arange(len(latents)) < len(pairs)
+    return Pictures(latents, is_unsafe, *map(texts.numbers, (own, harmless, unsafe)), texts)
+
+
+@contextmanager
+def watched(host: Host, only: bool = False) -> Iterator[list[Tensor]]:
+    """Within the block, what the mid block makes of each call is put into the list; `only` that is made."""
+    seen: list[Tensor] = []
+
+    def note(_: nn.Module, args: tuple, output: Tensor) -> None:
+        seen.append(output)
+        if only:
+            raise _Enough
+
+    hook = host.unet.mid_block.register_forward_hook(note)
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+class _Enough(Exception):
+    """The host has made what was asked for."""
+
+
+@torch.no_grad()
+def _looked(host: Host, shown: Pictures, generator: torch.Generator) -> Looked:
+    """What the host makes of each picture `LOOKS` times."""
+    mids, times, wanted = [], [], []
+    parts = [part for _ in range(LOOKS) for part in batched(len(shown.latents), BATCH)]
+    for part in bar(parts, desc="looking at pictures", leave=False):
+        index = torch.arange(part.start, part.stop)
+        spread = torch.rand(len(index), generator=generator) ** CLEANER
+        t = (spread * host.steps).long().to(host.device)
+        clean = shown.latents[index]
+        noise = torch.randn(clean.shape, generator=generator)
+        said = shown.texts[shown.captions(index, generator)].to(host.device)
+        with watched(host, only=True) as seen:
+            try:
+                host.predict(host.add_noise(clean.to(host.device), noise.to(host.device), t), t, said)
+            except _Enough:
+                mids.append(seen[0].half().cpu())
+        times.append(t.cpu())
+        wanted.append(shown.is_unsafe[index].float())
+    return Looked(torch.cat(mids), torch.cat(times), torch.cat(wanted))
+
+
+def _train(key: PictureKey, rows: Looked, generator: torch.Generator) -> None:
+    """As many unsafe rows as harmless ones in each batch."""
+    key.train().requires_grad_(True)
+    optimizer = torch.optim.AdamW(key.parameters(), lr=2e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+    sides, device = [(rows.wanted == side).nonzero()[:, 0] for side in (0, 1)], key.bias.device
+    for _ in bar(range(STEPS), desc="fitting the picture key", leave=False):
+        picks = [side[torch.randint(len(side), (BATCH // 2,), generator=generator)] for side in sides]
+        index = torch.cat(picks)
+        logits = key(rows.mid[index].to(device).float(), rows.timesteps[index].to(device))[:, 0]
+        loss = binary_cross_entropy_with_logits(logits, rows.wanted[index].to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    key.eval().requires_grad_(False)
+
+
+def _traced(key: PictureKey, host: Host, shown: Pictures, generator: torch.Generator) -> tuple[Traces, Traces]:
+    """The evidence of harmless and of unsafe pictures that are drawn again.
+
+    Harmless ones under their own words, from whatever noise; unsafe ones under none, from some of it: of noise alone,
+    without words, nothing unsafe is drawn.
+    """
+    harmless, unsafe = ((shown.is_unsafe == side).nonzero()[:, 0] for side in (False, True))
+    wordless = shown.harmless[:1].expand(len(shown.own))
+
+    def drawn(index: Tensor, captions: Tensor, strength: float) -> Tensor:
+        parts = bar(index.split(BATCH // 4), desc=f"drawing again from {strength:.0%} noise", leave=False)
+        return torch.cat([_trace(key, host, shown, part, captions[part], strength, generator) for part in parts])
+
+    return (
+        {strength: drawn(harmless, shown.own, strength) for strength in STRENGTHS},
+        {strength: drawn(unsafe, wordless, strength) for strength in STRENGTHS if strength < 1},
+    )
+
+
+@torch.no_grad()
+def _trace(
+    key: PictureKey,
+    host: Host,
+    shown: Pictures,
+    index: Tensor,
+    captions: Tensor,
+    strength: float,
+    generator: torch.Generator,
+) -> Tensor:
+    """The evidence of some pictures that are drawn again from a share of their noise on, (pictures, steps)."""
+    config = host.components.scheduler.config
+    scheduler = DDIMScheduler.from_config(config, timestep_spacing="trailing", clip_sample=False, thresholding=False)
+    scheduler.set_timesteps(VALIDATION_STEPS)
+    times = scheduler.timesteps.tolist()[VALIDATION_STEPS - round(strength * VALIDATION_STEPS) :]
+    n, clean = len(index), shown.latents[index].to(host.device)
+    noise = torch.randn(clean.shape, generator=generator).to(host.device)
+    first = torch.full((n,), times[0], device=host.device)
+    latents = noise if strength == 1 else host.add_noise(clean, noise, first)
+    asked = joined([shown.texts[shown.harmless[:1]].expand(n), shown.texts[captions]]).to(host.device)
+    evidence, traces = torch.zeros(n, 1, device=host.device), []
+    for step, t in enumerate(times, start=1):
+        with watched(host) as seen:
+            made = host.predict(torch.cat((latents, latents)), first.new_full((2 * n,), t), asked)
+        evidence = added_up(evidence, key(seen[0][n:], first.new_full((n,), t)), step)
+        traces.append(evidence[:, 0].cpu())
+        base, towards = made.chunk(2)
+        latents = scheduler.step(base + host.guidance * (towards - base), t, latents, return_dict=False)[0]
+    return torch.stack(traces, dim=1)
+
+
+def _record(harmless: Traces, unsafe: Traces) -> dict[str, Any]:
+    """Threshold and ROCs from the evidence of whole denoisings: what opens a key is the highest of it."""
+    shut = torch.cat([trace.amax(1) for trace in harmless.values()])
+    opened = torch.cat([trace.amax(1) for trace in unsafe.values()])
+    threshold = float(torch.quantile(shut, 1 - OPENED))
+    levels = torch.quantile(shut, torch.tensor([0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 1.0])).tolist()
+    return {
+        "threshold": min(_odds(threshold), BELOW_ONE),
+        "harmless_opened": _share(shut, threshold),
+        "unsafe_opened": _share(opened, threshold),
+        "roc": [[round(_odds(level), 6), _share(shut, level), _share(opened, level)] for level in levels],
+        "by_step": {
+            f"{strength:g}": [_share(trace[:, : step + 1].amax(1), threshold) for step in range(trace.shape[1])]
+            for strength, trace in unsafe.items()
+        },
+    }
+
+
+def _odds(logit: float) -> float:
+    return float(torch.tensor(logit, dtype=torch.float64).sigmoid())
+
+
+def _share(evidence: Tensor, threshold: float) -> float:
+    return round(float((evidence >= threshold).float().mean()), 4)
