@@ -156,7 +156,13 @@ def _active(part: Part, host: Any, text: ComfyText | None, dtype: torch.dtype) -
         states = instruction_states(text, list(part.artifact.info.instructions.values()))
     if isinstance(module, ControlPatch) and "add_time_proj" in module.clone:
         module.clone["add_time_proj"] = nn.Identity()  # ComfyUI has embedded the sizes already
-    return ready(part, module, states)
+    active = ready(part, module, states)
+    if active.looks:  # what it has seen of a denoising is kept by hooks that ComfyUI's clones have not
+        raise ConfigError(
+            f"not supported yet in ComfyUI: the gate for {', '.join(active.categories)} looks at pictures; fit it with "
+            "safepatch gate --keys text"
+        )
+    return active
 
 
 def _pooled(host: Any) -> int:

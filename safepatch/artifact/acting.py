@@ -24,7 +24,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 TEXT_GATE = ("bias", "detect", "detect_bias", "weigh")
 GATE = (*TEXT_GATE, "decide", "hidden", "look", "time")
-PICTURE_KEY = ("bias", "decide", "hidden", "hidden_bias", "look", "time")
+PICTURE_KEY = ("bias", "decide", "look", "look_bias", "time")
 CHUNK = 1 << 18  # values whose magnitudes stay in a core's cache
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by itemsize
 

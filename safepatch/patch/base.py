@@ -121,8 +121,8 @@ class Patch(nn.Module, ABC):
         sizes = {"gate": width, **({"gates": gates} if gates else {}), **({"picture": picture} if picture else {})}
         self.layout = {name: size for name, size in self.layout.items() if name not in GATE_LAYOUT} | sizes
         if picture:
-            channels, norm_groups = unet.mid_block.resnets[-1].out_channels, unet.config["norm_num_groups"]
-            self.gate.picture = PictureKey(channels, norm_groups, picture, gates or self.groups)
+            channels = unet.mid_block.resnets[-1].out_channels
+            self.gate.picture = PictureKey(channels, picture, gates or self.groups)
 
     @abstractmethod
     def new_gate(self, unet: Any, width: int, gates: int) -> TextGate:

@@ -62,7 +62,7 @@ class Seen(NamedTuple):
     def heard(self) -> Tensor:
         """The highest evidence of the steps before this one, (rows, gates), on the CPU."""
         if self.ready is not None:
-            self.ready.synchronize()  # of the middle of the step before, whose second half the device still has to do
+            self.ready.synchronize()  # of the first half of the step before; the device has the other to do
         return self.told
 
 
@@ -94,11 +94,22 @@ class Sight:
         begun.has_looked = True
         if begun.call is None or begun.settings.gate == "off":
             return
+        looked_at = _wordless_rows(begun.call)
+        mid = output[looked_at]
         for part in self._parts:
-            key = cast(nn.Module, cast(TextGate, part.patch.gate).picture).to(output.device)
-            times = begun.call.row_timesteps.to(output.device)
-            logits = key(output[begun.call.rows], times)
+            key = cast(nn.Module, cast(TextGate, part.patch.gate).picture).to(mid.device)
+            times = begun.call._replace(rows=looked_at).row_timesteps.to(mid.device)
+            logits = key(mid, times)
             begun.seen[id(part)] = Seen.of(logits, times, begun.seen.get(id(part)), begun.is_followed)
+
+
+def _wordless_rows(call: Call) -> slice:
+    """The rows to look at: those that show the same pictures under the negative prompt, usually the empty one.
+
+    What the prompt says drowns what is drawn. Without guidance there are no such rows.
+    """
+    apart, own = call.rows.start, call.rows.stop - call.rows.start
+    return slice(0, apart) if apart and own % apart == 0 else call.rows
 
 
 def seen_so_far(part: ActivePart, begun: Begun) -> Tensor:

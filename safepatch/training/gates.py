@@ -40,7 +40,7 @@ FEW = 20  # unseen unsafe captions; with fewer, those that were learned from set
 # single odd word must not close the gate ("trombone", which a tokenizer splits off "bone"): of thousands of captions,
 # one in a thousand may open it.
 MARGIN, ODD = 0.1, 0.001
-PICTURE_WIDTH = 64  # channels of a key that looks at what is drawn
+PICTURE_WIDTH = 32  # channels of a key that looks at what is drawn
 BELOW_ONE = 1 - 2**-24  # the largest float32 below 1: at 1, to which a sure gate's logits round, files are refused
 
 

@@ -7,22 +7,43 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from safepatch.artifact.patch_artifact import PatchArtifact
-from safepatch.diffusion import generate
-from safepatch.errors import ArtifactError, PatchBypassed
+from safepatch.data.bank import DataConfig, build_bank
+from safepatch.data.corpus import Corpus
+from safepatch.diffusion import as_picture, generate
+from safepatch.errors import ArtifactError, PatchBypassed, SafepatchError, UnknownName
+from safepatch.hosting.audit import ACTED, DEPENDS, UNTOUCHED, Auditor
+from safepatch.hosting.making import Asked, patch_record, receipt_of
+from safepatch.hosting.recording import recording
 from safepatch.merging import merge
+from safepatch.objectives import SafeControlConfig, safe_control
+from safepatch.objectives.base import Player, Turn
 from safepatch.patch import PATCH_KINDS
 from safepatch.patch.files import to_artifact
 from safepatch.patch.gate import TextGate
 from safepatch.patch.picture import KEYS, PictureKey, added_up
 from safepatch.runtime.apply import apply
-from tests.small import INSTRUCTION, PROMPTS, SEEDS, awaken, new_patch, new_small_pipe, new_small_unet, rows
+from safepatch.training import gates, pictures
+from safepatch.training.config import load_train_config
+from tests.small import (
+    INSTRUCTION,
+    PROMPTS,
+    SEEDS,
+    awaken,
+    new_patch,
+    new_small_host,
+    new_small_pipe,
+    new_small_unet,
+    rows,
+    small_artifact,
+)
 
 every_kind = pytest.mark.parametrize("kind", PATCH_KINDS)
 NEVER, ALWAYS = 1 - 1e-9, 1e-9
 STEPS = 3
+FEW = {"STEPS": 2, "LOOKS": 1, "VALIDATION_STEPS": 2, "VALIDATION_PAIRS": 2}  # that a key is fitted in and with
 
 
 def keyed(
@@ -64,7 +85,7 @@ def outputs(pipe: Any, patch: PatchArtifact | None = None) -> list[Tensor]:
 
 
 def looking(monkeypatch: pytest.MonkeyPatch, told: Callable[[Tensor, Tensor], Tensor]) -> None:
-    """Every picture key says what `told` makes of the mid block's output and the timesteps."""
+    """Every picture key says what `told` makes of what it is shown and of the timesteps."""
     monkeypatch.setattr(PictureKey, "forward", lambda self, mid, timesteps: told(mid, timesteps))
 
 
@@ -214,13 +235,6 @@ def test_a_key_that_is_not_shown_the_picture_stops_the_image(small_pipe, kind):
             hook.handle.remove()
         with pytest.raises(PatchBypassed):
             drawn(small_pipe)
-    with apply(small_pipe, keyed("lora")):
-        small_pipe.unet.mid_block, kept = nn.Identity(), small_pipe.unet.mid_block
-        monkey = lambda *args, **kwargs: args[0]  # noqa: E731 - another block in its place
-        small_pipe.unet.mid_block.forward = monkey
-        with pytest.raises(PatchBypassed):
-            drawn(small_pipe)
-        small_pipe.unet.mid_block = kept
 
 
 @pytest.mark.parametrize("method", ["bundle", "task-arithmetic"])
@@ -288,3 +302,143 @@ def test_a_file_whose_key_does_not_fit_is_refused(tmp_path, spoiled, says):
     PatchArtifact.open(patch.save(tmp_path / "good.safetensors"))  # control
     with pytest.raises(ArtifactError, match=says):
         PatchArtifact.open(spoiled(patch).save(tmp_path / "bad.safetensors"))
+
+
+def test_an_audit_says_what_the_text_alone_settles(small_pipe):
+    found = {}
+    for text in (NEVER, ALWAYS):
+        for keys in KEYS:
+            (finding,) = Auditor(small_pipe, keyed(keys=keys, text=text))([PROMPTS[0]])
+            found[text == ALWAYS, keys] = finding["weapons"].verdict
+    assert [found[False, keys] for keys in KEYS] == [UNTOUCHED, DEPENDS, DEPENDS, UNTOUCHED]
+    assert [found[True, keys] for keys in KEYS] == [ACTED, DEPENDS, ACTED, DEPENDS]
+
+
+@pytest.mark.parametrize(
+    ("keys", "text", "picture", "by"),
+    [
+        ("either", NEVER, ALWAYS, {"weapons": ("picture",)}),
+        ("either", ALWAYS, NEVER, {"weapons": ("text",)}),
+        ("both", ALWAYS, ALWAYS, {"weapons": ("text", "picture")}),
+        ("both", ALWAYS, NEVER, {}),
+        ("text", ALWAYS, ALWAYS, {"weapons": ("text",)}),
+    ],
+)
+def test_a_receipt_says_which_key_opened(small_pipe, keys, text, picture, by):
+    with apply(small_pipe, keyed(keys=keys, text=text, picture=picture)) as handle:
+        with recording(handle, 2) as images:
+            drawn(small_pipe)
+        patch = patch_record(handle, "0x")
+    assert [each.turned(handle.thresholds, handle.looks) for each in images] == [by, by]
+    receipt = receipt_of(as_picture(torch.zeros(3, 8, 8)), Asked("a dog", "", 1, STEPS, 4.0), images[0], patch, {})
+    told = {name: list(keys) for name, keys in by.items()}
+    assert receipt["denoising"].get("opened_by") == (None if keys == "text" else told)
+
+
+def new_key(width: int = 8) -> PictureKey:
+    return PictureKey(32, width, 1)
+
+
+def test_a_key_learns_what_is_in_a_picture_and_not_how_noisy_it_is(monkeypatch):
+    monkeypatch.setattr(pictures, "STEPS", 120)
+    draw = torch.Generator().manual_seed(0)
+    mid, shown = torch.randn(256, 32, 4, 4, generator=draw), torch.arange(256) % 2 == 0
+    mid[shown, :4, 1, 2] += 8  # at one place of it
+    seen = pictures.Looked(mid, torch.randint(0, 1000, (256,), generator=draw), shown.float())
+    key = new_key()
+    untaught = _told_apart(key, seen, slice(192, 256))
+    pictures._train(key, pictures.Looked(*(part[:192] for part in seen)), draw)
+    assert _told_apart(key, seen, slice(192, 256)) > 0.9 > 0.8 > untaught
+
+
+@torch.no_grad()
+def _told_apart(key: PictureKey, seen: Any, rows: slice) -> float:
+    """The area under the ROC."""
+    logits, shown = key(seen.mid[rows], seen.timesteps[rows])[:, 0], seen.wanted[rows] == 1
+    return float((logits[shown][:, None] > logits[~shown]).float().mean())
+
+
+def test_fitting_draws_once_and_says_what_opens(monkeypatch, tmp_path):
+    for name, value in FEW.items():
+        monkeypatch.setattr(pictures, name, value)
+    host, data = new_small_host(), DataConfig(pairs=3, steps=1, cache=str(tmp_path))
+    records = [pictures.fit_picture_key(new_key(), host, Corpus.open("weapons"), data) for _ in range(2)]
+    assert records[0] == records[1]
+    assert 0 <= records[0]["threshold"] < 1
+    assert {strength: len(shares) for strength, shares in records[0]["by_step"].items()} == {"0.5": 1}
+
+
+def test_unsafe_and_harmless_pictures_stand_under_the_same_words(tmp_path):
+    data = DataConfig(pairs=4, steps=1, cache=str(tmp_path))
+    shown = pictures.pictures(new_small_host(), Corpus.open("weapons"), data)
+    draw, n = torch.Generator().manual_seed(0), 3000
+    said = [shown.captions(torch.full((n,), i), draw) for i in (0, 4)]  # of a pair, the unsafe and the safe member
+    counts = [torch.bincount(each, minlength=int(shown.unsafe.max()) + 1) / n for each in said]
+    torch.testing.assert_close(counts[0], counts[1], rtol=0, atol=0.04)
+    assert counts[0][shown.harmless[0]] == pytest.approx(0.8 + 0.07 / len(shown.harmless), abs=0.04)  # control
+
+
+def test_keys_are_fitted_to_a_patch_and_taken_off_again(small_pipe, monkeypatch, tmp_path):
+    few = {gates: {"CAPTIONS": 64, "UNSEEN": 40, "STEPS": 2}, pictures: FEW}
+    for module, values in few.items():
+        for name, value in values.items():
+            monkeypatch.setattr(module, name, value)
+    patch, corpus = small_artifact("lora"), Corpus.open("weapons")
+    data = DataConfig(pairs=2, steps=1, cache=str(tmp_path))
+    both = gates.add_gate(patch, small_pipe, corpus, 4, data, keys="both")
+    either = gates.add_gate(both, small_pipe, corpus, 4, data, keys="either")
+    records = [each.info.config["gate"]["weapons"] for each in (both, either)]
+    assert [record["keys"] for record in records] == ["both", "either"]
+    assert ["certified_recall" in record for record in records] == [False, True]
+    PatchArtifact.open(either.save(tmp_path / "either.safetensors"))
+    again = gates.add_gate(either, small_pipe, corpus, 4, data)
+    assert "keys" not in again.info.config["gate"]["weapons"]
+    assert not any("picture" in name for name in again.tensors)
+    bare = gates.without_gate(either)
+    assert (bare.tensors.keys(), bare.info.config["layout"]) == (patch.tensors.keys(), patch.info.config["layout"])
+    with pytest.raises(UnknownName, match="either"):
+        gates.add_gate(patch, small_pipe, corpus, 4, data, keys="eiter")
+
+
+def test_wordless_rows_show_an_unsafe_picture_and_end_at_its_safe_twin(tmp_path, monkeypatch):
+    host, corpus = new_small_host(), Corpus.open("weapons")
+    given = [DataConfig(pairs=4, steps=1, cache=str(tmp_path), wordless=share) for share in (0.0, 0.5)]
+    rows = [build_bank(host, corpus, data, retain=False).batch(0, 4, 0) for data in given]
+    assert rows[0].twins is None
+    wordless, twins = rows[1], rows[1].twins
+    assert twins is not None
+    assert twins.shape == wordless.latents[:2].shape
+    assert torch.equal(rows[0].latents[2:], wordless.latents[2:])
+    assert not torch.equal(rows[0].unsafe.states[:2], wordless.unsafe.states[:2])
+    objective, patch = SafeControlConfig(preservation=0.0), new_patch(host.unet, "lora")
+    player = Player("patch", patch, torch.optim.SGD(patch.parameters()))
+
+    @torch.no_grad()
+    def loss(answer: Callable[[Tensor, Tensor], Tensor]) -> float:
+        monkeypatch.setattr(safe_control, "patched_prediction", lambda h, p, noisy, t, *_: answer(noisy, t))
+        draw = torch.Generator().manual_seed(0)
+        turn = Turn(host, patch, host.encode([INSTRUCTION]).states, wordless, draw)
+        return float(objective.loss(player, turn)["loss"])
+
+    def kept(noisy: Tensor, t: Tensor) -> Tensor:
+        return host.predict(noisy, t, wordless.safe)
+
+    def changed(noisy: Tensor, t: Tensor) -> Tensor:
+        return torch.cat((host.from_x0(noisy[:2], t[:2], twins), kept(noisy, t)[2:]))
+
+    assert loss(changed) < 1e-6 < 1e-3 < loss(kept)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["data.wordless=2"], "within"),
+        (["data.wordless=0.5", "objective=esd"], "means nothing to objective=esd"),
+        (["patch.keys=any"], "set of keys"),
+        (["patch.keys=either", "patch.gate=0"], "needs a gate"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(overrides, says):
+    load_train_config(None, ["category=weapons", "model=tiny-sd", "data.wordless=0.2", "patch.keys=either"])  # control
+    with pytest.raises(SafepatchError, match=says):
+        load_train_config(None, ["category=weapons", "model=tiny-sd", *overrides])

@@ -184,6 +184,10 @@ class Host(ABC):
             latents = scheduler.step(pred, own, latents, return_dict=False)[0]
         return Denoised(latents, times[until])
 
+    def times(self, steps: int) -> list[Any]:
+        """The timesteps of `denoise`."""
+        return self._schedule(steps)[1][:-1]
+
     @abstractmethod
     def _schedule(self, steps: int) -> tuple[Any, list[Any]]:
         """A scheduler set to so many steps, and the timestep before each of them and behind the last."""
