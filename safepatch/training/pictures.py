@@ -107,7 +107,7 @@ def pictures(host: Host, corpus: Corpus, data: DataConfig) -> Pictures:
     every = torch.arange(len(pairs))
     latents = torch.cat((bank.unsafe[every], bank.safe[every], kept.latents[torch.arange(len(kept))]))
     is_unsafe = torch.arange(len(latents)) < len(pairs)
-    return Pictures(latents, is_unsafe, *map(texts.numbers, (own, harmless, unsafe)), texts)
+    return Pictures(latents, is_unsafe, texts.numbers(own), texts.numbers(harmless), texts.numbers(unsafe), texts)
 
 
 @contextmanager
