@@ -116,6 +116,8 @@ class ClosedFormConfig(Usual):
     def suited(self, patch: Patch) -> Patch:
         """The keys and values of cross-attention; raises `ConfigError` for any kind but lora."""
         super().suited(patch)
+        if not any(re.search(LAYERS, layer) for layer in getattr(patch, "layers", ())):
+            raise ConfigError("closed_form edits a UNet's cross-attention, this model has none; choose another")
         patch.keep_layers(LAYERS)
         return patch
 

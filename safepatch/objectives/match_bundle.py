@@ -163,11 +163,13 @@ class MatchBundle(Usual):
         if not any(source.patch.gate for source in self.sources):
             return acts
         mids: list[Tensor] = []
-        with answered(host.unet, lambda features: mids.append(features.mid.float())):
-            host.predict(noisy, timesteps, prompts)
+        if any(source.patch.gate.reads_features for source in self.sources if source.patch.gate):
+            with answered(host.unet, lambda features: mids.append(features.mid.float())):
+                host.predict(noisy, timesteps, prompts)
+        words = host.words(prompts).float()
         for source, on in zip(self.sources, acts, strict=True):
             if source.patch.gate:
-                logits = source.patch.gate(mids[0], timesteps, prompts.states.float())
+                logits = source.patch.gate(mids[0] if mids else None, timesteps, words)
                 on.copy_((logits.sigmoid() >= moved(cast(Tensor, source.thresholds), logits.device)).any(1))
         return acts
 
@@ -182,4 +184,5 @@ def _inputs(
 ) -> tuple[object, ...]:
     """What a control patch in float32 is given."""
     conditions = {name: value.float() for name, value in host.conditions(prompts).items()}
-    return noisy.float(), timesteps, prompts.states.float(), instruction, conditions
+    sample, times = host.shown(noisy, timesteps)
+    return sample.float(), times, prompts.states.float(), instruction, conditions

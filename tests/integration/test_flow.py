@@ -11,10 +11,15 @@ from torch import Tensor
 from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.data.corpus import Corpus
 from safepatch.diffusion import Components, encode, quiet
-from safepatch.patch import PATCH_KINDS
+from safepatch.errors import ConfigError, UnknownName
+from safepatch.export import export, import_lora
+from safepatch.merging import MergeRecipe, merge
+from safepatch.patch import PATCH_KINDS, LoraPatch
 from safepatch.patch.files import from_artifact, to_artifact
 from safepatch.patch.gate import TextGate
+from safepatch.patch.lora import STREAMS
 from safepatch.runtime.apply import apply
+from safepatch.runtime.fuse import fuse
 from safepatch.training import gates
 from safepatch.training.config import load_train_config
 from safepatch.training.trainer import train
@@ -150,3 +155,76 @@ def test_a_gate_is_fitted_to_a_finished_patch(tmp_path, monkeypatch):
     assert isinstance(from_artifact(made, pipe.transformer).gate, TextGate)
     assert gates.without_gate(made).content_hash == plain.content_hash
     assert made.content_hash != plain.content_hash  # control
+
+
+@pytest.mark.parametrize("name", ["sd3", "sd3.5", "flux"])
+def test_a_patch_may_act_on_one_stream_alone(name):
+    host = pipe_of(name).transformer
+    layers = {}
+    for stream, pattern in STREAMS.items():
+        patch = LoraPatch.from_unet(host, rank=2)
+        patch.keep_layers(pattern)
+        layers[stream] = {*patch.layers}
+    apart = {layer for layer in layers["both"] if not layer.startswith("single_")}
+    assert layers["image"] | layers["text"] == apart
+    assert not layers["image"] & layers["text"]
+    assert {layer.split(".")[2] for layer in layers["text"]} == {"attn", "ff_context"}
+    assert not any("norm" in layer for layer in layers["both"])
+    assert "transformer_blocks.0.attn.to_q" in layers["image"]
+
+
+def test_a_unets_patch_has_no_streams(small_pipe):
+    with pytest.raises(ConfigError, match="this model has no layer like"):
+        LoraPatch.from_unet(small_pipe.unet, rank=2).keep_layers(STREAMS["image"])
+    with pytest.raises(UnknownName, match="no stream of a transformer 'imge'"):
+        load_train_config(None, [*RUN, "patch.stream=imge"])
+
+
+@pytest.mark.parametrize("objective", ["esd", "duo", "safegen", "leco", "all_but_one", "adv_unlearn"])
+def test_every_objective_trains_a_transformer(objective, tmp_path):
+    pipe = small_transformer_pipe("sd3.5")
+    more = ["objective.denoising_steps=2"] if objective == "leco" else []
+    options = [f"objective={objective}", "patch.gate=0", "patch.rank=2", f"output={tmp_path / 'run'}", *more]
+    path = train(pipe, load_train_config(None, [*RUN, *options, f"data.cache={tmp_path}"]))
+    artifact = PatchArtifact.open(path)
+    assert all(tensor.isfinite().all() for tensor in artifact.tensors.values())
+    assert any(tensor.any() for key, tensor in artifact.tensors.items() if key.endswith(".up"))
+
+
+def test_an_objective_for_cross_attention_says_so(tmp_path):
+    config = load_train_config(None, [*RUN, "objective=closed_form", f"output={tmp_path}"])
+    with pytest.raises(ConfigError, match="edits a UNet's cross-attention, this model has none"):
+        train(pipe_of("sd3.5"), config)
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_an_exported_lora_is_the_patch_to_plain_diffusers(name, tmp_path):
+    plain, pipe = gates.without_gate(gated(name, "lora")), small_transformer_pipe(name)
+    base, guided = draw(pipe, guidance_scale=1.0), {"guidance_scale": 1.0}
+    with apply(pipe, plain):
+        made = draw(pipe, **guided)
+    export(plain.save(tmp_path / "plain.safetensors"), tmp_path / "out", "diffusers")
+    assert import_lora(tmp_path / "out").content_hash == plain.content_hash
+    with pytest.raises(ConfigError, match="kohya's names of a transformer's layers are not known"):
+        export(tmp_path / "plain.safetensors", tmp_path / "kohya.safetensors", "kohya")
+    pipe.load_lora_weights(tmp_path / "out")
+    torch.testing.assert_close(draw(pipe, **guided), made, rtol=1e-3, atol=1e-4)
+    assert (made - base).abs().max() > 1e-3  # control
+    fused = small_transformer_pipe(name)
+    fuse(fused, plain)
+    torch.testing.assert_close(draw(fused, **guided), made, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["cat", "task-arithmetic"])
+def test_merged_patches_act_as_their_bundle(method, tmp_path):
+    pipe, paths = pipe_of("sd3"), []
+    for seed, category in enumerate(("gore", "weapons")):
+        patch = awaken(LoraPatch.from_unet(pipe.transformer, rank=2), seed, size=0.1)
+        artifact = to_artifact(patch, pipe.transformer, {category: INSTRUCTION})
+        paths.append(str(artifact.save(tmp_path / f"{category}.safetensors")))
+    drawn = {}
+    for name in ("bundle", method):
+        with apply(pipe, merge(MergeRecipe(tuple(paths), method=name))):
+            drawn[name] = draw(pipe)
+    torch.testing.assert_close(drawn[method], drawn["bundle"], rtol=1e-3, atol=1e-4)
+    assert (drawn[method] - draw(pipe)).abs().max() > 1e-3  # control
