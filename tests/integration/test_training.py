@@ -25,7 +25,7 @@ from safepatch.data.bank import DataConfig, build_bank
 from safepatch.data.category import category_path
 from safepatch.data.corpus import Corpus
 from safepatch.diffusion import UNetHost, generate
-from safepatch.diffusion.hosts import unet as unet_host
+from safepatch.diffusion.hosts import base as any_host
 from safepatch.errors import ConfigError, SafepatchError, UnknownName
 from safepatch.models.load import ModelConfig, load_pipeline
 from safepatch.objectives import OBJECTIVES, Player, SafeControlConfig, Turn
@@ -243,8 +243,8 @@ def assert_nearly_equal(left: PatchArtifact, right: PatchArtifact, tolerance: fl
 
 @pytest.mark.parametrize("kind", sorted(PATCH_KINDS))
 def test_gradient_checkpointing_costs_no_accuracy(tmp_path, monkeypatch, kind):
-    used, checkpoint = [], unet_host.checkpoint
-    monkeypatch.setattr(unet_host, "checkpoint", lambda *args, **kwargs: used.append(1) or checkpoint(*args, **kwargs))
+    used, checkpoint = [], any_host.checkpoint
+    monkeypatch.setattr(any_host, "checkpoint", lambda *args, **kwargs: used.append(1) or checkpoint(*args, **kwargs))
     plain = run(tmp_path / "plain", kind=kind)
     assert not used
     saving = run(tmp_path / "saving", kind=kind, gradient_checkpointing=True)

@@ -20,7 +20,7 @@ from safepatch.data.category import Rewrite
 from safepatch.data.concepts import distinct_concepts
 from safepatch.data.corpus import Corpus
 from safepatch.diffusion import Components, Conditioning, UNetHost, training_target
-from safepatch.diffusion.hosts import unet as unet_host
+from safepatch.diffusion.hosts import base as any_host
 from safepatch.errors import ConfigError, PromptError
 from safepatch.objectives import OBJECTIVES, Player, Rows, SafeControlConfig, Turn, noising
 from safepatch.objectives.adv_unlearn import AdvUnlearnConfig, prefixed
@@ -219,8 +219,8 @@ def saving_memory(host: UNetHost, patch: Patch) -> Iterator[None]:
 
 @every_case_and_kind
 def test_recomputed_activations_give_the_same_gradients(host, case, kind, monkeypatch):
-    patch, used, inner = trainable(host, kind, case=case), [], unet_host.checkpoint
-    monkeypatch.setattr(unet_host, "checkpoint", lambda *args, **options: used.append(1) or inner(*args, **options))
+    patch, used, inner = trainable(host, kind, case=case), [], any_host.checkpoint
+    monkeypatch.setattr(any_host, "checkpoint", lambda *args, **options: used.append(1) or inner(*args, **options))
     losses(case, patch, host)["loss"].backward()
     wanted = [parameter.grad.clone() for parameter in patch.parameters()]
     assert not used
