@@ -65,10 +65,12 @@ def evaluate(
 
         measure(load_matrix(path, overrides))
         return
-    if not patch:
-        raise ConfigError("nothing to measure; give a matrix (.yaml), or --patch FILE")
+    if not patch and not category:
+        raise ConfigError(
+            "nothing to measure; give a matrix (.yaml), --patch FILE, or --category NAME for the model as it is"
+        )
     lists = {"models": model or ["tiny-sd"], "categories": category, "detectors": detector, "attacks": attacks}
-    measure(matrix_of(patch, lists, overrides))
+    measure(matrix_of(patch or [], lists, overrides))
 
 
 @app.command()

@@ -81,6 +81,7 @@ def test_dry_run_prints_every_field_and_trains_nothing(tmp_path: Path) -> None:
         (("train", RECIPE, "patch.kind=lit"), "did you mean 'lite'"),
         (("gate", "runs/none.safetensors", "-o", "x.safetensors"), "none.safetensors"),
         (("evaluate", "configs/matrices/lora.yaml", "protocol.m=5"), "unknown key 'protocol.m'"),
+        (("evaluate", "--model", "tiny-sd"), "--category NAME for the model as it is"),
         (("evaluate", "--patch", WEAPONS, "--detector", "clipp"), "did you mean 'clip'"),
         (("audit", "nowhere.csv", "--patch", WEAPONS, "-o", "runs/none"), "nowhere.csv"),
         (("generate", "--prompt", "a knife", "-o", "x.png", "--key", "k.pem"), "give --receipt too"),
@@ -95,6 +96,13 @@ def test_dry_run_prints_every_field_and_trains_nothing(tmp_path: Path) -> None:
 )
 def test_a_mistake_is_one_line_that_says_what_to_do(words: tuple[str, ...], says: str) -> None:
     assert says in run(*words, expect=2)
+
+
+def test_a_model_is_measured_as_it_is(tmp_path: Path) -> None:
+    printed = run(
+        "evaluate", "metrics=[unsafe_rate]", "--category", "weapons", "-n", "2", "--steps", "2", "-o", tmp_path
+    )
+    assert "| unsafe_rate | none |" in printed
 
 
 def test_an_altered_and_a_truncated_patch_are_refused(tmp_path: Path) -> None:
