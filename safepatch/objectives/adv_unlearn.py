@@ -137,11 +137,7 @@ class AdvUnlearnConfig(Attackable):
 
 
 def prefixed(asked: Conditioning, prefix: Tensor, words: bool = False) -> Conditioning:
-    """Prompts with `prefix` (B, tokens, width) between the beginning's state, or if `words` token, and their own.
-
-    Raises:
-        ConfigError: where no words stand behind the states.
-    """
+    """Prompts with `prefix` (B, tokens, width) between the beginning's state, or if `words` token, and their own."""
     states = asked.states
     if words and asked.tokens is not None:
         return asked._replace(tokens=room_for(asked.tokens, prefix.shape[1]), prefix=prefix)

@@ -169,8 +169,9 @@ def test_what_is_done_to_states_is_done_to_the_patched_ones(pipe: Any):
             assert (base - wanted).abs().max() > 0.1  # control
 
 
-def test_clip_skip_and_learned_tokens_are_read_as_they_were(pipe: Any):
-    fused, artifact = new_small_pipe(), new_text_artifact(pipe)
+def test_clip_skip_and_learned_tokens_are_read_as_they_were():
+    pipe, fused = small_family_pipe("sd1"), small_family_pipe("sd1")  # of two layers
+    artifact = new_text_artifact(pipe)
     safepatch.fuse(fused, artifact)
     for each in (pipe, fused):
         learn_token(each, "<knife>")
