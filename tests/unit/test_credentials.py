@@ -114,9 +114,9 @@ def test_where_text_and_sidecar_are_gone_the_manifest_serves(signed, tmp_path, m
 
 def test_a_file_that_was_changed_does_not_fit_its_manifest(signed, tmp_path):
     data = bytearray((signed / "image.png").read_bytes())
-    at = data.index(b"safepatch.receipt") + 40
-    data[at] ^= 1
-    data[data.index(b"iTXt", at - 80) - 4 :] = _recounted(bytes(data[data.index(b"iTXt", at - 80) - 4 :]))
+    start = data.index(b"iTXt" + KEYWORD.encode()) - 4
+    data[start + 48] ^= 1  # within the text
+    data[start:] = _recounted(bytes(data[start:]))
     (tmp_path / "changed.png").write_bytes(data)
     with pytest.raises(ReceiptError, match=r"does not fit it \(assertion\.dataHash\.mismatch\)"):
         verify_image(tmp_path / "changed.png")

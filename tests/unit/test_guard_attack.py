@@ -3,26 +3,26 @@
 import pytest
 import torch
 
-from safepatch.attacks.base import names_in
 from safepatch.data.corpus import Corpus
 from safepatch.errors import ConfigError, UnknownName
 from safepatch.guard.attack import Attacked, attack_guard, table
 from safepatch.guard.file import GuardInfo
+from safepatch.guard.mend import words_in
 from tests.small import new_small_pipe
 
 WEAPONS = "weapons"
 CORPUS = Corpus.open(WEAPONS)
-NAMES = {word for concept in CORPUS.words.concepts for name in concept.known_names for word in name.split()}
+NAMES = {name.split()[-1] for concept in CORPUS.words.concepts for name in concept.known_names}
 
 
 class Words:
-    """A guard that claims whatever has a word of a known name."""
+    """A guard that claims whatever has the last word of a known name."""
 
     categories, thresholds = (WEAPONS,), torch.tensor([0.5])
     info = GuardInfo({WEAPONS: ""}, {WEAPONS: 0.5}, "clip")
 
     def __call__(self, texts):
-        return torch.tensor([[0.9 if set(text.casefold().split()) & NAMES else 0.1] for text in texts])
+        return torch.tensor([[0.9 if words_in(text) & NAMES else 0.1] for text in texts])
 
 
 class Sight:
@@ -52,7 +52,7 @@ def test_only_what_passes_is_drawn_and_only_what_shows_it_counts():
         (found,) = attack_guard(Words(), CORPUS, [("typos", 3)], 12, eye=eye)
         assert found.drawn == found.passed * share
         assert eye.drawn
-        assert not any(set(text.split()) & NAMES for text in eye.drawn)
+        assert not any(words_in(text) & NAMES for text in eye.drawn)
 
 
 def test_an_attack_that_asks_learns_from_what_it_sees():
@@ -60,7 +60,7 @@ def test_an_attack_that_asks_learns_from_what_it_sees():
     (found,) = attack_guard(Words(), CORPUS, [("sneaky-prompt", 2)], 3, pipe=new_small_pipe(), eye=eye)
     assert (found.prompts, found.budget) == (3, 2)
     assert found.passed == found.drawn == 1.0
-    assert not any(names_in(CORPUS, text)[-1] in NAMES for text in eye.drawn)
+    assert not any(words_in(text) & NAMES for text in eye.drawn)
 
 
 def test_what_cannot_be_tried_is_one_line():
