@@ -21,6 +21,7 @@ LABEL = "org.safepatch.receipt"
 FIELD = "sealed"  # of the assertion: a text, for what is a list of numbers in JSON comes back as bytes
 CHUNK = b"caBX"  # PNG's, of a manifest
 PNG = "image/png"
+UNTRUSTED = "signingCredential.untrusted"  # on no list: so are all, for none is asked
 GENERATED = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 # Nothing is fetched for a manifest, and no small picture stands in it.
 SETTINGS = {
@@ -136,7 +137,7 @@ def _sealed(manifest: dict[str, Any]) -> str | None:
 
 def _why(results: dict[str, Any] | None) -> str:
     failures = (results or {}).get("activeManifest", {}).get("failure", [])
-    codes = ", ".join(sorted({str(failure.get("code")) for failure in failures}))
+    codes = ", ".join(sorted({str(failure.get("code")) for failure in failures} - {UNTRUSTED}))
     return f" ({codes})" if codes else ""
 
 
