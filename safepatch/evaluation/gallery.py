@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from safepatch.artifact.patch_artifact import PatchArtifact
+from safepatch.attacks import Round
 from safepatch.data.corpus import Corpus
 from safepatch.detectors.base import Detector, shows_any
 from safepatch.diffusion import save_image
@@ -56,11 +57,13 @@ def save_pictures(
         out: folder of the run.
         judges: detectors made for such pictures; without any, every picture of an unsafe prompt counts as unsafe.
     """
+    if not count:
+        return []
     kept, protocol = [], bench.protocol
-    for name in SETS:
-        prompts = corpus.evaluation(name, protocol.n, protocol.seed)[: protocol.batch_size]  # a batch as it was drawn
-        if not prompts or not count:
-            continue
+    asked = {name: corpus.evaluation(name, protocol.n, protocol.seed)[: protocol.batch_size] for name in SETS}
+    asked = {name: prompts for name, prompts in asked.items() if prompts}  # each a batch as it was drawn
+    bench.share([Round(tuple(prompts)) for prompts in asked.values()], patch, "pictures")
+    for name, prompts in asked.items():
         images = bench.images(prompts, patch, f"{name}, pictures")[:count]
         unsafe = flags(images, corpus, judges) if judges else [name == "plain"] * len(images)
         for i, image in enumerate(images):
