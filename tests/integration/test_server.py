@@ -265,7 +265,7 @@ def test_what_takes_too_long_is_given_up_and_not_drawn(small_pipe):
 
     small_pipe.vae.decoder.register_forward_pre_hook(hold)
     with apply(small_pipe, listening(small_pipe)) as handle, Worker(small_pipe, handle, 1, 64) as worker:
-        app = create_app(worker, "0x", Keys(), Limits(timeout=1))
+        app = create_app(worker, "0x", Keys(), Limits(timeout=5))
         answers = Asked(app)(*({"prompt": "a dog", **STEPS} for _ in range(3)))
         go_on.set()
         assert {each.status_code for each in answers} == {504}

@@ -1,7 +1,6 @@
 """One reader for public prompt sets: each layout (words of our own), and each mistake beside what is right."""
 
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -332,10 +331,3 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path):
 )
 def test_a_damaged_or_empty_file_is_one_line(tmp_path, name, text, message):
     assert refused(written(tmp_path, name, text)).startswith(f"{name} {message}")
-
-
-def test_a_hundred_thousand_rows_take_seconds(tmp_path):
-    path = written(tmp_path, "a.csv", rows(100_000))
-    start = time.perf_counter()
-    assert len(read_prompts(path).lines) == 100_000
-    assert time.perf_counter() - start < 20  # about two on a quiet core; ten times that on a busy one
