@@ -12,8 +12,9 @@ from diffusers.models.attention_processor import JointAttnProcessor2_0
 from torch import Tensor
 
 from safepatch.errors import ModelNotFound
+from safepatch.tiny import siblings
 from safepatch.tiny.loop import Schedule, fit
-from safepatch.tiny.models import ASSETS, BASE, load_tiny
+from safepatch.tiny.models import ASSETS, BASE, add_deltas, load_tiny
 from safepatch.tiny.scenes import sample_scene
 from safepatch.tiny.sd3 import (
     Texts,
@@ -183,3 +184,17 @@ def test_the_second_encoder_learns_to_read(tmp_path: Path, parts: dict[str, Any]
     learned = fit(reader, loss, Schedule(steps=12, learning_rate=3e-3, warmup=3, decay=0.6), tmp_path / "r.pt")
     with torch.no_grad():
         assert loss(learned, 100) < before - 1
+
+
+def test_a_sibling_is_the_transformer_and_low_rank_deltas(
+    tmp_path: Path, texts: Texts, pool: Pool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(siblings, "LORA", Schedule(steps=2, learning_rate=1e-2, warmup=1))
+    loss, recipe = flow_loss(pool, texts, batch=2), siblings.RECIPES["sd3-twemoji"]
+    siblings.train_sibling(counting(small()), loss, recipe, tmp_path / "s.pt", tmp_path / "s.safetensors")
+    sibling, base = small(), dict(small().named_parameters())
+    add_deltas(sibling, tmp_path / "s.safetensors")
+    changed = {name for name, own in sibling.named_parameters() if not torch.equal(own, base[name])}
+    assert "transformer_blocks.0.attn.add_q_proj.weight" in changed
+    assert {"pos_embed.proj.weight", "proj_out.weight"} <= changed
+    assert not any(name.endswith("bias") for name in changed)  # adapters have none
