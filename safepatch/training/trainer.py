@@ -147,6 +147,10 @@ def _recorded(config: TrainConfig) -> dict[str, Any]:
     del recorded["data"]["cache"]
     if not config.data.select:  # later settings that are not used: runs from before there were any go on
         del recorded["data"]["select"], recorded["data"]["tries"]
+    if not config.data.wordless:
+        del recorded["data"]["wordless"]
+    if config.patch.keys == TEXT:
+        del recorded["patch"]["keys"]
     unattacked = not recorded["objective"].get("adversary", {}).get("count", 1)
     if unattacked and not isinstance(config.objective, SafeControlConfig):
         del recorded["objective"]["adversary"]
