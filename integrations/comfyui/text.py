@@ -57,6 +57,10 @@ class Encoder:
         states = states[:, : tokens.shape[1]]
         return Said(pooled, states, (states, states))
 
+    def get_input_embeddings(self) -> Any:
+        """Of its tokens."""
+        return self._model.transformer.get_input_embeddings()
+
     def register_forward_hook(self, function: Callable, **_: Any) -> RemovableHandle:
         """Let `function(encoder, (tokens,), {layer}, output)` know whatever ComfyUI asks it; tokens (B, T)."""
 
