@@ -32,7 +32,7 @@ def parsed(command: str) -> None:
     _, verb, *words = shlex.split(command)
     commands, name = (VERBS[verb].commands, words.pop(0)) if verb in ("detector", "guard") else (VERBS, verb)
     with commands[name].make_context(name, words) as context:
-        if name == "train":
+        if verb == "train":
             load_train_config(None, context.params["overrides"] or [])
 
 
