@@ -1116,7 +1116,9 @@ def test_every_objective_works_on_another_family():
             assert objective.solve(host, patch, rows)["erase"] < 1
             continue
         player = Player("patch", patch, torch.optim.SGD(patch.parameters()))
-        turn = Turn(host, patch, host.encode(["x"]).states, rows.batch(0, 2, 0), torch.Generator().manual_seed(0))
+        others = {each.name: each.module for each in objective.players(player, rows) if each is not player}
+        generator = torch.Generator().manual_seed(0)
+        turn = Turn(host, patch, host.encode(["x"]).states, rows.batch(0, 2, 0), generator, others)
         loss = objective.loss(player, turn)["loss"]
         loss.backward()
         assert loss.isfinite()
