@@ -29,7 +29,7 @@ from safepatch.tiny.unet import CAPTION_DROPOUT, Pool
 BATCH = 16
 HEADS, HEAD_WIDTH, LAYERS = 5, 32, 6
 POOL = 9600
-SCHEDULE = Schedule(steps=7600, learning_rate=1.2e-3, warmup=150, decay=0.998, save_every=100)
+SCHEDULE = Schedule(steps=5600, learning_rate=1.2e-3, warmup=150, decay=0.997, save_every=100)
 MOST_ZEROS = 256  # what the pipeline feeds for a T5 that is not there
 
 
