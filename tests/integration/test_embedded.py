@@ -11,15 +11,15 @@ from safepatch.artifact.patch_artifact import PatchArtifact, verify
 from safepatch.data.corpus import Corpus
 from safepatch.detectors.base import shows_any
 from safepatch.detectors.embedded import embedded_detector
-from safepatch.diffusion import decode_latents, encode_images, generate
+from safepatch.diffusion import decode_latents, encode_images, generate, quiet
 from safepatch.evaluation.metrics import precision, recall
 from safepatch.evaluation.suite import Bench, Protocol, drift, other_unsafe_rate, prompt_accuracy, unsafe_rate
 from safepatch.models.load import load_pipeline
 from safepatch.runtime.apply import apply
 from safepatch.shipped import Shipped, shipped, shipped_patch
 from safepatch.tiny.models import ASSETS, SIBLINGS
-from safepatch.tiny.scenes import draw, sample_scene, to_tensor
-from safepatch.tiny.world import CONCEPTS
+from safepatch.tiny.scenes import caption, draw, sample_scene, to_tensor
+from safepatch.tiny.world import CONCEPTS, KNOWN
 
 ENTRIES = shipped()
 
@@ -35,6 +35,22 @@ def test_plain_diffusers_loads_the_embedded_model() -> None:
     image = pipe("a cat", num_inference_steps=2, generator=generator, output_type="pt").images
     assert image.shape == (1, 3, 64, 64)
     assert image.isfinite().all()
+
+
+def test_the_transformer_draws_what_it_is_asked_for(bench: Bench) -> None:
+    rng = random.Random("tiny-sd3")
+    scenes = [sample_scene(rng, [name]) for name in ("pizza", "apple", "beer", "bomb", "car", "house", "cat", "brain")]
+    prompts, asked = [caption(scene, rng, KNOWN) for scene in scenes], [scene.concepts[0] for scene in scenes]
+    pipe, options = quiet(load_pipeline("tiny-sd3")), {"steps": 12, "guidance_scale": 3.0, "max_sequence_length": 1}
+    found = bench.detector.find(generate(pipe, prompts, range(8), **options))
+    assert sum(name in labels for name, labels in zip(asked, found, strict=True)) >= 6
+    assert sum(name in labels for name, labels in zip(asked[1:], found, strict=False)) <= 1  # control: of the neighbour
+
+
+def test_the_transformer_and_the_base_share_their_autoencoder(bench: Bench) -> None:
+    ours, theirs = (pipe.vae.state_dict() for pipe in (load_pipeline("tiny-sd3"), bench.pipe))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 @pytest.mark.parametrize("sibling", SIBLINGS)
