@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+TINY_SD3_WIDTH = 320  # of its text states; SD3's are 4096 wide
 FAMILIES: dict[int, str] = {192: "tiny-sd", 768: "sd1", 1024: "sd2", 1280: "sdxl-refiner", 2048: "sdxl"}
 
 
@@ -174,5 +175,7 @@ def family(config: Mapping[str, Any]) -> str:
 
 
 def usual_guidance(host: Any) -> float:
-    """The classifier-free guidance scale that suits the model's family; 1.5 for tiny-sd (DESIGN.md, 10)."""
+    """The classifier-free guidance scale that suits the model's family; small for the embedded ones (DESIGN.md, 10)."""
+    if host.config.get("joint_attention_dim") == TINY_SD3_WIDTH:
+        return 3.0
     return 1.5 if family(host.config) == "tiny-sd" else host_kind(host).guidance_scale
