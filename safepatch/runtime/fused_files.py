@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from safepatch.diffusion import UNET, denoiser_entry, read_json
+from safepatch.diffusion import UNET, denoiser, denoiser_entry, read_json
 from safepatch.errors import BaseMismatch, ConfigError, SafepatchError, UnsupportedModel
 from safepatch.files import replacing
 from safepatch.models.folder import whole_name
@@ -91,8 +91,9 @@ def fuse_embedded(model: Path, folder: Path, job: Job) -> None:
     """A sibling has no folder of its own: it is built, changed and saved."""
     pipe = load_tiny(str(model))
     for component in job.update.components:
-        update, named = job.update.of_component(component), getattr(pipe, component).named_parameters()
-        weights = {plain_name(name, component): weight for name, weight in named}
+        update = job.update.of_component(component)
+        changed = denoiser(pipe) if component == UNET.component else getattr(pipe, component)
+        weights = {plain_name(name, component): weight for name, weight in changed.named_parameters()}
         for name in update.names:
             weights[name].data = update.added(name, weights[name].data)
     pipe.save_pretrained(folder)
