@@ -6,6 +6,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from safepatch.artifact.patch_artifact import PatchArtifact
@@ -19,7 +20,8 @@ from safepatch.patch.files import from_artifact, to_artifact
 from safepatch.patch.gate import TextGate
 from safepatch.patch.lora import STREAMS
 from safepatch.runtime.apply import apply
-from safepatch.runtime.fuse import fuse
+from safepatch.runtime.fuse import fuse, fuse_model
+from safepatch.tiny.models import load_tiny
 from safepatch.training import gates
 from safepatch.training.config import load_train_config
 from safepatch.training.trainer import train
@@ -228,3 +230,15 @@ def test_merged_patches_act_as_their_bundle(method, tmp_path):
             drawn[name] = draw(pipe)
     torch.testing.assert_close(drawn[method], drawn["bundle"], rtol=1e-3, atol=1e-4)
     assert (drawn[method] - draw(pipe)).abs().max() > 1e-3  # control
+
+
+def test_the_embedded_transformer_is_fused_into_a_folder(tmp_path):
+    pipe = quiet(load_tiny("tiny-sd3"))
+    patch = awaken(LoraPatch.from_unet(pipe.transformer, rank=2), size=0.1)
+    path = to_artifact(patch, pipe.transformer, {"weapons": INSTRUCTION}).save(tmp_path / "a.safetensors")
+    fused = fuse_model("tiny-sd3", path, tmp_path / "fused") / "transformer" / "diffusion_pytorch_model.safetensors"
+    name = "transformer_blocks.0.attn.to_q.weight"
+    update = dict(zip(patch.layers, patch.updates, strict=True))["transformer_blocks.0.attn.to_q"]
+    before, after = pipe.transformer.state_dict()[name], load_file(fused)[name]
+    assert not torch.equal(after, before)
+    torch.testing.assert_close(after, before + (update.up @ update.down).detach(), atol=1e-5, rtol=1e-4)
