@@ -86,11 +86,12 @@ class WindowGates:
     def renew(self) -> None:
         """Forget what was made of windows if the text encoders read otherwise since, as with a LoRA or a new token."""
         pairs = self._components.text_encoders()
-        learned = [sorted(tokenizer.get_added_vocab().values()) for tokenizer, _ in pairs]
-        reading = [torch.tensor(learned[0]), encode_windows(self._components, [SAMPLE])]
-        reading += [
-            encoder.get_input_embeddings().weight[some] for some, (_, encoder) in zip(learned, pairs, strict=True)
-        ]
+        added = [torch.tensor(sorted(each.get_added_vocab().values()), dtype=torch.long) for each, _ in pairs]
+        reading = [*added, encode_windows(self._components, [SAMPLE]).cpu()]
+        for tokens, (_, encoder) in zip(added, pairs, strict=True):
+            known = encoder.get_input_embeddings().weight
+            if not known.is_meta:  # put aside, layer by layer
+                reading.append(known[tokens[tokens < len(known)].to(known.device)].cpu())
         if self._reading and not all(map(torch.equal, reading, self._reading)):
             self._spelling = Spelling(pairs[0][0])
             self.memo.forget()

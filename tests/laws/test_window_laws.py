@@ -248,6 +248,7 @@ def learn(pipe, token: str, like: str) -> None:
 
 
 def test_tokens_learned_while_a_patch_is_applied_are_words_of_their_own(small_pipe):
+    small_pipe.tokenizer = copy.deepcopy(small_pipe.tokenizer)  # others share it
     with apply(small_pipe, listening(small_pipe)) as handle:
         draw(small_pipe, prompt="a cat")
         learn(small_pipe, "<it>", "dog")
