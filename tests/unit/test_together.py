@@ -43,7 +43,7 @@ class Drawer(Bench):
 
     drawn: list[tuple[int, str]] = []  # noqa: RUF012 - of all benches of a test
 
-    def _draw(self, asked, starts):
+    def _draw(self, asked, starts, patch):
         self.drawn.extend((self.processes.process_index if self.processes else 0, p.text) for p in asked.prompts)
         return draw_labels([[name for name in prompt.asks if name in NAMES] for prompt in asked.prompts])
 
