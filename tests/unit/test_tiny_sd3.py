@@ -178,7 +178,7 @@ def test_training_goes_on_where_it_stopped(tmp_path: Path, texts: Texts, pool: P
 
 def test_the_second_encoder_learns_to_read(tmp_path: Path, parts: dict[str, Any], texts: Texts):
     assert texts.second.config.hidden_size == texts.second.config.projection_dim == 128
-    loss, reader = reading_loss(parts["tokenizer"]), PooledReader(copy.deepcopy(texts.second))
+    loss, reader = reading_loss(parts["tokenizer"]), PooledReader(copy.deepcopy(texts.second).float())
     with torch.no_grad():
         before = loss(reader, 100)
     learned = fit(reader, loss, Schedule(steps=12, learning_rate=3e-3, warmup=3, decay=0.6), tmp_path / "r.pt")
