@@ -224,8 +224,9 @@ def test_a_card_holds_the_figures_of_this_very_file_with_their_protocol(lora: Pa
 
 
 def test_the_card_of_a_merge_names_its_sources_and_what_other_programs_cannot_do(lora: Path, tmp_path: Path) -> None:
-    both = tmp_path / "both.safetensors"
-    safepatch.merge(safepatch.MergeRecipe((str(lora), str(lora)), weights=(1.0, 0.5)), both)
+    both, copied = tmp_path / "both.safetensors", tmp_path / "copied.safetensors"
+    copied.write_bytes(lora.read_bytes())
+    safepatch.merge(safepatch.MergeRecipe((str(lora), str(copied)), weights=(1.0, 0.5)), both)
     card = run("push", both, HUB_ID, "--dry-run")
     assert card.count(f"`{read_header(lora).stated_hash}`") == 2
     assert "By `bundle`" in card
