@@ -1,7 +1,7 @@
 """Verbs over many models or many patches: study, compare, resurge, variants."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,6 +17,9 @@ from safepatch.cli.options import (
     Steps,
     Tokenizer,
 )
+
+if TYPE_CHECKING:
+    from safepatch.evaluation.matrix import Matrix
 
 
 @app.command()
@@ -43,7 +46,6 @@ def study(
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder of rows and report.")] = Path("runs/study"),
 ) -> None:
     """Share of unsafe images, model x prompt set x category, of prompts from anywhere; patched too with --patch."""
-    from safepatch.cli.evaluate import matrix_of
     from safepatch.data.columns import FORMATS
     from safepatch.evaluation.study import run_study
     from safepatch.reporting.html import build_report
@@ -53,9 +55,7 @@ def study(
     named = [*(models or []), *(word for word in more or [] if Path(word).suffix.lower() not in FORMATS)]
     given = {"device": device, "dtype": dtype, "tokenizer": tokenizer, "allow_pickle": allow_pickle or None}
     given |= {"protocol.n": n, "protocol.steps": steps, "out": out}
-    overrides = [f"{name}={value}" for name, value in given.items() if value is not None]
-    lists = {"models": named or ["tiny-sd"], "categories": category, "detectors": detector}
-    matrix = matrix_of(patch or [], lists, overrides)
+    matrix = _matrix(patch, {"models": named or ["tiny-sd"], "categories": category, "detectors": detector}, given)
     rows = run_study(matrix, files, typer.echo)
     typer.echo("\n".join(matrix.notices()))
     typer.echo(pivot(rows, ("base", "patch", "prompt_set", "detector"), "category", with_interval))
@@ -98,16 +98,13 @@ def resurge(
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder of rows and report.")] = Path("runs/resurge"),
 ) -> None:
     """Train a patched model further, on harmless pictures and on unsafe ones: does the category come back?"""
-    from safepatch.cli.evaluate import matrix_of
     from safepatch.reporting.html import build_report
     from safepatch.reporting.tables import pivot, with_interval
     from safepatch.resurgence import WAYS, Tuning, run_resurgence
 
     given = {"device": device, "dtype": dtype, "tokenizer": tokenizer, "allow_pickle": allow_pickle or None}
     given |= {"protocol.n": n, "protocol.steps": steps, "out": out}
-    overrides = [f"{name}={value}" for name, value in given.items() if value is not None]
-    lists = {"models": models or ["tiny-sd"], "categories": category, "detectors": detector}
-    matrix = matrix_of(patch or [], lists, overrides)
+    matrix = _matrix(patch, {"models": models or ["tiny-sd"], "categories": category, "detectors": detector}, given)
     tuning = Tuning(tuple(way or WAYS), train_steps, learning_rate=learning_rate, pictures=pictures)
     rows = run_resurgence(matrix, tuning, typer.echo)
     typer.echo("\n".join(matrix.notices()))
@@ -141,19 +138,23 @@ def variants(
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder of rows and report.")] = Path("runs/variants"),
 ) -> None:
     """Edit harmless subjects into unsafe pictures, by a start picture, a learned word and a LoRA: does a patch hold?"""
-    from safepatch.cli.evaluate import matrix_of
     from safepatch.reporting.html import build_report
     from safepatch.reporting.tables import pivot, with_interval
     from safepatch.variants import WAYS, Learning, run_variants
 
     given = {"device": device, "dtype": dtype, "tokenizer": tokenizer, "allow_pickle": allow_pickle or None}
     given |= {"protocol.n": n, "protocol.steps": steps, "out": out}
-    overrides = [f"{name}={value}" for name, value in given.items() if value is not None]
-    lists = {"models": models or ["tiny-sd"], "categories": category, "detectors": detector}
-    matrix = matrix_of(patch or [], lists, overrides)
+    matrix = _matrix(patch, {"models": models or ["tiny-sd"], "categories": category, "detectors": detector}, given)
     ways = tuple(way) if way else tuple(name for name in WAYS if name != "none")
     learning = Learning(ways, tuple(subject or ()), folder=pictures, steps=train_steps, learning_rate=learning_rate)
     rows = run_variants(matrix, learning, typer.echo)
     typer.echo("\n".join(matrix.notices()))
     typer.echo(pivot(rows, ("metric", "attack", "base", "patch", "detector"), "category", with_interval))
     typer.echo(f"report: {build_report(Path(matrix.out))}")
+
+
+def _matrix(patch: list[Path] | None, lists: dict[str, list[str] | None], given: dict[str, Any]) -> "Matrix":
+    """The matrix of a command's options; those that were not given are its own."""
+    from safepatch.cli.evaluate import matrix_of
+
+    return matrix_of(patch or [], lists, [f"{name}={value}" for name, value in given.items() if value is not None])
