@@ -330,7 +330,9 @@ def test_merging_alone_says_what_healing_needs(pair: tuple[str, ...]) -> None:
 
 def test_only_control_patches_are_healed(tmp_path: Path) -> None:
     info = PatchInfo("lora", {"gore": "no gore"}, {"layers": 2}, {"family": "tiny"}, {"sees": "prompt"})
-    paths = [PatchArtifact({"a.delta": torch.ones(i)}, info).save(tmp_path / f"{i}.safetensors") for i in (1, 1)]
+    paths = [
+        PatchArtifact({"a.delta": torch.tensor([i])}, info).save(tmp_path / f"{i}.safetensors") for i in (1.0, 2.0)
+    ]
     with pytest.raises(MergeError, match="only control patches can be healed, these are lora"):
         heal(new_small_pipe(), MergeRecipe(tuple(map(str, paths)), method="linear", heal=5))
 
