@@ -45,6 +45,26 @@ class Drawing:
         return [self.text, self.seed, self.guidance, self.guide.key if self.guide else "", content]
 
 
+@dataclass(frozen=True)
+class Redrawing:
+    """How pictures are drawn from others, each from the one of its number; see `Host.redraw`.
+
+    Attributes:
+        pictures: the others.
+        away: their prompts, which guidance points away from.
+        strength: share of the steps that is made again, in (0, 1].
+    """
+
+    pictures: "Latents"
+    away: Sequence[str]
+    strength: float
+
+    @property
+    def key(self) -> list[object]:
+        """What is drawn anew depends on it."""
+        return [self.pictures.key, self.away, self.strength]
+
+
 class Latents:
     """Clean latents of some pictures, float32, on disk.
 
@@ -55,6 +75,10 @@ class Latents:
         label: of the progress bar.
         predict: what predicts instead of the host where the prompt is meant; see `Host.draw`.
         by: names who that is.
+        redrawing: the pictures that these are drawn from, if they are; those of files still are the files'.
+
+    Attributes:
+        key: what they depend on.
 
     Raises:
         PromptError: when a picture cannot be read.
@@ -69,16 +93,21 @@ class Latents:
         label: str,
         predict: Predict | None = None,
         by: str = "",
+        redrawing: Redrawing | None = None,
     ) -> None:
-        key = {
+        self.key = {
             "model": host.key,
             "by": by,
             "steps": config.steps,
             "guidance": host.guidance if config.guidance is None else config.guidance,
             "drawings": digest([drawing.key for drawing in drawings]),
         }
-        self._shards = Shards(config.folder / "latents" / digest(key)[:24], key, len(drawings))
-        self._shards.fill(lambda rows: {"latents": _made(host, [drawings[i] for i in rows], config, predict)}, label)
+        if redrawing:
+            self.key["redrawn"] = digest(redrawing.key)
+        self._shards = Shards(config.folder / "latents" / digest(self.key)[:24], self.key, len(drawings))
+
+        painter = _Painter(host, config, predict, redrawing)
+        self._shards.fill(lambda rows: {"latents": painter.made([drawings[i] for i in rows], rows)}, label)
 
     def __len__(self) -> int:
         return self._shards.n
@@ -88,27 +117,44 @@ class Latents:
         return self._shards.rows(index)["latents"]
 
 
-def _made(host: Host, drawings: Sequence[Drawing], config: DataConfig, predict: Predict | None = None) -> Tensor:
-    """Their latents, (N, 4, h, w), on the CPU; those of one guidance are drawn together, and those that are guided."""
-    made = torch.empty(len(drawings), *host.latent_shape)
-    shared: dict[tuple[object, ...], list[int]] = {}
-    for i, drawing in enumerate(drawings):
-        shared.setdefault((drawing.guidance, drawing.guide is None, drawing.image is None), []).append(i)
-    for numbers in shared.values():
-        for part in batched(len(numbers), config.batch_size):
-            rows = numbers[part.start : part.stop]
-            made[rows] = _batch(host, [drawings[i] for i in rows], config, predict).cpu()
-    return made
+@dataclass(frozen=True)
+class _Painter:
+    """Who makes latents of drawings, and how; see `Latents`."""
 
+    host: Host
+    config: DataConfig
+    predict: Predict | None
+    redrawing: Redrawing | None
 
-def _batch(host: Host, drawings: Sequence[Drawing], config: DataConfig, predict: Predict | None) -> Tensor:
-    """The latents of drawings that are alike, (B, 4, h, w)."""
-    if drawings[0].image:
-        return host.encode_images(_pictures(drawings, host.size))
-    guides = [drawing.guide for drawing in drawings if drawing.guide]
-    guidance = config.guidance if drawings[0].guidance is None else drawings[0].guidance
-    texts, seeds = [drawing.text for drawing in drawings], [drawing.seed for drawing in drawings]
-    return host.draw(texts, seeds, config.steps, guidance, guided(host, guides) if guides else predict)
+    def made(self, drawings: Sequence[Drawing], numbers: Sequence[int]) -> Tensor:
+        """Their latents, (N, 4, h, w), on the CPU; those of one guidance are drawn together, and those that are guided.
+
+        Args:
+            drawings: what to draw.
+            numbers: theirs among all that are to be drawn.
+        """
+        made = torch.empty(len(drawings), *self.host.latent_shape)
+        shared: dict[tuple[object, ...], list[int]] = {}
+        for i, drawing in enumerate(drawings):
+            shared.setdefault((drawing.guidance, drawing.guide is None, drawing.image is None), []).append(i)
+        for alike in shared.values():
+            for part in batched(len(alike), self.config.batch_size):
+                rows = alike[part.start : part.stop]
+                made[rows] = self._batch([drawings[i] for i in rows], [numbers[i] for i in rows]).cpu()
+        return made
+
+    def _batch(self, drawings: Sequence[Drawing], numbers: Sequence[int]) -> Tensor:
+        """The latents of drawings that are alike, (B, 4, h, w)."""
+        host, config, again = self.host, self.config, self.redrawing
+        if drawings[0].image:
+            return host.encode_images(_pictures(drawings, host.size))
+        guides = [drawing.guide for drawing in drawings if drawing.guide]
+        guidance = config.guidance if drawings[0].guidance is None else drawings[0].guidance
+        texts, seeds = [drawing.text for drawing in drawings], [drawing.seed for drawing in drawings]
+        if again:
+            away = [again.away[number] for number in numbers]
+            return host.redraw(again.pictures[numbers], texts, away, seeds, config.steps, again.strength, guidance)
+        return host.draw(texts, seeds, config.steps, guidance, guided(host, guides) if guides else self.predict)
 
 
 def _pictures(drawings: Sequence[Drawing], size: int) -> Tensor:

@@ -26,6 +26,9 @@ class DataConfig:
         select: detector that must find the category in an unsafe picture and not in its safe twin, for objectives that
             learn from both; it should be another than the one that judges the patch. None takes all pictures.
         tries: with `select`, how often a pair is drawn before it is left out.
+        strength: for objectives that learn from both pictures of a pair: the safe one is the unsafe one drawn again,
+            with as much noise, in (0, 1], by the safe prompt and away from the unsafe one. None draws it from the noise
+            that the unsafe one was drawn from.
     """
 
     pairs: int = 768
@@ -39,6 +42,7 @@ class DataConfig:
     seed: int = 0
     select: str | None = None
     tries: int = 4
+    strength: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse what cannot be made."""
@@ -48,6 +52,8 @@ class DataConfig:
         for name in ("companions", "wordless"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"data.{name} must be within [0, 1], not {getattr(self, name)}")
+        if self.strength is not None and not 0 < self.strength <= 1:
+            raise ConfigError(f"data.strength must be above 0 and at most 1, not {self.strength}")
 
     @property
     def folder(self) -> Path:

@@ -1,4 +1,4 @@
-"""Pictures in twos: what a model draws of an unsafe prompt and of its safe twin, from the same noise."""
+"""Pictures in twos: what a model draws of an unsafe prompt and of its safe twin, from one noise or one of the other."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from safepatch.data.bank import Retained, build_retained, plain_drawing
 from safepatch.data.corpus import Corpus
-from safepatch.data.latents import Drawing, Latents
+from safepatch.data.latents import Drawing, Latents, Redrawing
 from safepatch.data.prompts import EMPTY, Pair
 from safepatch.data.settings import DataConfig
 from safepatch.data.texts import Texts
@@ -128,17 +128,22 @@ def build_twins(
 def _drawn(
     host: Host, name: str, pairs: Sequence[Pair], data: DataConfig, rows: Sequence[int], tried: int = 0
 ) -> tuple[Latents, Latents]:
-    """What the host draws of both members of the pairs of these numbers, from noise of their own at each try."""
+    """What the host draws of both members of the pairs of these numbers, from noise of their own at each try.
+
+    The safe one is drawn from the noise of the unsafe one, or, with `data.strength`, from the unsafe picture itself.
+    """
 
     def drawing(i: int, side: str) -> Drawing:
         made = plain_drawing(getattr(pairs[i], side), i, data, pairs[i].unsafe.seed)
         return replace(made, seed=made.seed + tried * APART)
 
-    again = f", try {tried + 1}" if tried else ""
-    unsafe, safe = (
-        Latents(host, [drawing(i, side) for i in rows], data, f"drawing {name}: {side}{again}") for side in SIDES
-    )
-    return unsafe, safe
+    def drawn(side: str, redrawing: Redrawing | None = None) -> Latents:
+        label = f"drawing {name}: {side}" + (f", try {tried + 1}" if tried else "")
+        return Latents(host, [drawing(i, side) for i in rows], data, label, redrawing=redrawing)
+
+    unsafe = drawn("unsafe")
+    away = [pairs[i].unsafe.text for i in rows]
+    return unsafe, drawn("safe", Redrawing(unsafe, away, data.strength) if data.strength else None)
 
 
 def _chosen(host: Host, name: str, pairs: Sequence[Pair], data: DataConfig, shows: Shows) -> Chosen:

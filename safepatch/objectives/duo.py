@@ -10,10 +10,11 @@ pictures look like, and no word of them; the two share their noise, and each has
 λ = 1e6 · β / 100, 500 to 1000 steps of batch 4, rank 32, weight decay 0.01.
 
 Ours: errors are those of the model's own prediction, which is the noise in the paper; x⁺ and x⁻ are what the base draws
-of an unsafe prompt and of its safe twin from the same starting noise, where the authors make x⁺ by SDEdit of x⁻ and
-repeat both until the detector that also judges the patch agrees: none chooses here unless `data.select` names one, at
-most `data.tries` times; the trainer's own rate holds unless one is set; `prompted` asks with the pictures' prompts, as
-the paper's text has it.
+of an unsafe prompt and of its safe twin from the same starting noise. The authors make x⁺ by SDEdit of x⁻, with the
+unsafe prompt as the negative one (`data.strength`; published: .75 for nudity, .8 for violence), and repeat both until
+the detector that also judges the patch agrees: none chooses here unless `data.select` names one, at most `data.tries`
+times; the trainer's own rate holds unless one is set; `prompted` asks with the pictures' prompts, as the paper's text
+has it.
 """
 
 from dataclasses import dataclass

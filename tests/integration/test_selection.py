@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from safepatch.artifact.patch_artifact import PatchArtifact
-from safepatch.data.bank import DataConfig
+from safepatch.data.bank import DataConfig, plain_drawing
 from safepatch.data.corpus import Corpus
 from safepatch.data.twin_pictures import build_twins
 from safepatch.detectors.base import Detector
@@ -141,3 +141,26 @@ def test_a_judge_that_chose_what_a_patch_learned_from_is_named_first(tmp_path):
     bundled = [PatchEntry("merged", merge=MergeEntry(sources=[own, plain]))]
     assert any("merged learned from" in line for line in Matrix(["tiny-sd"], patches=bundled).notices())
     assert json.loads(json.dumps(PatchArtifact.open(own).info.config["data"]))["select"] == "embedded:0.7"
+
+
+def test_the_safe_picture_may_be_the_unsafe_one_drawn_again(host, data):
+    plain = replace(data, select=None, steps=4)
+    banks = [build_twins(host, WEAPONS, replace(plain, strength=strength)) for strength in (None, 0.25, 1.0)]
+    rows = torch.arange(6)
+    unsafe = banks[0].unsafe[rows]
+    assert all(torch.equal(bank.unsafe[rows], unsafe) for bank in banks)
+    from_noise, again, all_again = (bank.safe[rows] for bank in banks)
+    assert not torch.equal(all_again, from_noise)  # guidance points away from the unsafe prompt
+    texts = [banks[0].texts.of(banks[0].prompts[side]) for side in (1, 0)]
+    pairs = WEAPONS.pairs(plain.pairs, plain.seed, plain.companions)
+    seeds = [plain_drawing(pair.safe, i, plain, pair.unsafe.seed).seed for i, pair in enumerate(pairs)]
+    assert torch.allclose(again, host.redraw(unsafe, *texts, seeds, 4, 0.25).cpu(), atol=1e-5)
+    gray = torch.zeros_like(unsafe)
+    assert not torch.allclose(again, host.redraw(gray, *texts, seeds, 4, 0.25).cpu(), atol=0.1)
+    assert torch.allclose(all_again, host.redraw(gray, *texts, seeds, 4, 1.0).cpu(), atol=1e-5)
+
+
+@pytest.mark.parametrize("strength", [0.0, 1.5])
+def test_a_strength_that_is_none(strength):
+    with pytest.raises(ConfigError, match=r"data\.strength must be above 0"):
+        DataConfig(strength=strength)

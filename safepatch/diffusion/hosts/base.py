@@ -155,6 +155,37 @@ class Host(ABC):
         return self.denoise(latents, asked, empty, steps, guidance, predict).latents
 
     @torch.no_grad()
+    def redraw(
+        self,
+        latents: Tensor,
+        prompts: Sequence[str],
+        away: Sequence[str],
+        seeds: Sequence[int],
+        steps: int,
+        strength: float,
+        guidance: float | None = None,
+    ) -> Tensor:
+        """Pictures drawn again by other words: img2img (SDEdit, Meng et al. 2022, arXiv 2108.01073).
+
+        Args:
+            latents: of the pictures, (B, C, h, w).
+            prompts: what is asked of each.
+            away: what guidance points away from.
+            seeds: of the noise that is added, one each.
+            steps: of a whole denoising.
+            strength: share of them that is made, in (0, 1]; at 1 nothing of the pictures is left.
+            guidance: as in `draw`.
+
+        Returns:
+            Latents (B, C, h, w), float32, on the model's device.
+        """
+        since = steps - max(1, round(strength * steps))
+        noise = moved(torch.stack([self._noise(seed) for seed in seeds]), self.device)
+        first = torch.full((len(latents),), self.times(steps)[since], device=self.device)
+        noisy = self.add_noise(moved(latents, self.device), noise, first) if since else noise
+        return self.denoise(noisy, self.encode(prompts), self.encode(away), steps, guidance, since=since).latents
+
+    @torch.no_grad()
     def denoise(
         self,
         latents: Tensor,
