@@ -104,11 +104,18 @@ def require_finite(artifact: "PatchArtifact") -> None:
 
 
 def peak(tensor: Tensor) -> float:
-    """The largest magnitude; NaN where a value is NaN. Without signs, floats are ordered as their bits are."""
+    """The largest magnitude; NaN where a value is NaN.
+
+    Floats of one sign are ordered as their bits are: the largest signed integer is that of the largest positive value,
+    the largest unsigned one that of the largest negative one. NumPy's work, unlike torch's, shares no threads and holds
+    no lock; so it takes no memory either.
+    """
     integer = BITS[tensor.dtype.itemsize]
     bits = tensor.detach().cpu().contiguous().view(integer).reshape(-1).numpy()
-    starts = range(0, len(bits), CHUNK)  # NumPy's work, unlike torch's, shares no threads and holds no lock
-    found = max((int((bits[at : at + CHUNK] & torch.iinfo(integer).max).max()) for at in starts), default=0)
+    chunks = [bits[at : at + CHUNK] for at in range(0, len(bits), CHUNK)]
+    unsigned = bits.dtype.str.replace("i", "u")
+    largest = torch.iinfo(integer).max
+    found = max((max(int(part.max()), int(part.view(unsigned).max()) & largest) for part in chunks), default=0)
     return torch.tensor(found, dtype=integer).view(tensor.dtype).item()
 
 

@@ -79,8 +79,8 @@ class TensorFile(Mapping[str, Tensor]):
         part.layout = {name: self.layout[f"{prefix}{name}"] for name in part._names}
         return part
 
-    def read(self, name: str, run: slice | None = None) -> Tensor:
-        """A tensor, or some of its values, flat."""
+    def read(self, name: str, run: slice | None = None, room: Tensor | None = None) -> Tensor:
+        """A tensor, or some of its values, flat; in `room`, bytes (N,), if there is any and they suffice."""
         own, dtype = self._names[name], self.layout[name].dtype
         entry = self.header.tensors[own]
         begin, end = entry.begin, entry.end
@@ -88,7 +88,8 @@ class TensorFile(Mapping[str, Tensor]):
             begin, end = (entry.begin + place * dtype.itemsize for place in (run.start, run.stop))
         blocks = list(blocks_of(own, entry, begin, end))
         first = blocks[0].begin if blocks else begin
-        held = torch.empty(blocks[-1].end - first if blocks else 0, dtype=torch.uint8)
+        size = blocks[-1].end - first if blocks else 0
+        held = torch.empty(size, dtype=torch.uint8) if room is None or len(room) < size else room[:size]
         for block in blocks:
             self._fill(block, held.numpy().data[block.begin - first : block.end - first])
         values = held[begin - first : end - first].view(dtype)

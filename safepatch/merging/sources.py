@@ -42,11 +42,11 @@ class Source:
         """What the patch is."""
         return self.artifact.info
 
-    def values(self, tensor: str, run: slice | None = None) -> Tensor:
-        """A tensor, or a run of its values, flat."""
+    def values(self, tensor: str, run: slice | None = None, room: Tensor | None = None) -> Tensor:
+        """A tensor, or a run of its values, flat; what is read from a file, in `room`, bytes (N,), if that suffices."""
         held = self.artifact.tensors
         if isinstance(held, TensorFile):
-            return held.read(tensor, run)
+            return held.read(tensor, run, room)
         return held[tensor].reshape(-1)[run] if run else held[tensor]
 
     def stored(self, name: str) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 Gates have no sum. They stand side by side, and the merged patch acts where any of them opens.
 """
 
+import threading
 from functools import cached_property, lru_cache
 from hashlib import sha256
 from typing import Any, NamedTuple
@@ -11,8 +12,8 @@ import torch
 from torch import Tensor
 
 from safepatch.artifact.acting import is_finite
-from safepatch.artifact.patch_artifact import Factors, cast, factorize, is_gate
-from safepatch.errors import MergeError
+from safepatch.artifact.patch_artifact import Factors, factorize, is_gate
+from safepatch.errors import ArtifactError, MergeError
 from safepatch.merging.groups import PICTURE, gate_records, gates_layout, is_grouped, joined_shape, side_by_side
 from safepatch.merging.job import Job, Piece
 from safepatch.merging.methods import METHODS, SUM_WEIGHTS, Options
@@ -20,7 +21,7 @@ from safepatch.merging.sources import Source, agreed
 
 OF_GATES = ("gate", "gates", PICTURE)  # of a layout
 PIECE = 1 << 19  # values of a dense tensor that the elementwise methods merge at once
-BLOCK = 1 << 17  # of these, what stays in a core's cache while sources are added; smaller ones cost more in calls
+WIDEST = 8  # bytes of a value at most
 
 
 class Compressed(NamedTuple):
@@ -28,6 +29,24 @@ class Compressed(NamedTuple):
 
     factors: Factors
     error: float
+
+
+class Room(threading.local):
+    """Memory that a thread's sums use again and again: fresh memory costs a core more than adding does.
+
+    Attributes:
+        read: bytes of a piece, as they stand in a source's file.
+        wide: the piece as float32, times the source's weight.
+        total: the sum.
+    """
+
+    def __init__(self) -> None:
+        self.hold(PIECE)
+
+    def hold(self, size: int) -> None:
+        """Make room for pieces of so many values."""
+        self.read = torch.empty(WIDEST * size, dtype=torch.uint8)
+        self.wide, self.total = torch.empty(2, size)
 
 
 class SumJob(Job):
@@ -112,8 +131,17 @@ class SumJob(Job):
         return dense and self.recipe.method in SUM_WEIGHTS
 
     def values(self, piece: Piece) -> Tensor:
-        """The merged values of a piece, flat, as they are stored."""
-        return cast(piece.tensor, self._merged(piece), self.layout[piece.tensor].dtype).reshape(-1)
+        """The merged values of a piece, flat, as they are stored; raises `ArtifactError` where they are not finite."""
+        stored = self._merged(piece).to(self.layout[piece.tensor].dtype, copy=True)
+        if not is_finite(stored):
+            if self._is_elementwise(piece.tensor):  # says whose values are not
+                self.stack(piece.tensor.rpartition(".")[0], slice(piece.start, piece.stop))
+            raise ArtifactError(f"'{piece.tensor}' overflows {stored.dtype}; keep it as float32 or use smaller weights")
+        return stored.reshape(-1)
+
+    @cached_property
+    def _room(self) -> Room:
+        return Room()
 
     def _merged(self, piece: Piece) -> Tensor:
         """The values of a piece before they are rounded to their stored dtype."""
@@ -127,17 +155,15 @@ class SumJob(Job):
         return self._merge(name, self.stack(name))
 
     def _weighted_sum(self, name: str, run: slice) -> Tensor:
-        """Σ w_k δ_k of a run of values, as the method and `stack` make it, in blocks that stay in a core's cache."""
+        """Σ w_k δ_k of a run of values, as the method and `stack` make it; it holds until this thread asks again."""
         weights = SUM_WEIGHTS[self.recipe.method](self.weights).tolist()
-        total = torch.zeros(run.stop - run.start)
+        room, size = self._room, run.stop - run.start
+        if size > len(room.total):  # a merge in memory makes whole tensors
+            room.hold(size)
+        total, wide = room.total[:size].zero_(), room.wide[:size]
         for source, weight in zip(self.sources, weights, strict=True):
-            if source.shape(name) is None:
-                continue
-            values = source.values(f"{name}.delta", run)
-            for block, deltas in zip(total.split(BLOCK), values.split(BLOCK), strict=True):
-                block += deltas.float() * weight
-        if not is_finite(total):
-            self.stack(name, run)  # says whose values are not
+            if source.shape(name) is not None:
+                total += wide.copy_(source.values(f"{name}.delta", run, room.read)).mul_(weight)
         return total
 
     def _merge(self, name: str, stack: Tensor) -> Tensor:

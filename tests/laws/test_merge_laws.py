@@ -156,6 +156,7 @@ def test_streamed_equals_in_memory(
     in_memory = merge(paths, method=method).save(tmp_path / "in-memory.safetensors").read_bytes()
     monkeypatch.setattr(sums, "PIECE", 5)
     assert merged_bytes(paths, method) == in_memory
+    assert merge(paths, method=method).save(tmp_path / "again.safetensors").read_bytes() == in_memory
     assert merged_bytes(paths[:1], method) != in_memory  # control
 
 
