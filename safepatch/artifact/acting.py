@@ -52,7 +52,7 @@ def _of_control(shapes: Shapes, _: Mapping[str, int]) -> dict[str, int]:
 
 def _of_lite(shapes: Shapes, _: Mapping[str, int]) -> dict[str, int]:
     key = shapes.get("lite.key", ())
-    depth = sum(re.fullmatch(r"lite\.mid_branch\.mix\.\d+", name) is not None for name in shapes)
+    depth = sum(re.fullmatch(r"lite\.(mid_branch|branches\.0)\.mix\.\d+", name) is not None for name in shapes)
     return {"groups": key[0], "rank": key[1], "depth": depth} if len(key) == 3 else {}
 
 

@@ -1,7 +1,7 @@
 """What patch kinds have in common: they act row by row on a frozen host, and are stored as deltas."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -10,9 +10,12 @@ from torch import Tensor, nn
 
 from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.diffusion import UNET, host_kind, text_width
-from safepatch.errors import BaseMismatch, ConfigError
+from safepatch.errors import ConfigError
+from safepatch.patch.deltas import Anchored, StoredPatch
 from safepatch.patch.gate import Gate, TextGate
+from safepatch.patch.looking import middle_channels
 from safepatch.patch.picture import PictureKey
+from safepatch.patch.places import PlaceHooks
 
 GATE_LAYOUT = ("gate", "gates", "picture")  # what of a layout is its gate's
 
@@ -54,18 +57,6 @@ class Features(NamedTuple):
     def to(self, dtype: torch.dtype) -> "Features":
         """The same features in another dtype."""
         return Features(tuple(skip.to(dtype) for skip in self.down), self.mid.to(dtype))
-
-
-class StoredPatch(NamedTuple):
-    """A patch as its file holds it.
-
-    Attributes:
-        tensors: by name and form, as in a `PatchArtifact`.
-        shapes: full shape of every parameter that is stored in factors.
-    """
-
-    tensors: dict[str, Tensor]
-    shapes: dict[str, list[int]]
 
 
 class Patch(nn.Module, ABC):
@@ -113,16 +104,13 @@ class Patch(nn.Module, ABC):
             picture: channels of a key that looks at what is drawn; 0 for none.
 
         Raises:
-            ConfigError: for a width below 1, or a key that looks at what a transformer draws.
+            ConfigError: for a width below 1.
         """
-        if picture:
-            require_unet(unet, "a gate that looks at pictures")
         self.gate = self.new_gate(unet, width, gates or self.groups)
         sizes = {"gate": width, **({"gates": gates} if gates else {}), **({"picture": picture} if picture else {})}
         self.layout = {name: size for name, size in self.layout.items() if name not in GATE_LAYOUT} | sizes
         if picture:
-            channels = unet.mid_block.resnets[-1].out_channels
-            self.gate.picture = PictureKey(channels, picture, gates or self.groups)
+            self.gate.picture = PictureKey(middle_channels(unet), picture, gates or self.groups)
 
     @abstractmethod
     def new_gate(self, unet: Any, width: int, gates: int) -> TextGate:
@@ -167,6 +155,10 @@ class Patch(nn.Module, ABC):
         """
         raise ConfigError(f"a {self.kind} patch changes none of the host's own layers; set patch.kind=lora")
 
+    def hooks_on(self, unet: Any) -> PlaceHooks | None:
+        """Hooks by which it acts inside the host's own modules; None of one that computes what is added elsewhere."""
+        return None
+
     def learning(self, unet: Any) -> AbstractContextManager:
         """What must hold on the host during a training run."""
         return nullcontext()
@@ -194,7 +186,7 @@ class Patch(nn.Module, ABC):
         """
 
 
-class ResidualPatch(Patch):
+class ResidualPatch(Anchored, Patch):
     """A patch that computes residuals for the host's features.
 
     Attributes:
@@ -207,8 +199,7 @@ class ResidualPatch(Patch):
         """Fresh gates that read the text and, of a UNet, the mid block's output."""
         if host_kind(unet) is not UNET:
             return TextGate(text_width(unet), width, gates)
-        channels = unet.mid_block.resnets[-1].out_channels
-        sizes = (channels, unet.config["cross_attention_dim"], unet.config["norm_num_groups"])
+        sizes = (middle_channels(unet), unet.config["cross_attention_dim"], unet.config["norm_num_groups"])
         return Gate(*sizes, width, gates)
 
     @abstractmethod
@@ -233,79 +224,6 @@ class ResidualPatch(Patch):
             features: the host's own, of the same rows; a patch with `reads_features` needs them.
             scales: strength of each group's correction, (groups,) or (B, groups); all 1 by default.
         """
-
-    @abstractmethod
-    def anchors(self, unet: Any) -> dict[str, Tensor]:
-        """The value each parameter has when its delta is zero, by parameter name."""
-
-    def stored(self, unet: Any) -> StoredPatch:
-        """Every parameter's delta, dense."""
-        return StoredPatch({f"{self.kind}.{name}.delta": delta for name, delta in self.deltas(unet).items()}, {})
-
-    def load(self, unet: Any, artifact: PatchArtifact, dtype: torch.dtype = torch.float32) -> None:
-        """`load_deltas` of what the file holds."""
-        self.load_deltas(unet, _Deltas(artifact), dtype)
-
-    def deltas(self, unet: Any) -> dict[str, Tensor]:
-        """The patch as differences from `anchors(unet)`, float32; all zero has no effect."""
-        anchors = self.anchors(unet)
-        return {name: (p.detach().float() - anchors[name].float()).cpu() for name, p in self.named_parameters()}
-
-    @torch.no_grad()
-    def load_deltas(self, unet: Any, deltas: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> None:
-        """Replace every parameter by the host's anchor plus its delta (rebasing), rounded to `dtype`.
-
-        A missing delta counts as zero. A gate stays in float32: its threshold was found so. What held the parameters
-        before, an optimizer for instance, must be made anew.
-
-        Raises:
-            BaseMismatch: when a delta is for something this host lacks; dropping it would weaken the patch in silence.
-        """
-        anchors = self.anchors(unet)
-        plain = {name.replace(".base_layer.", "."): name for name in anchors}  # PEFT wraps layers that carry a LoRA
-        for name in sorted(deltas.keys() - plain.keys()):
-            raise BaseMismatch(
-                f"this patch changes '{name}', which this model lacks; use it on a model of its own family"
-            )
-        dtypes = {name: torch.float32 if name.startswith("gate.") else dtype for name in anchors}
-        values = {name: _rebased(anchors[name], deltas.get(short), dtypes[name]) for short, name in plain.items()}
-        self.load_state_dict(values, strict=False, assign=True)  # a training run's buffers keep their values
-
-
-class _Deltas(Mapping[str, Tensor]):
-    """A patch's dense deltas by the module's parameter names: as they are stored, or multiplied out when asked for."""
-
-    def __init__(self, artifact: PatchArtifact) -> None:
-        self._artifact = artifact
-        prefix = f"{artifact.info.kind}."
-        self._names = {name.removeprefix(prefix): name for name in artifact.parameter_names()}
-
-    def __getitem__(self, name: str) -> Tensor:
-        stored = self._artifact.stored(self._names[name])
-        return stored["delta"] if "delta" in stored else self._artifact.delta(self._names[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
-def _rebased(anchor: Tensor, delta: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """`anchor` + `delta`, summed in float32 and rounded once: a tensor of its own."""
-    if delta is None:
-        return anchor.to(dtype, copy=True)
-    if (
-        anchor.dtype.itemsize == 1 or torch.result_type(anchor, delta) != dtype
-    ):  # else torch's own sum does just that, without copies
-        anchor = anchor.float()
-    return (anchor + delta.to(anchor.device)).to(dtype)
-
-
-def require_unet(host: Any, what: str) -> None:
-    """Raise `ConfigError` if the host of `what` is a transformer."""
-    if host_kind(host) is not UNET:
-        raise ConfigError(f"not supported yet: {what} for a {type(host).__name__}; it works with UNets only")
 
 
 def row_timesteps(timesteps: Any, sample: Tensor) -> Tensor:

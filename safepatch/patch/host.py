@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from safepatch.diffusion import Conditioning, Host
 from safepatch.patch.base import Features, ResidualPatch, Residuals, plus
 from safepatch.patch.hooks import Calls, Hooks
+from safepatch.patch.lite_tokens import TokenLitePatch
 from safepatch.patch.lora import LoraPatch
+from safepatch.patch.places import Told
 from safepatch.patch.text import TextPatch, patched_conditioning
 
 Answer = Callable[[Features], Residuals | None]
@@ -140,9 +142,12 @@ def patched_prediction(
         return host.predict(noisy, timesteps, patched_conditioning(host.components, patch, conditioning))
     if isinstance(inner, LoraPatch):
         return patch(host.unet, lambda: host.predict(noisy, timesteps, conditioning))
+    sample, times = host.shown(noisy, timesteps)
+    if isinstance(inner, TokenLitePatch):
+        told = Told(times, conditioning.states, instruction)
+        return patch(host.unet, lambda: host.predict(noisy, timesteps, conditioning), told)
     dtype = next(inner.parameters()).dtype
     conditions = {name: value.to(dtype) for name, value in host.conditions(conditioning).items()}
-    sample, times = host.shown(noisy, timesteps)
     inputs = (sample.to(dtype), times, conditioning.states.to(dtype), instruction.to(dtype), conditions)
     if not cast(ResidualPatch, inner).reads_features:
         return host.predict(noisy, timesteps, conditioning, patch(*inputs))

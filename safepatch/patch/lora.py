@@ -7,10 +7,8 @@ the prompt's text.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Self, cast
 
 import torch
@@ -20,10 +18,11 @@ from torch.nn.functional import linear
 from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.diffusion import UNET, host_kind, text_width
 from safepatch.errors import BaseMismatch, ConfigError
-from safepatch.patch.base import Patch, StoredPatch
+from safepatch.patch.base import Patch
+from safepatch.patch.deltas import StoredPatch
 from safepatch.patch.draw import Draw
 from safepatch.patch.gate import TextGate
-from safepatch.patch.hooks import Calls, Hooks
+from safepatch.patch.places import Acting, PlaceHooks
 
 GATE = "lora.gate."  # what the names of a gate's tensors begin with
 # Where in a transformer a patch may act: on the image's tokens, on the text's, or on both; Flux's single blocks,
@@ -101,6 +100,10 @@ class LoraPatch(Patch):
     def new_gate(self, unet: Any, width: int, gates: int) -> TextGate:
         """Fresh gates that read the text."""
         return TextGate(text_width(unet), width, gates)
+
+    def hooks_on(self, unet: Any) -> PlaceHooks | None:
+        """Those on the layers that it updates."""
+        return LayerHooks(unet, self)
 
     def forward(self, unet: Any, predict: Callable[..., Any]) -> Any:
         """What `predict`, which calls `unet`, makes with the updates at scale 1."""
@@ -180,61 +183,21 @@ def updated_weights(artifact: PatchArtifact) -> list[str]:
     return [name.removeprefix("lora.") for name in artifact.parameter_names() if not name.startswith(GATE)]
 
 
-@dataclass
-class Updating:
-    """What the layers are to do in one call of the host.
+class LayerHooks(PlaceHooks):
+    """Hooks on a host's linear layers that add a patch's updates to what they make.
 
-    Attributes:
-        rows: of what they are given, the last ones, those that are updated; None for none.
-        scale: strength, of all (1,) or of each of `rows`; None for 1.
-        left: layers whose update is still to be added.
+    Where a layer runs on another number of rows than the host, as in PAG, they cannot be told apart: all are updated.
     """
 
-    rows: slice | None = None
-    scale: Tensor | None = None
-    left: set[str] = field(default_factory=set)
-
-
-class LayerHooks:
-    """Hooks on a host's linear layers that add a patch's updates to what they make."""
-
     def __init__(self, unet: Any, patch: LoraPatch) -> None:
-        self._patch = patch
-        self._calls = Calls(Updating)
-        self.hooks = Hooks()
-        for layer, update in patch.each():
-            self.hooks.after(unet.get_submodule(layer), partial(self._add, layer, update))
+        self._updates = dict(patch.each())
+        super().__init__(unet, self._updates)
 
-    def begin(self) -> None:
-        """The host is about to be called, by default without the updates."""
-        self._calls.begin()
-
-    def update(self, rows: slice, scale: Tensor | None = None, skipped: Sequence[int] = ()) -> None:
-        """The call that has begun is one with the updates.
-
-        Args:
-            rows: of what the host is given, the last ones, those that are updated.
-            scale: strength, of all (1,) or of each of `rows`; 1 by default.
-            skipped: transformer blocks that this call leaves out, as SD3's skip layer guidance does.
-        """
-        now, out = self._calls.now, tuple(f"transformer_blocks.{index}." for index in skipped)
-        now.rows, now.scale = rows, scale
-        now.left = {layer for layer in self._patch.layers if not layer.startswith(out)}
-
-    def end(self) -> list[str]:
-        """The call has ended; what did not happen in it."""
-        ended = self._calls.end()
-        left = sorted(ended.left) if ended else []
-        return [f"'{left[0]}' ({len(left)} layers in all) was not called as a layer"] if left else []
-
-    def _add(self, layer: str, update: Update, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        now = self._calls.now
-        if now.rows is None:
-            return None
-        now.left.discard(layer)
-        # Where the layer runs on another number of rows, as in PAG, they cannot be told apart: all are updated.
-        is_whole = now.rows.stop in (None, len(output))
-        start = (now.rows.start or 0) if is_whole else 0
+    def _changed(self, place: str, now: Acting, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        rows, update = cast(slice, now.rows), self._updates[place]
+        now.left.discard(place)
+        is_whole = rows.stop in (None, len(output))
+        start = (rows.start or 0) if is_whole else 0
         hidden = args[0][start:]
         added = update.to(hidden.device)(hidden.to(update.dtype)).to(output.dtype)
         if now.scale is not None:

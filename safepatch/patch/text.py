@@ -67,6 +67,9 @@ class TextPatch(LoraPatch):
         """What `predict` makes of the patched twin, at scale 1, of an encoder."""
         return predict(patched_encoder(unet, [(self, None)]))
 
+    def hooks_on(self, unet: Any) -> None:
+        """Nothing: the host is given other states."""
+
     def learning(self, unet: Any) -> Any:
         """Nothing: every reading has a twin of its own."""
         return super(LoraPatch, self).learning(unet)

@@ -92,6 +92,7 @@ class Begun:
         seen: what the keys to pictures have seen of this denoising, by the part's identity; added to in this call.
         is_followed: whether a pipeline's call tells where the denoising begins and ends.
         has_looked: whether the keys to pictures were shown this call.
+        skipped: transformer blocks that it leaves out, as SD3's skip layer guidance does.
     """
 
     given: Call | None = None
@@ -106,6 +107,7 @@ class Begun:
     seen: dict[int, Any] = field(default_factory=dict)
     is_followed: bool = False
     has_looked: bool = False
+    skipped: Sequence[int] = ()
 
     def note(self, scales: Tensor) -> None:
         """Corrections of these strengths, (groups,) or (rows, groups) on the CPU, are added."""

@@ -150,11 +150,11 @@ class Corrector:
     def strength(self, part: ActivePart, begun: Begun) -> Tensor | None:
         """Of a part without residuals: one for all rows to correct, (1,), or where it has a gate one for each, (B,).
 
-        None where it is off for all.
+        Of one of several groups it is one for each of them too, (1 or B, groups). None where it is off for all.
         """
-        scales = self._scales(part, begun, None)
+        scales, groups = self._scales(part, begun, None), part.patch.groups
         begun.note(scales)
-        return scales.reshape(-1) if scales.any() else None
+        return scales.reshape(-1, groups).squeeze(1) if scales.any() else None
 
     @torch.no_grad()
     def judged(self, part: ActivePart, begun: Begun) -> Tensor:

@@ -32,9 +32,8 @@ from safepatch.patch import Features, Residuals
 from safepatch.patch.gate import READINGS
 from safepatch.patch.hooks import Calls, Hooks
 from safepatch.patch.host import HostHooks
-from safepatch.patch.lora import LayerHooks, LoraPatch
 from safepatch.patch.picture import TEXT
-from safepatch.patch.text import TextPatch
+from safepatch.patch.places import PlaceHooks, Told
 from safepatch.runtime.call import Begun, Call, Settings, Step
 from safepatch.runtime.corrector import SPEEDS, Corrector, Stats
 from safepatch.runtime.denoising import Denoising, Denoisings
@@ -92,11 +91,8 @@ class Handle:
         self._calls = Calls(Begun)
         self._drain = Drain(self._unet)
         self._earlier: set[int] | None = None  # threads in a call that began before the patch was here
-        self._layers = [
-            (LayerHooks(self._unet, part.patch), part)
-            for part in parts
-            if isinstance(part.patch, LoraPatch) and not isinstance(part.patch, TextPatch)
-        ]
+        inner = [(part.patch.hooks_on(self._unet), part) for part in parts]
+        self._layers = [(hooks, part) for hooks, part in inner if hooks is not None]
         computes = bool(self._corrector.parts) and self._kind is UNET
         self._host = HostHooks(self._unet, self._answer) if computes else None
         self._sight = Sight(self._unet, parts, self._under_way)
@@ -168,7 +164,7 @@ class Handle:
         return all(id(hook.module) in there for hook in needed)
 
     @property
-    def _inner(self) -> list[LayerHooks | HostHooks]:
+    def _inner(self) -> list[PlaceHooks | HostHooks]:
         return [hooks for hooks, _ in self._layers] + ([self._host] if self._host else [])
 
     @property
@@ -291,7 +287,7 @@ class Handle:
         if made and self._host:
             self._host.add(made)
         for hooks, part in self._layers if begun.call else ():
-            self._update(hooks, part, begun, self._kind.bind(args, kwargs).get("skip_layers") or ())
+            self._update(hooks, part, begun)
         exchanged = self._exchanged(begun, args, kwargs)
         if self._fail_closed and not self._all_hang:
             self._bypassed("hooks inside it are lost; apply the patch again")
@@ -312,14 +308,16 @@ class Handle:
             inner.begin()
         begun.settings = Settings(self.scale, self.gate, self.speed, self.reads)
         begun.given = Call.of(self._kind, args, kwargs)
+        begun.skipped = self._kind.bind(args, kwargs).get("skip_layers") or ()
         begun.seen, begun.is_followed = denoising.seen, denoising.by is not None
         begun.call = self._to_correct(begun.given, denoising, begun.settings)
         return begun
 
-    def _update(self, hooks: LayerHooks, part: ActivePart, begun: Begun, skipped: Sequence[int]) -> None:
+    def _update(self, hooks: PlaceHooks, part: ActivePart, begun: Begun) -> None:
         call, strength = begun.call, self._corrector.strength(part, begun)
         if call and strength is not None:
-            hooks.update(call.rows, strength.to(call.sample.device, non_blocking=True), skipped)
+            hooks.tell(Told(call.row_timesteps, call.prompt_states[call.rows], part.instruction_states))
+            hooks.update(call.rows, strength.to(call.sample.device, non_blocking=True), begun.skipped)
 
     def _exchanged(self, begun: Begun, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any] | None:
         """The arguments with the text states that patched encoders make; None where those are the host's own."""

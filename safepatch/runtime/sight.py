@@ -1,8 +1,8 @@
 """What a gate's picture key has seen so far of each denoising, out of the host's own passes.
 
-A hook on the mid block shows the key what the host made of each row. What it makes of that counts from the next step
-on: so the host is run once, and nobody waits for its device in the midst of a step. A row for which the key opened
-stays open until its denoising ends.
+A hook on the host's middle (`safepatch.patch.looking`) shows the key what the host made of each row. What it makes of
+that counts from the next step on: so the host is run once, and nobody waits for its device in the midst of a step. A
+row for which the key opened stays open until its denoising ends.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,8 +11,10 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from safepatch.diffusion import host_kind
 from safepatch.patch.gate import TextGate
 from safepatch.patch.hooks import Hooks
+from safepatch.patch.looking import looked_at, middle
 from safepatch.patch.picture import added_up
 from safepatch.runtime.call import Begun, Call
 from safepatch.runtime.parts import ActivePart
@@ -77,29 +79,32 @@ class Sight:
 
     def __init__(self, unet: Any, parts: Sequence[ActivePart], now: Callable[[], Begun]) -> None:
         self._parts = [part for part in parts if part.looks]
-        self._now = now
+        self._unet, self._now = unet, now
         self.hooks = Hooks()
         if self._parts:
-            self.hooks.after(unet.mid_block, self._look)
+            self.hooks.after(middle(unet), self._look)
 
     def missed(self, begun: Begun) -> list[str]:
         """What did not happen in a call that has ended."""
         asked = self._parts and begun.call is not None and begun.settings.gate != "off"
-        return ["what its gate looks at was not shown"] if asked and not begun.has_looked else []
+        beside = begun.skipped and begun.seen  # the call of all blocks at this step was looked at
+        return ["what its gate looks at was not shown"] if asked and not begun.has_looked and not beside else []
 
     @torch.compiler.disable()
     @torch.no_grad()
-    def _look(self, _: nn.Module, args: tuple, output: Tensor) -> None:
+    def _look(self, _: nn.Module, args: tuple, output: Any) -> None:
         begun = self._now()
+        if begun.skipped:  # without some blocks it is another picture
+            return
         begun.has_looked = True
         if begun.call is None or begun.settings.gate == "off":
             return
-        looked_at = _wordless_rows(begun.call)
-        mid = output[looked_at]
+        call, rows = begun.call, _wordless_rows(begun.call)
+        mid = looked_at(self._unet, output, call.sample, call.shared.get("img_ids"))[rows]
         for part in self._parts:
             key = cast(nn.Module, cast(TextGate, part.patch.gate).picture).to(mid.device)
-            times = begun.call._replace(rows=looked_at).row_timesteps.to(mid.device)
-            logits = key(mid, times)
+            times = call._replace(rows=rows).row_timesteps.to(mid.device)
+            logits = key(mid, times / host_kind(self._unet).timestep_unit)
             begun.seen[id(part)] = Seen.of(logits, times, begun.seen.get(id(part)), begun.is_followed)
 
 

@@ -34,7 +34,7 @@ class PatchConfig:
         sees: what its cross-attention reads: `instruction`, or `instruction+prompt`; a lora patch has none.
         rank: of a lora patch, of each update (default 16); of a lite patch, channels per branch (default 64); of a
             control patch, store the deltas of layers wider than this as low-rank factors (default 0, dense).
-        depth: of a lite patch, 3 x 3 convolutions per branch (default 1).
+        depth: of a lite patch, maps in each branch (default 1): 3 x 3 convolutions, of a transformer linear ones.
         stream: of a lora patch on a transformer, whose tokens it acts on: `image`, `text`, or `both` (the default).
         gate: channels of a gate that keeps the patch off what it is not for; 0 trains none.
         windows: words of the widest window that the gate reads alone, so that no words around it can close it; 0 for

@@ -19,6 +19,7 @@ from safepatch.data.corpus import Corpus
 from safepatch.data.prompts import EMPTY
 from safepatch.data.twin_pictures import build_twins
 from safepatch.diffusion import Host, batched
+from safepatch.patch.looking import looked_at, middle
 from safepatch.patch.picture import PictureKey, added_up
 from safepatch.progress import bar
 
@@ -66,7 +67,7 @@ class Pictures(NamedTuple):
 
 
 class Looked(NamedTuple):
-    """What the host's mid block made of N rows.
+    """What the host's middle made of N rows.
 
     Attributes:
         mid: (N, C, h, w), in half precision.
@@ -112,18 +113,24 @@ def pictures(host: Host, corpus: Corpus, data: DataConfig) -> Pictures:
 
 @contextmanager
 def watched(host: Host, only: bool = False) -> Iterator[list[Tensor]]:
-    """Within the block, what the mid block makes of each call is put into the list; `only` that is made."""
+    """Within the block, what is looked at in each call is put into the list; `only` that is made."""
     seen: list[Tensor] = []
+    given: dict[str, Any] = {}
 
-    def note(_: nn.Module, args: tuple, output: Tensor) -> None:
-        seen.append(output)
+    def ask(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        given.update(host.kind.bind(args, kwargs))
+
+    def note(_: nn.Module, args: tuple, output: Any) -> None:
+        seen.append(looked_at(host.unet, output, given[host.kind.sample], given.get("img_ids")))
         if only:
             raise _Enough
 
-    hook = host.unet.mid_block.register_forward_hook(note)
+    asked = host.unet.register_forward_pre_hook(ask, with_kwargs=True)
+    hook = middle(host.unet).register_forward_hook(note)
     try:
         yield seen
     finally:
+        asked.remove()
         hook.remove()
 
 
@@ -148,7 +155,7 @@ def _looked(host: Host, pool: Pictures, generator: torch.Generator) -> Looked:
                 host.predict(host.add_noise(clean.to(host.device), noise.to(host.device), t), t, said)
             except _Enough:
                 mids.append(seen[0].half().cpu())
-        times.append(t.cpu())
+        times.append(host.clock(t).cpu())
         wanted.append(pool.is_unsafe[index].float())
     return Looked(torch.cat(mids), torch.cat(times), torch.cat(wanted))
 
@@ -216,7 +223,8 @@ def _trace(
         host.denoise(latents, asked, empty, VALIDATION_STEPS, since=since)
     evidence, traces = torch.zeros(n, 1, device=host.device), []
     for looks, (t, mid) in enumerate(zip(times, seen, strict=True), start=1):
-        evidence = added_up(evidence, key(mid[:n], first.new_full((n,), t)), looks)  # guided, the rows without words
+        clock = host.clock(first.new_full((n,), t))
+        evidence = added_up(evidence, key(mid[:n], clock), looks)  # guided, the rows without words
         traces.append(evidence[:, 0].cpu())
     return torch.stack(traces, dim=1)
 

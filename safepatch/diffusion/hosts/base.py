@@ -267,6 +267,10 @@ class Host(ABC):
         """Noisy latents and timesteps as the denoiser, and a patch beside it, are given them."""
         return noisy, timesteps
 
+    def clock(self, timesteps: Tensor) -> Tensor:
+        """Timesteps as the denoiser is given them, but in steps of the training schedule."""
+        return timesteps
+
     @abstractmethod
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """What the model was regressed on for clean latents and noise, (B, C, h, w)."""

@@ -47,7 +47,11 @@ class FlowHost(Host):
 
     def sigmas(self, timesteps: Tensor) -> Tensor:
         """Share of noise at `timesteps` (B,), shape (B, 1, 1, 1), in (0, 1]."""
-        return ((timesteps.float() + 1) / self.steps).view(-1, 1, 1, 1)
+        return (self.clock(timesteps) / self.steps).view(-1, 1, 1, 1)
+
+    def clock(self, timesteps: Tensor) -> Tensor:
+        """Timesteps in (0, steps]."""
+        return timesteps.float() + 1
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """(1 - s) latents + s noise."""
@@ -172,7 +176,7 @@ class SD3Host(FlowHost):
 
     def shown(self, noisy: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """The latents, and timesteps in (0, steps]."""
-        return noisy, timesteps.float() + 1
+        return noisy, self.clock(timesteps)
 
 
 class FluxHost(FlowHost):
@@ -198,7 +202,7 @@ class FluxHost(FlowHost):
     def shown(self, noisy: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """The latents as tokens of 2 x 2, (B, h w / 4, 4 C), and timesteps in (0, 1]."""
         tokens = noisy.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # (B, C, h / 2, 2, w / 2, 2)
-        return tokens.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2), (timesteps.float() + 1) / self.steps
+        return tokens.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2), self.clock(timesteps) / self.steps
 
     def words(self, conditioning: Conditioning) -> Tensor:
         """CLIP's pooled state."""
