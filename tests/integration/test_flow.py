@@ -24,6 +24,7 @@ from safepatch.runtime.fuse import fuse, fuse_model
 from safepatch.tiny.models import load_tiny
 from safepatch.training import gates
 from safepatch.training.config import load_train_config
+from safepatch.training.loop import Run
 from safepatch.training.trainer import train
 from tests.families import draw, small_transformer_pipe
 from tests.small import INSTRUCTION, awaken
@@ -43,14 +44,15 @@ def pipe_of(name: str) -> Any:
 def gated(name: str, kind: str, windows: int = 3) -> PatchArtifact:
     """A patch that changes images, behind a gate of random weights."""
     host = pipe_of(name).transformer
-    layout = {"rank": 4} if kind == "lora" else {}
+    layout = {} if kind == "control" else {"rank": 4}
     patch = awaken(PATCH_KINDS[kind].from_unet(host, gate=4, **layout), size=0.1)
     record = {"weapons": {"threshold": 0.5, "windows": windows}}
     return to_artifact(patch, host, {"weapons": INSTRUCTION}, {"gate": record})
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("sd3", "lora"), ("sd3.5", "control"), ("flux", "lora"), ("flux", "control")]
+    ("name", "kind"),
+    [("sd3", "lora"), ("sd3.5", "control"), ("flux", "lora"), ("flux", "control"), ("sd3.5", "lite"), ("flux", "lite")],
 )
 def test_a_patch_is_trained_gated_written_opened_and_applied(name, kind, tmp_path, monkeypatch):
     for key, value in FEW.items():
@@ -58,7 +60,7 @@ def test_a_patch_is_trained_gated_written_opened_and_applied(name, kind, tmp_pat
     pipe, options = small_transformer_pipe(name), [f"output={tmp_path / 'run'}", f"data.cache={tmp_path}"]
     before = {key: weight.clone() for key, weight in pipe.transformer.state_dict().items()}
     options += [f"patch.kind={kind}", "patch.gate=4", "training.learning_rate=0.1"]
-    options += ["patch.rank=4"] if kind == "lora" else ["objective.preservation=0"]
+    options += ["objective.preservation=0"] if kind == "control" else ["patch.rank=4"]
     path = train(pipe, load_train_config(None, [*RUN, *options]))
     artifact, base = PatchArtifact.open(path), draw(pipe)
     assert artifact.info.kind == kind
@@ -82,6 +84,43 @@ def test_equal_runs_give_equal_files_also_where_activations_are_recomputed(tmp_p
         torch.testing.assert_close(made["again"].tensors[name], tensor, rtol=1e-2, atol=1e-5)
 
 
+class Killed(Exception):
+    """Stands in for whatever ends a process."""
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "more"),
+    [
+        ("sd3.5", "lora", []),
+        ("sd3.5", "control", ["objective.preservation=0"]),
+        ("sd3.5", "lite", ["training.gradient_checkpointing=true"]),
+        ("flux", "lite", []),
+    ],
+)
+def test_a_killed_run_goes_on_to_the_same_file(name, kind, more, tmp_path, monkeypatch):
+    own = ["training.steps=4", "training.checkpoint_every=1", "patch.gate=0", f"patch.kind={kind}", *more]
+    own += [] if kind == "control" else ["patch.rank=2"]
+
+    def trained(out: str) -> PatchArtifact:
+        options = [*RUN, *own, f"output={tmp_path / out}", f"data.cache={tmp_path / 'cache'}"]
+        return PatchArtifact.open(train(small_transformer_pipe(name), load_train_config(None, options)))
+
+    whole, move, begun = trained("whole"), Run._move, list[int]()
+
+    def killed(self: Run, player: Any, state: Any, wrapped: Any) -> Any:
+        if state.step == 2 and len(begun) < 3:
+            raise Killed
+        begun.append(state.step)
+        return move(self, player, state, wrapped)
+
+    monkeypatch.setattr(Run, "_move", killed)
+    with pytest.raises(Killed):
+        trained("cut")
+    begun.append(-1)
+    assert trained("cut").content_hash == whole.content_hash
+    assert begun == [0, 1, -1, 2, 3]  # control: it did go on in the midst
+
+
 WAYS = {
     "sd3": ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline"),
     "sd3-wide": ("StableDiffusion3InpaintPipeline", "StableDiffusion3PAGPipeline"),
@@ -89,7 +128,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("kind", ["lora", "control"])
+@pytest.mark.parametrize("kind", PATCH_KINDS)
 @pytest.mark.parametrize(("name", "way"), [(name, way) for name, ways in WAYS.items() for way in ways])
 def test_a_closed_gate_changes_no_bit_and_an_open_one_nothing_of_the_patch(name, way, kind):
     names = {"image_encoder", "feature_extractor"}
@@ -119,7 +158,7 @@ def _is_there(states: Tensor, wanted: Tensor) -> Tensor:
     return 20 * ((states - wanted).abs().amax(-1) < 1e-3).any(1, keepdim=True).float() - 10
 
 
-@pytest.mark.parametrize("kind", ["lora", "control"])
+@pytest.mark.parametrize("kind", PATCH_KINDS)
 @pytest.mark.parametrize("name", ["sd3", "flux"])
 def test_rows_are_gated_by_their_own_words_and_no_words_around_them_close_it(name, kind, monkeypatch):
     pipe = pipe_of(name)

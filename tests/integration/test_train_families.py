@@ -19,7 +19,6 @@ from safepatch.artifact.patch_artifact import PatchArtifact, verify
 from safepatch.data.bank import DataConfig
 from safepatch.data.corpus import Corpus
 from safepatch.diffusion import Components, UNetHost, generate, joined, quiet
-from safepatch.errors import ConfigError
 from safepatch.merging import MergeRecipe
 from safepatch.objectives import SafeControlConfig, Turn, match_bundle
 from safepatch.patch import PATCH_KINDS
@@ -37,7 +36,6 @@ from tests.families import (
     UNETS,
     draw,
     small_family_pipe,
-    small_transformer_pipe,
     tokenizer_folder,
     write_original,
 )
@@ -475,19 +473,3 @@ def test_a_batch_of_prompts_reads_each_alone(base):
     mistaken = (both[:1] - second).abs().max()  # control: what reading the other row would make
     assert mistaken > 0.1
     assert (both[1:] - second).abs().max() < 1e-3 * mistaken  # a batch rounds otherwise, by how much is the machine's
-
-
-# ---- what cannot be trained ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["sd3", "flux"])
-def test_a_transformers_lite_patch_is_refused_before_anything_is_computed(name, tmp_path, words):
-    own = (f"model={name}", "patch.kind=lite", f"output={tmp_path / 'out'}", f"data.cache={tmp_path / 'cache'}")
-    config = load_train_config(words / "sharp.yaml", [*FEW, *own])
-    with pytest.raises(
-        ConfigError, match=r"not supported yet: a lite patch for a .*; it works with UNets only"
-    ) as caught:
-        train(small_transformer_pipe(name), config)
-    assert "\n" not in str(caught.value)
-    assert not (tmp_path / "cache").exists()
-    assert not (tmp_path / "out").exists()

@@ -14,7 +14,7 @@ from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.diffusion import Components, encode_prompts, host_kind, quiet
 from safepatch.errors import BaseMismatch, ConfigError, PatchBypassed, UnsupportedModel
 from safepatch.models.load import load_pipeline
-from safepatch.patch import ControlPatch, LitePatch
+from safepatch.patch import ControlPatch
 from safepatch.patch.files import from_artifact, to_artifact
 from safepatch.patch.transformer import TransformerControlPatch
 from safepatch.runtime.apply import apply, attach
@@ -426,11 +426,6 @@ def test_patches_of_other_families_are_refused(sd3, flux, small_pipe):
         with pytest.raises(BaseMismatch, match=message) as caught:
             apply(pipe, artifact)
         assert "\n" not in str(caught.value)
-
-
-def test_what_needs_a_unet_says_so(flux):
-    with pytest.raises(ConfigError, match="not supported yet: a lite patch for a FluxTransformer2DModel"):
-        LitePatch.from_unet(flux.pipe.transformer)
 
 
 @pytest.mark.parametrize("depth", [0, 5])

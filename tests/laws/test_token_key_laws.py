@@ -46,7 +46,8 @@ def keyed(
 ) -> PatchArtifact:
     """An awake patch whose text key never opens, and whose picture key does from a probability on."""
     host = pipe_of(name).transformer
-    patch = PATCH_KINDS[kind].from_unet(host, gate=4, picture=4, **LAYOUTS.get(kind, {}))
+    layout: dict[str, Any] = LAYOUTS.get(kind, {})
+    patch = PATCH_KINDS[kind].from_unet(host, gate=4, picture=4, **layout)
     artifact = to_artifact(awaken(patch, size=0.1), host, {category: INSTRUCTION})
     record: dict[str, Any] = {"threshold": NEVER, "keys": keys, "picture": {"threshold": picture}}
     return replace(artifact, info=replace(artifact.info, config={**artifact.info.config, "gate": {category: record}}))
