@@ -3,6 +3,7 @@
 import atexit
 import os
 import shutil
+import socket
 import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it once
@@ -22,3 +23,19 @@ def small_pipe():
     from tests.small import new_small_pipe
 
     return new_small_pipe()
+
+
+@pytest.fixture
+def closed_sockets(monkeypatch) -> list[object]:
+    """No connection can be made, and the Hub's own offline switch is off; attempts are listed."""
+    attempts: list[object] = []
+
+    def refuse(*args: object, **_: object) -> None:
+        attempts.append(args)
+        raise OSError("closed for the test")
+
+    for name in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    return attempts

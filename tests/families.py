@@ -174,7 +174,7 @@ def original_layout(pipe: Any, family: str) -> dict[str, Tensor]:
     tensors = {f"model.diffusion_model.{unet_name(name, pipe.unet)}": t for name, t in pipe.unet.state_dict().items()}
     for name, tensor in pipe.vae.state_dict().items():
         attention = ".attentions." in name and tensor.ndim == 2  # was a 1 x 1 convolution
-        tensors[f"first_stage_model.{_vae_name(name)}"] = tensor[:, :, None, None] if attention else tensor
+        tensors[f"first_stage_model.{vae_name(name)}"] = tensor[:, :, None, None] if attention else tensor
     if family == "sd1":
         tensors |= _clip(pipe.text_encoder, "cond_stage_model.transformer.")
     elif family == "sd2":
@@ -227,7 +227,7 @@ def _in_resnet(inner: list[str]) -> str:
     return ".".join([RESNET.get(inner[0], inner[0]), *inner[1:]])
 
 
-def _vae_name(name: str) -> str:
+def vae_name(name: str) -> str:
     words = name.split(".")
     if words[1:2] == ["down_blocks"] or words[1:2] == ["up_blocks"]:
         down, level = words[1] == "down_blocks", int(words[2])

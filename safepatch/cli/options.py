@@ -10,7 +10,11 @@ Model = Annotated[
     str, typer.Option("--model", help="tiny-sd, one of its siblings, a diffusers folder, a file, a Hub id.")
 ]
 Tokenizer = Annotated[
-    Path | None, typer.Option("--tokenizer", help="CLIP's tokenizer folder, for a single file; default: the Hub cache.")
+    Path | None,
+    typer.Option(
+        "--tokenizer",
+        help="For a single file: CLIP's tokenizer folder (default: the Hub cache); of SD3, Flux a pipeline's folder.",
+    ),
 ]
 Keys = Annotated[list[Path] | None, typer.Option("--key", help="Public key or root certificate, PEM; may be repeated.")]
 AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Open a .ckpt, with torch's restricted loader.")]

@@ -1,6 +1,13 @@
 """What the rest of the package needs from diffusers and transformers, so that nobody else must import them."""
 
 from safepatch.diffusion.asking import TYPED, Way, generate_by
+from safepatch.diffusion.assembling import (
+    assembled,
+    filled_text_encoder,
+    filled_transformer,
+    filled_vae,
+    part_of_folder,
+)
 from safepatch.diffusion.components import (
     TEXT_ENCODERS,
     Components,
@@ -93,6 +100,7 @@ __all__ = [
     "add_noise",
     "alphas",
     "as_picture",
+    "assembled",
     "batched",
     "calling_pipeline",
     "config_kind",
@@ -107,6 +115,9 @@ __all__ = [
     "encode_prompts",
     "encode_windows",
     "family",
+    "filled_text_encoder",
+    "filled_transformer",
+    "filled_vae",
     "fingerprint",
     "generate",
     "generate_by",
@@ -129,6 +140,7 @@ __all__ = [
     "one_step_scheduler",
     "open_host",
     "original_names",
+    "part_of_folder",
     "prediction_type",
     "quiet",
     "read_json",

@@ -182,4 +182,4 @@ def is_offloaded_to_disk(host: nn.Module) -> bool:
 
 def not_supported(name: str) -> UnsupportedModel:
     """The error for a pipeline or model of a kind that patches do not know."""
-    return UnsupportedModel(f"not supported yet: {name}; use Stable Diffusion 1, 2 or XL, or a folder of SD3 or Flux 1")
+    return UnsupportedModel(f"not supported yet: {name}; use Stable Diffusion 1, 2, XL or 3, or Flux 1")

@@ -11,6 +11,7 @@ from typing import Any
 
 from safepatch.diffusion import not_supported
 from safepatch.errors import ConfigError, ModelNotFound, UnsupportedModel
+from safepatch.models.folder import write_config
 from safepatch.models.weights import UNET, open_weights
 
 CONFIGS = Path(__file__).parent.parent / "assets" / "configs"
@@ -69,12 +70,7 @@ class Checkpoint:
 
     def write_config(self, folder: Path) -> Path:
         """Lay the configuration out in `folder` as diffusers reads it; returns the folder."""
-        for name, table in self.config.items():
-            file = {"model_index": "model_index.json", "scheduler": "scheduler/scheduler_config.json"}
-            path = folder / file.get(name, f"{name}/config.json")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(table), encoding="utf-8")
-        return folder
+        return write_config(self.config, folder)
 
     def vocabulary(self, tokenizer: str) -> int:
         """How many tokens the text encoder behind `tokenizer` or `tokenizer_2` knows."""

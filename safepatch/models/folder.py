@@ -1,5 +1,6 @@
-"""Which files of a diffusers folder hold its weights, and what is missing among them, told from their names."""
+"""What lies where in a diffusers folder: its configuration, its weights, and what is missing among them."""
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -76,3 +77,13 @@ def _missing_shards(files: Iterable[Path]) -> list[str]:
 
 def _more(missing: list[str]) -> str:
     return f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+
+
+def write_config(config: Mapping[str, Mapping[str, Any]], folder: Path) -> Path:
+    """Lay a pipeline's configuration, by component, out in `folder` as diffusers reads it; returns the folder."""
+    for name, table in config.items():
+        file = {"model_index": "model_index.json", "scheduler": "scheduler/scheduler_config.json"}
+        path = folder / file.get(name, f"{name}/config.json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(table), encoding="utf-8")
+    return folder

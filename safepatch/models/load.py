@@ -23,6 +23,8 @@ from safepatch.diffusion import (
 )
 from safepatch.errors import ConfigError, ModelNotFound, UnsupportedModel, lookup, nearest
 from safepatch.models.checkpoint import Checkpoint, open_checkpoint
+from safepatch.models.flow_file import FlowFile
+from safepatch.models.flow_pipeline import load_flow_file, sources
 from safepatch.models.folder import chosen, chosen_variant
 from safepatch.models.weights import Weights, open_weights
 from safepatch.tiny.models import MODELS, folder_of, load_tiny
@@ -40,7 +42,8 @@ class ModelConfig:
 
     Attributes:
         path: an embedded model by name, a diffusers folder, a `.safetensors` file, or a Hub id.
-        tokenizer: for a single file, the folder of CLIP's tokenizer.
+        tokenizer: for a single file, the folder of CLIP's tokenizer; for one of SD3's or Flux's, that of a pipeline
+            which has what the file lacks.
         dtype: of its weights: `float32`, `float16` or `bfloat16`; embedded models stay float32.
         prediction_type: for a single file, `epsilon` or `v_prediction` where the file does not say.
         allow_pickle: open a `.ckpt` too.
@@ -64,8 +67,10 @@ class ModelConfig:
         return self.path
 
     def require_whole(self) -> None:
-        """Raise what `load` would where a single file's tokenizer is nowhere, before any weight is read."""
-        if str(self.named) not in MODELS and _is_file(self.named):
+        """Raise what `load` would where something of a single file's is nowhere, before any weight is read."""
+        if flow := flow_file(self.named, self.allow_pickle):
+            sources(flow, self.tokenizer)
+        elif str(self.named) not in MODELS and _is_file(self.named):
             _tokenizers(open_checkpoint(Path(self.named), self.allow_pickle, self.prediction_type), self.tokenizer)
 
     def load(self) -> Any:
@@ -89,7 +94,8 @@ def load_pipeline(
 
     Args:
         name: what to load; only a Hub id may ask the network.
-        tokenizer: for a single file, the folder of CLIP's tokenizer; by default the Hub cache is searched.
+        tokenizer: for a single file, the folder of CLIP's tokenizer; by default the Hub cache is searched. For one of
+            SD3's or Flux's, the folder of a pipeline which has what the file lacks: text encoders, tokenizers, the VAE.
         allow_pickle: open a `.ckpt` too, with torch's restricted loader.
         prediction_type: for a single file, of its UNet; by default what the file states, else `epsilon`, and for
             SD2 `v_prediction` (its 512-pixel base is `epsilon` and looks the same).
@@ -97,13 +103,15 @@ def load_pipeline(
 
     Raises:
         ModelNotFound: with the nearest embedded name, or with what is wrong with the path.
-        UnsupportedModel: when it is neither Stable Diffusion 1, 2 or XL, nor a folder of SD3 or Flux 1.
+        UnsupportedModel: when it is none of Stable Diffusion 1, 2, XL and 3, and Flux 1.
     """
     _refuse_misspelled(name)
     if str(name) in MODELS:
         return load_tiny(str(name))
     if not _is_file(name):
         return _load_folder(Path(name), dtype) if Path(name).is_dir() else load_from_hub(str(name), dtype)
+    if flow := flow_file(name, allow_pickle):
+        return load_flow_file(flow, tokenizer, dtype)
     checkpoint = open_checkpoint(Path(name), allow_pickle, prediction_type)
     tokenizers = _tokenizers(checkpoint, tokenizer)
     with tempfile.TemporaryDirectory() as folder:
@@ -134,6 +142,8 @@ def unet_config(name: str | Path, allow_pickle: bool = False) -> dict[str, Any]:
         UnsupportedModel: as `load_pipeline`.
     """
     _refuse_misspelled(name)
+    if flow := flow_file(name, allow_pickle):
+        return flow.config["transformer"]
     if _is_file(name):
         return open_checkpoint(Path(name), allow_pickle).config["unet"]
     folder = folder_of(str(name)) if str(name) in MODELS else Path(name)
@@ -146,6 +156,17 @@ def unet_config(name: str | Path, allow_pickle: bool = False) -> dict[str, Any]:
 def load_unet(name: str) -> Any:
     """What denoises alone, of an embedded model or a Hub id."""
     return denoiser(load_tiny(name)) if name in MODELS else read_unet(name)
+
+
+def flow_file(name: str | Path, allow_pickle: bool = False) -> FlowFile | None:
+    """The header of a single file of SD3's or Flux's; None for whatever else is called so.
+
+    Raises:
+        UnsupportedModel: when the file is damaged, or a pickle and none is allowed.
+    """
+    if str(name) in MODELS or not Path(name).is_file():
+        return None
+    return FlowFile.of(open_weights(Path(name), allow_pickle))
 
 
 def unet_files(name: str | Path, allow_pickle: bool = False) -> list[Weights] | None:

@@ -170,7 +170,7 @@ def denoiser_weights(files: Sequence[Weights], config: Mapping[str, Any]) -> dic
         config: of what denoises.
     """
     places = {name: (file, name) for file in files for name in file.tensors}
-    if not any(name.startswith(UNET) for name in places):
+    if "cross_attention_dim" not in config or not any(name.startswith(UNET) for name in places):
         return places
     stored: Mapping[str, Any] = {name: file.tensors[name] for name, (file, _) in places.items()}
     return {name: places[original] for name, original in original_names(stored, config).items()}

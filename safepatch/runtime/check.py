@@ -10,7 +10,7 @@ from torch import Tensor
 from safepatch.artifact.info import PatchInfo, read_info
 from safepatch.diffusion import UNET, Components, empty_unet, family, fingerprint, host_kind, uncompiled
 from safepatch.errors import UnsupportedModel
-from safepatch.models.load import load_unet, text_encoder_weights, unet_config, unet_files
+from safepatch.models.load import flow_file, load_unet, text_encoder_weights, unet_config, unet_files
 from safepatch.models.weights import denoiser_weights
 from safepatch.patch.drift import ENCODER, drift, sketch, text_sketch
 from safepatch.patch.files import check_fits
@@ -78,6 +78,8 @@ def _sketch_of(model: str | Path, component: str, config: Mapping[str, Any], all
 
 def _sketch(model: str | Path, config: Mapping[str, Any], allow_pickle: bool) -> str:
     """Of the model's encoder, of which only one weight at a time is in memory where it is in files."""
+    if flow := flow_file(model, allow_pickle):
+        return sketch(empty_unet(config), flow.read)
     files = unet_files(model, allow_pickle)
     if files is None:
         return sketch(load_unet(str(model)))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from safepatch.diffusion import UNET, denoiser, denoiser_entry, read_json
+from safepatch.diffusion import UNET, config_kind, denoiser, denoiser_entry, read_json
 from safepatch.errors import BaseMismatch, ConfigError, SafepatchError, UnsupportedModel
 from safepatch.files import replacing
 from safepatch.models.folder import whole_name
@@ -106,6 +106,8 @@ def fuse_file(model: Path, out: Path, job: Job) -> None:
     """Write a single file changed, without its averaged UNet."""
     if out.suffix != ".safetensors" or out.resolve() == model.resolve():
         raise SafepatchError(f"a single file is fused into another .safetensors file, not {out}; choose another -o")
+    if config_kind(job.config) is not UNET:
+        raise ConfigError("not supported yet: fusing into a single file of SD3 or Flux; save it as a folder, fuse that")
     if job.update.components != (UNET.component,):
         raise ConfigError("a text encoder's patch is fused into a folder; save the pipeline (save_pretrained) first")
     weights = open_weights(model, job.allow_pickle)
