@@ -7,6 +7,7 @@ environment variable SAFEPATCH_COMFYUI names, loaded from the same weights as a 
 
 import copy
 import importlib.util
+import re
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from safepatch.diffusion import encode_prompts
 from safepatch.diffusion.components import Components
-from tests.families import small_family_pipe, unet_name, write_original
+from tests.families import RESNET, small_family_pipe, unet_name, write_original
 
 NODES = Path(__file__).parents[1] / "integrations" / "comfyui"
 WRAPPERS = {"OUTER_SAMPLE": "outer_sample", "PREDICT_NOISE": "predict_noise", "DIFFUSION_MODEL": "diffusion_model"}
@@ -54,6 +55,12 @@ class StubUNet(nn.Module):
         mid = unet.mid_block
         self.input_blocks, self.output_blocks = (nn.ModuleList(map(nn.ModuleList, part)) for part in (first, last))
         self.middle_block = nn.ModuleList([mid.resnets[0], *mid.attentions, mid.resnets[1]])
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """A layer by ComfyUI's name for it."""
+        for ours, original in (*RESNET.items(), ("conv", "op")):
+            target = re.sub(rf"\.{re.escape(original)}$", f".{ours}", target)
+        return super().get_submodule(target)
 
     def forward(
         self, x: Tensor, timesteps: Tensor, context: Any = None, y: Any = None, control: Any = None,

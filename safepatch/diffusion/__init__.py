@@ -46,6 +46,7 @@ from safepatch.diffusion.hosts.unet import UNetHost
 from safepatch.diffusion.loading import (
     CLIP,
     denoiser_entry,
+    empty_text_encoder,
     empty_unet,
     hub_unet_config,
     load_folder,
@@ -109,6 +110,7 @@ __all__ = [
     "denoiser_entry",
     "drawing",
     "draws_in_one_step",
+    "empty_text_encoder",
     "empty_unet",
     "encode",
     "encode_images",

@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from safepatch.diffusion.components import UNCHECKED, Components, not_supported
 from safepatch.diffusion.hosts.kinds import TRANSFORMERS, config_kind
@@ -104,6 +104,12 @@ def empty_unet(config: Mapping[str, Any], dtype: torch.dtype = torch.float32) ->
             return getattr(diffusers, _class_name(config)).from_config(dict(config)).to(dtype)
     finally:
         log.setLevel(level)
+
+
+def empty_text_encoder(config: Mapping[str, Any]) -> Any:
+    """One of CLIP's text encoders by this configuration, its weights on the meta device."""
+    with torch.device("meta"):
+        return CLIPTextModel(CLIPTextConfig.from_dict(dict(config)))
 
 
 def _class_name(config: Mapping[str, Any]) -> str:

@@ -2,8 +2,8 @@
 
 import base64
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,31 +12,28 @@ from torch import Tensor
 
 from safepatch.artifact.info import EXPORTED, PatchInfo
 from safepatch.artifact.patch_artifact import PatchArtifact
-from safepatch.diffusion import UNET, empty_unet, family, fingerprint
-from safepatch.errors import ArtifactError, BaseMismatch, ConfigError, SafepatchError, UnsupportedModel
+from safepatch.diffusion import UNET, config_kind, empty_text_encoder, empty_unet, family, fingerprint
+from safepatch.errors import ArtifactError, ConfigError, SafepatchError, UnsupportedModel
+from safepatch.export.factors import PAIRS, Read, Side, read_factors
+from safepatch.export.joined import rows_of
 from safepatch.export.names import (
-    ADAPTER,
-    COMPONENTS,
     DIFFUSERS_FILE,
     EXPORTED_GATE,
+    GUARD,
     TEXT_ENCODERS,
     layers_by_name,
     text_layers_by_name,
 )
+from safepatch.merging import combine
+from safepatch.merging.recipe import MergeRecipe
 from safepatch.models.checkpoint import CONFIGS
-from safepatch.models.load import unet_config
+from safepatch.models.load import text_encoder_configs, unet_config
 from safepatch.models.weights import Weights, open_weights
 from safepatch.patch import LoraPatch
-from safepatch.patch.lora import linear_layers
+from safepatch.patch.layers import taken_layers
+from safepatch.patch.text import TextPatch, encoder_fingerprint
 from safepatch.taxonomy import Category
 
-PAIRS = (  # suffixes of down and up, of kohya, PEFT, and diffusers before PEFT
-    (".lora_down.weight", ".lora_up.weight"),
-    (".lora_A.weight", ".lora_B.weight"),
-    (".lora.down.weight", ".lora.up.weight"),
-    ("_lora.down.weight", "_lora.up.weight"),
-)
-FOREIGN = {"dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "hada_": "LoHa", "lokr_": "LoKr", "oft_": "OFT"}
 # What reading shapes, numbers and tables that are not what they should be ends in.
 DAMAGES = (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, ZeroDivisionError)
 
@@ -51,13 +48,15 @@ def import_lora(
     """A LoRA file as a patch.
 
     What `export` wrote comes back as it was, with its gate. Anybody else's becomes a patch without a gate: fit one with
-    `safepatch gate`, merge it, attack it.
+    `safepatch gate`, merge it, attack it. One that changes text encoders beside what denoises becomes a bundle, of a
+    patch for each.
 
     Args:
         path: a kohya or diffusers LoRA, or the folder of one.
         category: what somebody else's is for; not needed where `export` wrote the file.
         model: what it is for; by default its family, told by the width of its text states.
-        partly: leave out what a patch has no place for: text encoders, and layers outside transformer blocks.
+        partly: leave out what a patch has no place for: what is neither in the blocks of a UNet or a transformer, nor
+            in those of a text encoder that is known.
         license: of somebody else's; by default what the file states.
 
     Raises:
@@ -73,25 +72,68 @@ def import_lora(
     if category is None:
         raise ConfigError(f"{path} does not say what it is for; name a category: --category FILE.yaml")
     config = _config_for(weights, model)
-    layers = linear_layers(empty_unet(config))
-    try:
-        tensors, ranks = _factors(weights, layers_by_name(layers, config), layers, partly)
-    except SafepatchError:
-        raise
-    except DAMAGES as error:
-        raise UnsupportedModel(f"{weights.path} is damaged ({error}); fetch it again") from error
-    rank = max(ranks.values())
-    info = PatchInfo(
+    about = PatchInfo(
         kind=LoraPatch.kind,
         instructions={category.name: category.instruction},
         fingerprint=fingerprint(config),
         base={"family": family(config)},
-        config={"sees": "prompt", "layout": {"rank": rank}, "imported": path.name},
-        shapes={f"lora.{layer}.weight": list(layers[layer]) for layer in ranks},
+        config={"sees": "prompt", "imported": path.name},
         title=f"{path.stem} (imported)",
         license=license or weights.metadata.get("modelspec.license", ""),
     )
-    return PatchArtifact(tensors, info)
+    try:
+        parts = _parts(weights, config, model, partly, about)
+    except SafepatchError:
+        raise
+    except DAMAGES as error:
+        raise UnsupportedModel(f"{weights.path} is damaged ({error}); fetch it again") from error
+    if len(parts) == 1:
+        return parts[0]
+    made = combine(parts, MergeRecipe(tuple(part.info.title for part in parts), conflicts=False))
+    return replace(made, info=replace(made.info, title=about.title))
+
+
+def _parts(
+    weights: Weights, config: Mapping[str, Any], model: str | Path | None, partly: bool, about: PatchInfo
+) -> list[PatchArtifact]:
+    """A patch for each side of the pipeline that somebody else's LoRA changes."""
+    parts, left = [], {*weights.tensors} - {GUARD}
+    for side, told in _sides(weights, config, model):
+        read = read_factors(weights, side)
+        left -= read.used
+        if read.ranks:
+            parts.append(_part(read, side, told, about))
+    if left and not partly:
+        what = "a text encoder's layers" if any(n.startswith(TEXT_ENCODERS) for n in left) else "layers"
+        raise UnsupportedModel(
+            f"{weights.path} has {what} that a lora patch has no place for ({len(left)} tensors, '{min(left)}'); "
+            "--partly leaves them out"
+        )
+    if not parts:
+        raise UnsupportedModel(f"{weights.path} has no LoRA of a layer that this model has; name another --model")
+    return parts
+
+
+def _sides(
+    weights: Weights, config: Mapping[str, Any], model: str | Path | None
+) -> Iterator[tuple[Side, dict[str, Any]]]:
+    """What a LoRA may change, each with what a patch's configuration says of it."""
+    layers = taken_layers(empty_unet(config))
+    yield Side(config_kind(config).component, layers, layers_by_name(layers, config)), {}
+    if config_kind(config) is not UNET or not any(name.startswith(TEXT_ENCODERS) for name in weights.tensors):
+        return
+    for component, each in _text_configs(config, model).items():
+        encoder = empty_text_encoder(each)
+        own = TextPatch.taken_layers(encoder)
+        told = {"component": component, "encoder": encoder_fingerprint(encoder)}
+        yield Side(component, own, text_layers_by_name(own, component, config)), told
+
+
+def _part(read: Read, side: Side, told: Mapping[str, Any], about: PatchInfo) -> PatchArtifact:
+    config = {**about.config, **told, "layout": {"rank": max(read.ranks.values())}}
+    shapes = {f"lora.{layer}.weight": list(side.shapes[layer]) for layer in read.ranks}
+    title = f"{about.title}, {side.component}" if told else about.title
+    return PatchArtifact(read.tensors, replace(about, config=config, shapes=shapes, title=title))
 
 
 def _unpacked(packed: Mapping[str, Any]) -> Tensor:
@@ -107,13 +149,10 @@ def _exported(weights: Weights) -> PatchArtifact:
         info = PatchInfo.from_metadata(record["metadata"])
         gate = json.loads(weights.metadata.get(EXPORTED_GATE, "{}"))
         tensors = {name: _unpacked(packed) for name, packed in gate.items()}
-        layers = {name.removeprefix("lora.").removesuffix(".weight"): shape for name, shape in info.shapes.items()}
-        if info.component == UNET.component:
-            known = layers_by_name(layers, info.fingerprint)
-        else:
-            known = text_layers_by_name(layers, info.component, info.fingerprint)
-        read, _ = _factors(weights, known, layers, partly=False, dtype=None)
-        artifact = PatchArtifact({**tensors, **read}, info)
+        read = read_factors(weights, _side_of(info), None, record.get("ranks"))
+        if left := {*weights.tensors} - read.used - {GUARD}:
+            raise ValueError(f"'{min(left)}' is no part of it")
+        artifact = PatchArtifact({**tensors, **read.tensors}, info)
     except DAMAGES as error:
         raise ArtifactError(f"{weights.path} is damaged: what it says of its patch cannot be read ({error})") from error
     if artifact.content_hash != record["hash"]:
@@ -122,6 +161,19 @@ def _exported(weights: Weights) -> PatchArtifact:
             "import it as somebody else's LoRA, with --category"
         )
     return artifact
+
+
+def _side_of(info: PatchInfo) -> Side:
+    """What of a pipeline an exported patch changes."""
+    shapes = {name.removeprefix("lora.").removesuffix(".weight"): shape for name, shape in info.shapes.items()}
+    if info.component != UNET.component:
+        return Side(info.component, shapes, text_layers_by_name(shapes, info.component, info.fingerprint))
+    known, whole = layers_by_name(shapes, info.fingerprint), dict(shapes)
+    for layers in (layers for layers in known.values() if len(layers) > 1):  # some of them may have no update
+        width = next(shapes[layer][1] for layer in layers if layer in shapes)
+        rows = zip(layers, rows_of(layers, info.fingerprint), strict=True)
+        whole |= {layer: [height, width] for layer, height in rows if layer not in shapes}
+    return Side(info.component, whole, known)
 
 
 def _config_for(weights: Weights, model: str | Path | None) -> Mapping[str, Any]:
@@ -137,77 +189,17 @@ def _config_for(weights: Weights, model: str | Path | None) -> Mapping[str, Any]
     name = names.pop() if len(names) == 1 else "unknown"
     if not (CONFIGS / f"{name}.json").is_file():
         raise UnsupportedModel(f"{weights.path} does not tell its family; name a model that it is for: --model")
-    return json.loads((CONFIGS / f"{name}.json").read_text("utf-8"))["unet"]
+    return _family_config(name)["unet"]
 
 
-def _factors(
-    weights: Weights,
-    known: Mapping[str, str],
-    shapes: Mapping[str, Sequence[int]],
-    partly: bool,
-    dtype: torch.dtype | None = torch.float32,
-) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """A patch's tensors, and the ranks of its layers.
-
-    Args:
-        weights: of the file.
-        known: the layer of each name that a file may have.
-        shapes: (out, in) of each layer.
-        partly: leave out what no layer takes.
-        dtype: of the factors; None as they are stored, of which the scale must be 1.
-    """
-    tensors, ranks, left, settings = {}, dict[str, int](), set(weights.tensors), _settings(weights)
-    for name in weights.tensors:
-        if kind := next((kind for mark, kind in FOREIGN.items() if mark in name), None):
-            raise UnsupportedModel(f"{weights.path} is a {kind} ('{name}'); only plain LoRA is read")
-        found = next(((name.removesuffix(down), down, up) for down, up in PAIRS if name.endswith(down)), None)
-        layer = known.get(found[0]) if found else None
-        if found is None or layer is None:
-            continue
-        stem, down_suffix, up_suffix = found
-        up_name, alpha_name = f"{stem}{up_suffix}", f"{stem}.alpha"
-        if up_name not in weights.tensors:
-            raise UnsupportedModel(f"{weights.path} lacks '{up_name}'; fetch the whole file")
-        down, up = (weights.read(each).flatten(1) for each in (f"{stem}{down_suffix}", up_name))  # 1 x 1 kernels too
-        if [len(up), down.shape[1]] != [*shapes[layer]] or len(down) != up.shape[1]:
-            raise BaseMismatch(f"'{stem}' has another size in this model; name the model that it is for: --model")
-        alpha = float(weights.read(alpha_name)) if alpha_name in weights.tensors else None
-        scale = settings.scale(layer, len(down), alpha)
-        if dtype:
-            down, up = down.to(dtype), scale * up.to(dtype)
-        tensors |= {f"lora.{layer}.weight.down": down.contiguous(), f"lora.{layer}.weight.up": up.contiguous()}
-        ranks[layer] = len(down)
-        left -= {name, up_name, alpha_name}
-    if left and not partly:
-        what = "a text encoder's layers" if any(n.startswith(TEXT_ENCODERS) for n in left) else "layers"
-        raise UnsupportedModel(
-            f"{weights.path} has {what} that a lora patch has no place for ({len(left)} tensors, '{min(left)}'); "
-            "--partly leaves them out"
-        )
-    if not ranks:
-        raise UnsupportedModel(f"{weights.path} has no LoRA of a layer that this model has; name another --model")
-    return tensors, ranks
+def _text_configs(config: Mapping[str, Any], model: str | Path | None) -> dict[str, dict[str, Any]]:
+    """By component, those of the model's text encoders; of its family's where the model is not here."""
+    found = {} if model is None else text_encoder_configs(model)
+    if found or not (CONFIGS / f"{family(config)}.json").is_file():
+        return found
+    usual = _family_config(family(config))
+    return {name: usual[name] for name in ("text_encoder", "text_encoder_2") if name in usual}
 
 
-class _Settings:
-    """PEFT's, of a file that states them."""
-
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        named = [(key.partition("."), value) for key, value in values.items() if key.startswith(COMPONENTS)]
-        self._of = {rest: value for (_, _, rest), value in named}
-
-    def scale(self, layer: str, rank: int, alpha: float | None) -> float:
-        """alpha / rank, or by rank-stabilised LoRA (Kalajdzievski 2023, arXiv 2312.03732) alpha / sqrt(rank)."""
-        if alpha is None:
-            alpha = (self._of.get("alpha_pattern") or {}).get(layer, self._of.get("lora_alpha"))
-        if alpha is None:
-            return 1.0
-        return alpha / (math.sqrt(rank) if self._of.get("use_rslora") else rank)
-
-
-def _settings(weights: Weights) -> _Settings:
-    try:
-        found = json.loads(weights.metadata.get(ADAPTER, "{}"))
-    except ValueError:
-        found = {}
-    return _Settings(found if isinstance(found, dict) else {})
+def _family_config(name: str) -> dict[str, dict[str, Any]]:
+    return json.loads((CONFIGS / f"{name}.json").read_text("utf-8"))

@@ -17,21 +17,33 @@ from torch import Tensor
 
 from safepatch.artifact.container import raw_bytes
 from safepatch.artifact.info import EXPORTED
-from safepatch.artifact.patch_artifact import PatchArtifact
+from safepatch.artifact.patch_artifact import Factors, PatchArtifact
 from safepatch.diffusion import UNET, config_kind, family
 from safepatch.errors import ConfigError, lookup
-from safepatch.export.names import ADAPTER, DIFFUSERS_FILE, EXPORTED_GATE, kohya_name, peft_name, text_name
+from safepatch.export.joined import join, original_layers, rows_of
+from safepatch.export.names import (
+    ADAPTER,
+    DIFFUSERS_FILE,
+    EXPORTED_GATE,
+    GUARD,
+    kohya_name,
+    peft_name,
+    text_name,
+)
 from safepatch.files import replacing, unwritable
 from safepatch.patch import LoraPatch
 from safepatch.patch.lora import GATE, updated_weights
 
 FORMATS = ("kohya", "diffusers")
-VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}  # kohya's
+VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0", "flux": "flux1"}  # kohya's
 ARCHITECTURES = {
     "sd1": "stable-diffusion-v1/lora",
     "sd2": "stable-diffusion-v2-512/lora",
     "sdxl": "stable-diffusion-xl-v1-base/lora",
+    "sd3": "stable-diffusion-3/lora",
+    "flux": "flux-1/lora",
 }  # ModelSpec's
+NETWORKS = {"sd3": "networks.lora_sd3", "flux": "networks.lora_flux"}  # kohya's, beside `networks.lora`
 NOTE = (
     "A safety patch as a LoRA. In programs that know no gate it acts on every prompt, on the negative one too; "
     "`safepatch import` makes it the gated patch again."
@@ -57,17 +69,14 @@ def export(patch: str | Path, out: str | Path, form: str = "kohya") -> Path:
     lookup(dict.fromkeys(FORMATS), form, what="format")
     artifact = PatchArtifact.open(patch)
     config = _config_of(artifact)
-    factors = {name.removesuffix(".weight"): artifact.factors(f"lora.{name}") for name in updated_weights(artifact)}
-    component = _component(artifact)
+    factors, component = _factors(artifact), _component(artifact)
     if form == "kohya":
-        if config_kind(config) is not UNET:
-            raise ConfigError("kohya's names of a transformer's layers are not known here; give --format diffusers")
         path, tensors = Path(out), _kohya_tensors(factors, component, config)
         if path.suffix != ".safetensors":
             raise ConfigError(f"a kohya LoRA is one .safetensors file, not {path}; choose another -o")
     else:
         path, tensors = Path(out) / DIFFUSERS_FILE, _peft_tensors(factors, component)
-    metadata = _metadata(artifact, path, {name: len(down) for name, (_, down) in factors.items()}, form)
+    metadata = _metadata(artifact, path, {name: len(each.down) for name, each in factors.items()}, form)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:
@@ -99,17 +108,43 @@ def _component(artifact: PatchArtifact) -> str:
     return config_kind(artifact.info.fingerprint).component if component == UNET.component else component
 
 
-def _kohya_tensors(factors: Mapping[str, Any], component: str, config: Mapping[str, Any]) -> dict[str, Tensor]:
+def _factors(artifact: PatchArtifact) -> dict[str, Factors]:
+    """By layer, in the shapes that others have them in: of a convolution, both are kernels."""
+    found = {}
+    for name in updated_weights(artifact):
+        (up, down), kernel = artifact.factors(f"lora.{name}"), artifact.info.shapes[f"lora.{name}"][2:]
+        if kernel:
+            up, down = up[:, :, None, None], down.reshape(len(down), -1, *kernel)
+        found[name.removesuffix(".weight")] = Factors(up, down)
+    return found
+
+
+def _kohya_tensors(factors: Mapping[str, Factors], component: str, config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Under the names of the original layout where kohya has those, in which layers of a transformer are joined."""
+    if component == UNET.component:
+        named = {kohya_name(layer, config): each for layer, each in factors.items()}
+    elif config_kind(config) is UNET:
+        named = {text_name(layer, component, config): each for layer, each in factors.items()}
+    else:
+        named = _joined(factors, config)
     tensors = {}
-    for layer, (up, down) in factors.items():
-        is_unet = component == UNET.component
-        name = kohya_name(layer, config) if is_unet else text_name(layer, component, config)
+    for name, (up, down) in named.items():
         tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
         tensors[f"{name}.alpha"] = torch.tensor(float(len(down)), dtype=down.dtype)  # its scale is alpha / rank, so 1
+    if family(config) == "sd3":  # diffusers knows no such names of its layers, and would go on without them
+        tensors[GUARD] = torch.zeros(1)
     return tensors
 
 
-def _peft_tensors(factors: Mapping[str, Any], component: str) -> dict[str, Tensor]:
+def _joined(factors: Mapping[str, Factors], config: Mapping[str, Any]) -> dict[str, Factors]:
+    found = {}
+    for name, layers in original_layers(factors, config).items():
+        parts = [factors.get(layer) for layer in layers]
+        found[name] = join(parts, rows_of(layers, config)) if len(parts) > 1 else factors[layers[0]]
+    return found
+
+
+def _peft_tensors(factors: Mapping[str, Factors], component: str) -> dict[str, Tensor]:
     tensors = {}
     for layer, (up, down) in factors.items():
         name = peft_name(layer, component)
@@ -121,13 +156,14 @@ def _metadata(artifact: PatchArtifact, path: Path, ranks: Mapping[str, int], for
     """What programs show and ask for, and all of the patch that a LoRA has no place for."""
     own, name = artifact.info.to_metadata(), family(artifact.info.fingerprint)
     usual = max(set(ranks.values()), key=list(ranks.values()).count)
+    joined = {"ranks": ranks} if form == "kohya" and config_kind(artifact.info.fingerprint) is not UNET else {}
     gate = {key: _packed(tensor) for key, tensor in artifact.tensors.items() if key.startswith(GATE)}
     metadata = {
         "format": "pt",
         "modelspec.title": artifact.info.title,
         "modelspec.license": artifact.info.license,
         "modelspec.description": NOTE,
-        EXPORTED: json.dumps({"metadata": own, "hash": artifact.content_hash}, sort_keys=True),
+        EXPORTED: json.dumps({"metadata": own, "hash": artifact.content_hash, **joined}, sort_keys=True),
         EXPORTED_GATE: json.dumps(gate, sort_keys=True) if gate else "",
     }
     if form == "kohya":
@@ -135,7 +171,7 @@ def _metadata(artifact: PatchArtifact, path: Path, ranks: Mapping[str, int], for
             "modelspec.architecture": ARCHITECTURES.get(name, ""),
             "ss_base_model_version": VERSIONS.get(name, ""),
             "ss_v2": str(name == "sd2"),
-            "ss_network_module": "networks.lora",
+            "ss_network_module": NETWORKS.get(name, "networks.lora"),
             "ss_network_dim": str(usual),
             "ss_network_alpha": str(usual),
             "ss_output_name": path.stem,

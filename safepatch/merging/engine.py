@@ -228,8 +228,9 @@ def _recorded(job: Job, pool: Pool) -> dict[str, Any]:
     recorded["sources"] = [_record(source, recipe.method) for source in job.sources]
     if recipe.method != BUNDLE:
         recorded["dtype"] = DTYPE_NAMES[job.dtype]
-    if recipe.conflicts and len(job.sources) > 1 and job.names and not any(is_grouped(s.info) for s in job.sources):
-        recorded["conflicts"] = _conflicts(job, pool)
+    names = _comparable(job) if recipe.conflicts and len(job.sources) > 1 else []
+    if names and not any(is_grouped(source.info) for source in job.sources):
+        recorded["conflicts"] = _conflicts(job, names, pool)
     if recipe.rank:
         recorded["rank_errors"] = job.rank_errors()
     return recorded
@@ -253,9 +254,17 @@ def _record(source: Source, method: str) -> dict[str, Any]:
     return record
 
 
-def _conflicts(job: Job, pool: Pool) -> list[dict[str, Any]]:
-    """How the sources' corrections differ; their gates, all begun alike, say nothing about that."""
-    names = [name for name in job.names if not is_gate(name)]
+def _comparable(job: Job) -> list[str]:
+    """What sources can be compared by: no gates, all begun alike, nor what two text encoders call by one name."""
+
+    def components(name: str) -> set[str]:
+        return {source.info.component for source in job.sources if source.shape(name) is not None}
+
+    return [name for name in job.names if not is_gate(name) and len(components(name)) == 1]
+
+
+def _conflicts(job: Job, names: Sequence[str], pool: Pool) -> list[dict[str, Any]]:
+    """How the sources' corrections differ."""
 
     def compared(name: str) -> Comparison:
         return compare(job.stack(name))

@@ -11,6 +11,7 @@ import torch
 
 from safepatch.diffusion import (
     CLIP,
+    TEXT_ENCODERS,
     denoiser,
     denoiser_entry,
     hub_unet_config,
@@ -151,6 +152,16 @@ def unet_config(name: str | Path, allow_pickle: bool = False) -> dict[str, Any]:
         return hub_unet_config(str(name))
     component, _ = denoiser_entry(read_json(folder / "model_index.json"))
     return read_json(folder / component / "config.json")
+
+
+def text_encoder_configs(name: str | Path, allow_pickle: bool = False) -> dict[str, dict[str, Any]]:
+    """Configurations of CLIP's text encoders in whatever `load_pipeline` would load, by component; none of a Hub id."""
+    if _is_file(name):
+        config = open_checkpoint(Path(name), allow_pickle).config
+        return {part: config[part] for part in TEXT_ENCODERS if part in config}
+    folder = folder_of(str(name)) if str(name) in MODELS else Path(name)
+    there = [part for part in TEXT_ENCODERS if (folder / part / "config.json").is_file()]
+    return {part: read_json(folder / part / "config.json") for part in there}
 
 
 def load_unet(name: str) -> Any:

@@ -40,7 +40,8 @@ from safepatch.objectives.base import Losses, Player, Turn
 from safepatch.objectives.noising import draw_timesteps
 from safepatch.patch import LoraPatch, Patch
 from safepatch.patch.host import patched_prediction
-from safepatch.patch.lora import fresh_updates, linear_layers, updated
+from safepatch.patch.layers import linear_layers
+from safepatch.patch.lora import fresh_updates, updated
 
 SCORE = "score"  # the second player's name
 BETWEEN = (0.02, 0.98)  # shares of the schedule that timesteps are within

@@ -153,7 +153,9 @@ class TokenHooks(PlaceHooks):
         self._calls.now.read = read
 
     @torch.compiler.disable()
-    def _changed(self, place: str, now: Acting, args: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> Any:
+    def _changed(
+        self, place: str, module: nn.Module, now: Acting, args: tuple[Any, ...], output: tuple[Tensor, Tensor]
+    ) -> Any:
         states, tokens = output
         rows = cast(slice, now.rows)
         if rows.stop not in (None, len(tokens)):  # whose they are cannot be told, so the call ends with this one `left`

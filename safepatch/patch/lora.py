@@ -13,15 +13,16 @@ from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import conv2d, linear
 
 from safepatch.artifact.patch_artifact import PatchArtifact
-from safepatch.diffusion import UNET, host_kind, text_width
+from safepatch.diffusion import text_width
 from safepatch.errors import BaseMismatch, ConfigError
 from safepatch.patch.base import Patch
 from safepatch.patch.deltas import StoredPatch
 from safepatch.patch.draw import Draw
 from safepatch.patch.gate import TextGate
+from safepatch.patch.layers import linear_layers, taken_layers
 from safepatch.patch.places import Acting, PlaceHooks
 
 GATE = "lora.gate."  # what the names of a gate's tensors begin with
@@ -32,14 +33,13 @@ STREAMS: dict[str, str] = {
     "image": r"^transformer_blocks\.\d+\.(attn2?\.to_([qkv]|out\.0)$|ff\.)",
     "text": r"^transformer_blocks\.\d+\.(attn\.(add_[qkv]_proj|to_add_out)$|ff_context\.)",
 }
-BLOCKS = ("attentions", "transformer_blocks", "single_transformer_blocks")  # where the layers are
 
 
 class Update(nn.Module):
     """What is added to one layer's output.
 
     Args:
-        up, down: factors (out, r) and (r, in).
+        up, down: factors (out, r) and (r, in); of a convolution, in is that of all its kernel's places.
         delta: in their place, where a merge has left no factors, (out, in).
     """
 
@@ -52,11 +52,19 @@ class Update(nn.Module):
         for name, weight in {"up": up, "down": down, "delta": delta}.items():
             self.register_parameter(name, None if weight is None else nn.Parameter(weight))
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
+    def forward(self, hidden: Tensor, layer: nn.Module | None = None) -> Tensor:
+        """(..., in) -> (..., out); of a convolution, `layer`, (B, in, h, w) -> (B, out, h', w')."""
+        if isinstance(layer, nn.Conv2d):
+            return self._convolved(hidden, layer)
         if self.up is None or self.down is None:
             return linear(hidden, cast(Tensor, self.delta))
         return linear(linear(hidden, self.down), self.up)
+
+    def _convolved(self, hidden: Tensor, layer: nn.Conv2d) -> Tensor:
+        kernel = cast(Tensor, self.delta if self.down is None else self.down)
+        kernel = kernel.reshape(len(kernel), layer.in_channels, *layer.kernel_size)
+        made = conv2d(hidden, kernel, None, layer.stride, layer.padding, layer.dilation)
+        return made if self.up is None else conv2d(made, self.up[:, :, None, None])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -96,6 +104,11 @@ class LoraPatch(Patch):
     def layers_of(host: Any) -> dict[str, tuple[int, int]]:
         """Name -> (out, in) of the layers that it may update."""
         return linear_layers(host)
+
+    @classmethod
+    def taken_layers(cls, host: Any) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of the weight of the layers that a file's updates may be for, convolutions too."""
+        return taken_layers(host)
 
     def new_gate(self, unet: Any, width: int, gates: int) -> TextGate:
         """Fresh gates that read the text."""
@@ -165,7 +178,7 @@ class LoraPatch(Patch):
         Raises:
             BaseMismatch: when one is for a layer that this host lacks.
         """
-        known, updates = self.layers_of(unet), {}
+        known, updates = self.taken_layers(unet), {}
         if self.gate:  # it stays in float32: its threshold was found so
             values = {name: artifact.delta(f"{GATE}{name}") for name, _ in self.gate.named_parameters()}
             self.gate.load_state_dict(values, assign=True)
@@ -173,6 +186,8 @@ class LoraPatch(Patch):
             layer = name.removesuffix(".weight")
             if layer not in known:
                 raise BaseMismatch(f"this patch changes '{layer}', which this model lacks; use it on its own family")
+            if artifact.shape(f"lora.{name}") != known[layer]:
+                raise BaseMismatch(f"'{layer}' has another size in this model; use the patch on its own family")
             stored = artifact.stored(f"lora.{name}")
             updates[layer] = Update(**{form: tensor.to(dtype) for form, tensor in stored.items()})
         self.layers, self.updates = tuple(updates), nn.ModuleList(updates.values())
@@ -193,13 +208,14 @@ class LayerHooks(PlaceHooks):
         self._updates = dict(patch.each())
         super().__init__(unet, self._updates)
 
-    def _changed(self, place: str, now: Acting, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def _changed(self, place: str, module: nn.Module, now: Acting, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         rows, update = cast(slice, now.rows), self._updates[place]
         now.left.discard(place)
         is_whole = rows.stop in (None, len(output))
         start = (rows.start or 0) if is_whole else 0
         hidden = args[0][start:]
-        added = update.to(hidden.device)(hidden.to(update.dtype)).to(output.dtype)
+        own = getattr(module, "base_layer", module)  # PEFT wraps layers that carry a LoRA
+        added = update.to(hidden.device)(hidden.to(update.dtype), own).to(output.dtype)
         if now.scale is not None:
             scale = now.scale if is_whole else now.scale.max()[None]
             added = scale.to(hidden.device, output.dtype).reshape(-1, *[1] * (output.ndim - 1)) * added
@@ -227,21 +243,3 @@ def fresh_updates(layers: Mapping[str, tuple[int, int]], rank: int, seed: int) -
         down = draw.normal(1, min(rank, out, width), width)[0].detach().clone()
         updates[name] = Update(torch.zeros(out, len(down)), down)
     return updates
-
-
-def linear_layers(unet: Any) -> dict[str, tuple[int, int]]:
-    """Name -> (out, in) of the linear layers in the host's transformer blocks, as they are called without a LoRA.
-
-    Of a transformer these are attention and feed-forward of both its streams, the image's tokens and the text's; not
-    the layers that make its norms' scales and shifts of the timestep.
-    """
-    found, is_transformer = {}, host_kind(unet) is not UNET
-    for name, module in unet.named_modules():
-        plain = name.replace(".base_layer", "")  # PEFT wraps layers that carry a LoRA
-        path = set(name.split("."))
-        theirs = path & {"lora_A", "lora_B", "processor"}  # a LoRA's own layers, or an IP-Adapter's
-        if is_transformer and any(part.startswith("norm") for part in path):
-            continue
-        if isinstance(module, nn.Linear) and not theirs and path & set(BLOCKS):
-            found[plain] = (module.out_features, module.in_features)
-    return found

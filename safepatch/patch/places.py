@@ -82,10 +82,10 @@ class PlaceHooks(ABC):
         left = sorted(ended.left) if ended else []
         return [f"'{left[0]}' ({len(left)} layers in all) was not called as a layer"] if left else []
 
-    def _pass(self, place: str, _: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def _pass(self, place: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         now = self._calls.now
-        return None if now.rows is None else self._changed(place, now, args, output)
+        return None if now.rows is None else self._changed(place, module, now, args, output)
 
     @abstractmethod
-    def _changed(self, place: str, now: Acting, args: tuple[Any, ...], output: Any) -> Any:
+    def _changed(self, place: str, module: nn.Module, now: Acting, args: tuple[Any, ...], output: Any) -> Any:
         """What a place makes, changed; where it was, it is no longer `left`."""

@@ -63,6 +63,11 @@ class TextPatch(LoraPatch):
                 found[name.replace(".base_layer", "")] = (module.out_features, module.in_features)
         return found
 
+    @classmethod
+    def taken_layers(cls, host: Any) -> dict[str, tuple[int, ...]]:
+        """The same."""
+        return {**cls.layers_of(host)}
+
     def forward(self, unet: Any, predict: Callable[..., Any]) -> Any:
         """What `predict` makes of the patched twin, at scale 1, of an encoder."""
         return predict(patched_encoder(unet, [(self, None)]))

@@ -6,6 +6,7 @@ SAFEPATCH_COMFYUI=/path/to/ComfyUI (a checkout, with what it needs installed) ma
 import gc
 import json
 import logging
+import math
 import os
 from dataclasses import replace
 from functools import cache
@@ -23,6 +24,7 @@ from safepatch.merging import merge
 from safepatch.models.checkpoint import original_unet_config
 from safepatch.patch import PATCH_KINDS
 from safepatch.patch.files import to_artifact
+from safepatch.patch.layers import taken_layers
 from safepatch.runtime.apply import apply
 from tests import comfyui
 from tests.comfyui import NODES, RealWorld, StubModel, load_nodes, real_world, stub_world
@@ -147,6 +149,29 @@ def test_under_guidance_the_negative_prompt_is_not_corrected(world):
     ]
     assert effects[0].abs().max() > 0.01  # control
     assert (effects[1] - 3 * effects[0]).abs().max() < 0.01 * effects[1].abs().max()
+
+
+def test_updates_of_convolutions_act_as_in_apply(world):
+    """Somebody else's LoRA may have them."""
+    with torch.inference_mode(False):
+        layers = {name: shape for name, shape in taken_layers(world.pipe.unet).items() if len(shape) == 4}
+        tensors, generator = {}, torch.Generator().manual_seed(0)
+        for name, (out, width, *kernel) in layers.items():
+            tensors[f"lora.{name}.weight.up"] = 0.2 * torch.randn(out, 2, generator=generator)
+            tensors[f"lora.{name}.weight.down"] = 0.2 * torch.randn(2, width * math.prod(kernel), generator=generator)
+        shapes = {f"lora.{name}.weight": list(shape) for name, shape in layers.items()}
+        info = gated(world.pipe.unet, "lora", OPEN).info
+        artifact = PatchArtifact(
+            tensors, replace(info, shapes=shapes, config={"sees": "prompt", "layout": {"rank": 2}})
+        )
+    assert {name.split(".")[2] for name in layers if "up_blocks" in name} == {"attentions", "resnets", "upsamplers"}
+    (x, t), states = inputs(), world.states(KNIFE, DOG)
+    base = world.pipe.unet(x, t, states).sample
+    with apply(world.pipe, artifact):
+        wanted = world.pipe.unet(x, t, states).sample
+    assert (wanted - base).abs().max() > 0.01  # control
+    made = world.predict(world.apply(artifact, "off"), x, t, states)
+    assert (made - wanted).abs().max() < 0.01 * (wanted - base).abs().max()
 
 
 def test_two_patches_stack(world):

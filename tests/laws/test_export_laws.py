@@ -13,18 +13,25 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from safepatch.artifact.patch_artifact import PatchArtifact, verify
-from safepatch.diffusion import quiet
+from safepatch.diffusion import empty_unet, fingerprint, quiet
 from safepatch.errors import ArtifactError, BaseMismatch, ConfigError, SafepatchError, UnknownName, UnsupportedModel
 from safepatch.export import FORMATS, export, import_lora
-from safepatch.merging import merge
+from safepatch.export.names import original_path
+from safepatch.merging import merge, split
 from safepatch.patch import ControlPatch
 from safepatch.patch.files import to_artifact
+from safepatch.patch.layers import taken_layers
 from safepatch.runtime.apply import apply
+from safepatch.runtime.fuse import fuse
 from safepatch.taxonomy import Category
-from tests.families import draw, small_config, small_family_pipe
+from tests.families import draw, small_config, small_family_pipe, unet_name
 from tests.small import INSTRUCTION, awaken, new_artifact, new_patch, new_small_pipe, rows
 
 WEIGHT = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+WIDE = [  # what of a UNet other people's LoRAs change
+    *("to_q", "to_v", "proj_in", "proj_out"),
+    *("conv1", "conv2", "conv_shortcut", "time_emb_proj", "downsamplers.0.conv", "upsamplers.0.conv"),
+]
 MINE = Category("mine", "things of the test", "no things")
 every_form = pytest.mark.parametrize("form", FORMATS)
 every_family = pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
@@ -45,10 +52,11 @@ def written(folder: Path, form: str) -> Path:
 
 
 def model_of(family: str, folder: Path) -> Path:
-    """A folder with the UNet's configuration alone."""
-    (folder / "model" / "unet").mkdir(parents=True)
-    config = {"_class_name": "UNet2DConditionModel", **small_config(family)["unet"]}
-    (folder / "model" / "unet" / "config.json").write_text(json.dumps(config))
+    """A folder with the configurations of UNet and text encoders alone."""
+    for part, config in small_config(family).items():
+        if part == "unet" or part.startswith("text_encoder"):
+            (folder / "model" / part).mkdir(parents=True)
+            (folder / "model" / part / "config.json").write_text(json.dumps(config))
     index = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}
     (folder / "model" / "model_index.json").write_text(json.dumps(index))
     return folder / "model"
@@ -111,6 +119,82 @@ def test_somebody_elses_lora_is_a_patch_without_a_gate(more, name, tmp_path):
         ours = draw(pipe, guidance_scale=1.0)
     assert (theirs - base).abs().max() > 0.01  # control
     assert (ours - theirs).abs().max() < 0.02 * (theirs - base).abs().max()
+
+
+def learned_by_others(pipe: Any, targets: list[str]) -> dict[str, Tensor]:
+    """Puts a LoRA on layers of UNet and text encoders, as PEFT does; its tensors by diffusers' names."""
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    torch.manual_seed(0)
+    pipe.unet.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False))
+    state = {f"unet.{key}": t for key, t in get_peft_model_state_dict(pipe.unet).items()}
+    for name in ("text_encoder", "text_encoder_2"):
+        if encoder := getattr(pipe, name, None):
+            encoder.add_adapter(
+                LoraConfig(r=2, lora_alpha=32, target_modules=["q_proj", "fc1"], init_lora_weights=False)
+            )
+            told = get_peft_model_state_dict(encoder)
+            state |= {f"{name}.text_model.{key.removeprefix('text_model.')}": t for key, t in told.items()}
+    return {key: tensor.contiguous() for key, tensor in state.items()}
+
+
+ALPHAS = {"unet.lora_alpha": 8, "text_encoder.lora_alpha": 32, "text_encoder_2.lora_alpha": 32}
+
+
+@pytest.mark.parametrize(("family", "name"), [("sd1", "kohya"), ("sd2", "diffusers"), ("sdxl", "kohya")])
+def test_a_lora_of_convolutions_and_text_encoders_is_a_patch_of_both(family, name, tmp_path):
+    theirs, pipe = quiet(small_family_pipe(family)), quiet(small_family_pipe(family))
+    base = draw(pipe, guidance_scale=1.0)
+    state, metadata = learned_by_others(theirs, WIDE), {"format": "pt", "lora_adapter_metadata": json.dumps(ALPHAS)}
+    if name == "kohya":
+        named, metadata = convert_state_dict_to_kohya(state), {}
+        alphas = {key: torch.tensor(8.0 if "unet" in key else 32.0) for key in named if key.endswith("alpha")}
+        state = {**named, **alphas}
+    save_file(state, tmp_path / "theirs.safetensors", metadata)
+    imported = import_lora(tmp_path / "theirs.safetensors", MINE, model_of(family, tmp_path))
+    encoders = ("text_encoder", "text_encoder_2") if family == "sdxl" else ("text_encoder",)
+    assert imported.info.components == (*encoders, "unet")
+    assert imported.info.categories == ("mine",)
+    wanted = draw(theirs, guidance_scale=1.0)
+    with apply(pipe, imported.save(tmp_path / "mine.safetensors")):
+        ours = draw(pipe, guidance_scale=1.0)
+    effect = (wanted - base).abs().max()
+    assert effect > 0.01  # control
+    with apply(pipe, split(imported, "mine", component="unet")):
+        partly = draw(pipe, guidance_scale=1.0)
+    assert (partly - wanted).abs().max() > 0.05 * effect  # control: the encoders count
+    assert (ours - wanted).abs().max() < 0.005 * effect
+
+
+def test_an_update_of_convolutions_is_merged_exported_and_fused_as_any(tmp_path):
+    theirs, pipe = quiet(small_family_pipe("sd1")), quiet(small_family_pipe("sd1"))
+    base, state = draw(pipe, guidance_scale=1.0), learned_by_others(theirs, WIDE)
+    metadata = {"lora_adapter_metadata": json.dumps(ALPHAS)}
+    state = {key: tensor for key, tensor in state.items() if key.startswith("unet.")}
+    save_file(state, tmp_path / "theirs.safetensors", metadata)
+    patch = import_lora(tmp_path / "theirs.safetensors", MINE, model_of("sd1", tmp_path))
+    other = replace(patch, info=replace(patch.info, instructions={"more": "nothing"})).save(tmp_path / "b.safetensors")
+    both = merge([patch.save(tmp_path / "a.safetensors"), other], tmp_path / "cat.safetensors", method="cat")
+    with apply(pipe, both):
+        wanted = draw(pipe, guidance_scale=1.0)
+    assert (wanted - base).abs().max() > 0.02  # control
+    lora = export(tmp_path / "cat.safetensors", tmp_path / "lora.safetensors")
+    assert import_lora(lora).content_hash == both.content_hash
+    fused = quiet(small_family_pipe("sd1"))
+    fuse(fused, both)
+    pipe.load_lora_weights(str(tmp_path), weight_name=lora.name)
+    for made in (draw(fused, guidance_scale=1.0), draw(pipe, guidance_scale=1.0)):
+        assert (made - wanted).abs().max() < 0.02 * (wanted - base).abs().max()
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl", "sdxl-refiner"])
+def test_every_layer_is_known_by_its_name_in_the_original_layout(family):
+    unet = empty_unet(small_config(family)["unet"])
+    layers, config = taken_layers(unet), fingerprint(unet.config)
+    assert {layer.split(".")[2] for layer in layers if "up_blocks" in layer} == {"attentions", "resnets", "upsamplers"}
+    for layer in layers:
+        assert f"{original_path(layer, config)}.weight" == unet_name(f"{layer}.weight", unet)
 
 
 def test_a_family_is_told_by_the_width_of_its_text_states(tmp_path):
@@ -234,6 +318,7 @@ def changed(**more: Tensor) -> dict[str, Tensor]:
     [
         ({"lora_unet_x.dora_scale": torch.ones(1)}, UnsupportedModel, "is a DoRA"),
         ({"lora_unet_x.hada_w1_a": torch.ones(1)}, UnsupportedModel, "is a LoHa"),
+        ({"lora_unet_x.lora_mid.weight": torch.ones(1)}, UnsupportedModel, "is a LoCon of three factors"),
         ({"lora_te_text_model_x.lora_down.weight": torch.ones(1, 1)}, UnsupportedModel, "a text encoder's layers"),
         ({"lora_unet_conv_in.lora_down.weight": torch.ones(1, 1)}, UnsupportedModel, "layers that a lora patch has no"),
     ],

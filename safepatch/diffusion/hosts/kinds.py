@@ -146,10 +146,10 @@ def host_kind(host: Any) -> HostKind:
 
 
 def config_kind(config: Mapping[str, Any]) -> HostKind:
-    """The kind of the denoiser that a configuration describes."""
+    """The kind of the denoiser that a configuration describes, or a patch's fingerprint of one."""
     if "cross_attention_dim" in config:
         return UNET
-    return FLUX if "num_single_layers" in config else SD3
+    return FLUX if config.keys() & {"num_single_layers", "guidance_embeds"} else SD3
 
 
 def fingerprint(config: Mapping[str, Any]) -> dict[str, Any]:
