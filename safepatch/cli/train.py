@@ -123,7 +123,8 @@ def gate(
     data = DataConfig(pairs=pairs, steps=draw_steps, cache=cache, seed=seed)
     gated = add_gate(artifact, pipe, corpus, width, data, windows, keys)
     gated.save(out)
-    for name, record in gated.info.config["gate"].items():
+    records = [part.artifact.info.config["gate"] for part in gated.parts()]
+    for name, record in {name: record for each in records for name, record in each.items()}.items():
         typer.echo(
             f"gate for {name}: opens at {record['threshold']:.3f}; on unseen captions it opened for "
             f"{record['unsafe_opened']:.1%} of unsafe and {record['harmless_opened']:.1%} of harmless ones"

@@ -23,6 +23,7 @@ from safepatch.data.corpus import Corpus, common_words
 from safepatch.data.prompts import Pair, Prompt
 from safepatch.diffusion import UNET, Components, Host, batched, open_host
 from safepatch.errors import ConfigError, lookup
+from safepatch.merging import MergeRecipe, combine
 from safepatch.patch.bags import Bags
 from safepatch.patch.base import GATE_LAYOUT
 from safepatch.patch.files import from_artifact, to_artifact
@@ -209,7 +210,7 @@ def add_gate(
     """The same patch with a gate fitted on `pipe`, the model it was trained on; an older gate is replaced.
 
     Args:
-        artifact: a patch for one category, of any kind.
+        artifact: a patch for one category, of any kind; of a bundle for one category, each part gets a gate.
         pipe: its base model's pipeline.
         corpus: of its category.
         width: channels of the gate.
@@ -223,6 +224,11 @@ def add_gate(
         UnknownName: for keys that there are not.
         BaseMismatch: when the patch is for another architecture.
     """
+    if artifact.info.is_bundle and artifact.info.categories == (corpus.name,):  # one for each side of the model
+        parts = artifact.parts()
+        gated = [add_gate(part.artifact, pipe, corpus, width, data, windows, keys) for part in parts]
+        names, weights = (tuple(part.artifact.info.title for part in parts), tuple(part.weight for part in parts))
+        return combine(gated, MergeRecipe(names, weights, conflicts=False))
     if artifact.info.is_bundle or len(artifact.info.categories) != 1:
         raise ConfigError(f"'{artifact.info.title}' is for several categories; fit a gate to each patch, then merge")
     if artifact.info.categories != (corpus.name,):

@@ -10,6 +10,8 @@ from torch import Tensor
 
 import safepatch
 from safepatch.artifact.patch_artifact import PatchArtifact
+from safepatch.data.bank import DataConfig
+from safepatch.data.corpus import Corpus
 from safepatch.diffusion import Components, generate, generate_from_states
 from safepatch.diffusion.conditioning import Conditioning
 from safepatch.errors import ArtifactError, BaseMismatch, ConfigError, MergeError, PatchBypassed, UnknownWords
@@ -19,6 +21,7 @@ from safepatch.patch.files import from_artifact, to_artifact
 from safepatch.patch.text import TextPatch
 from safepatch.runtime.apply import attach
 from safepatch.tiny.text import MAX_TOKENS
+from safepatch.training import gates
 from tests.families import draw, small_family_pipe, small_transformer_pipe
 from tests.small import INSTRUCTION, PROMPTS, SEEDS, awaken, images, new_small_pipe, small_artifact, spied
 
@@ -349,6 +352,33 @@ def test_it_is_exported_as_a_lora_that_diffusers_loads_and_comes_back(pipe: Any,
     with safepatch.apply(pipe, artifact):
         assert torch.allclose(images(pipe, guidance_scale=1.0), images(other, guidance_scale=1.0), atol=1e-4)
     assert not torch.allclose(images(pipe, guidance_scale=1.0), images(other, guidance_scale=1.0), atol=1e-2)
+
+
+def test_a_gate_is_fitted_to_both_sides_of_one_category(pipe: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch):
+    for name, few in {"CAPTIONS": 16, "UNSEEN": 16, "STEPS": 2}.items():
+        monkeypatch.setattr(gates, name, few)
+    text, _, both = two_sided(pipe, tmp_path)
+    fitted = {"width": 4, "data": DataConfig(cache=str(tmp_path))}
+    made = gates.add_gate(PatchArtifact.open(both), pipe, Corpus.open("weapons"), **fitted)
+    one, other = (part.artifact.info for part in made.parts())
+    assert {one.component, other.component} == {"text_encoder", "unet"}
+    assert one.config["gate"] == other.config["gate"]
+    with safepatch.apply(pipe, made.save(tmp_path / "gated.safetensors")) as handle:
+        assert handle.gate == "hard"
+    drugs = new_text_artifact(pipe, category="drugs").save(tmp_path / "drugs.safetensors")
+    with pytest.raises(ConfigError, match="for several categories"):
+        gates.add_gate(safepatch.merge([text, drugs]), pipe, Corpus.open("weapons"), **fitted)
+
+
+def test_layers_that_two_encoders_call_by_one_name_are_no_conflict(tmp_path: Any):
+    xl = small_family_pipe("sdxl")
+    ways = [("text_encoder", "weapons"), ("text_encoder_2", "drugs"), ("text_encoder", "gore")]
+    first, second, third = (
+        new_text_artifact(xl, component, category, seed).save(tmp_path / f"{category}.safetensors")
+        for seed, (component, category) in enumerate(ways)
+    )
+    assert "conflicts" not in (safepatch.merge([first, second]).info.recipe or {})
+    assert "conflicts" in (safepatch.merge([first, third]).info.recipe or {})  # control
 
 
 # ---- what does not fit ---------------------------------------------------------------------------------------------
