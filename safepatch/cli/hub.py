@@ -2,12 +2,16 @@
 
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from safepatch.cli import app, say
 from safepatch.cli.options import PatchFile
+from safepatch.errors import SafepatchError
+
+if TYPE_CHECKING:
+    from safepatch.artifact.info import PatchInfo
 
 
 @app.command()
@@ -41,7 +45,7 @@ def push(
     license = license or info.license or (hub.license_of(base) if base and not dry_run else "")
     measured = hub.figures(figures, content_hash) if figures else ""
     with tempfile.TemporaryDirectory() as folder:
-        lora, why = _exported(patch, Path(folder) / hub.LORA_FILE)
+        lora, why = _exported(patch, Path(folder), info)
         files = {hub.PATCH_FILE: patch, **({hub.LORA_FILE: lora} if lora else {})}
         files |= {f"{hub.PATCH_FILE}{path.suffix}": path for path in signed_by(patch)}
         sums = {name: sha256_of([path]) for name, path in files.items()}
@@ -56,7 +60,9 @@ def push(
 @app.command()
 def pull(
     patch: Annotated[str, typer.Argument(help="user/repo, user/repo@REVISION, user/repo@REVISION#CONTENT-HASH.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="Where to write the patch.")],
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Where to write the patch; here, called after its repository.")
+    ] = None,
 ) -> None:
     """Fetch a patch from the Hub, check it whole, and write it; what is in the cache needs no network."""
     from safepatch import hub
@@ -64,7 +70,10 @@ def pull(
     from safepatch.files import copy_file
     from safepatch.signing import signed_by
 
-    fetched = hub.fetch(hub.Reference.parse(patch), signed=True)
+    reference = hub.Reference.parse(patch)
+    if out is None and (out := Path(f"{reference.repo.split('/')[1]}.safetensors")).exists():
+        raise SafepatchError(f"{out} is there already; say where to write with -o")
+    fetched = hub.fetch(reference, signed=True)
     info = verify(fetched.path)
     copy_file(fetched.path, out)
     for path in signed_by(fetched.path):
@@ -72,12 +81,15 @@ def pull(
     say(f"pulled: {out} ({', '.join(info.categories)})", f"this very file: {fetched.pinned}")
 
 
-def _exported(patch: Path, path: Path) -> tuple[Path | None, str]:
-    """The patch as a LoRA at `path`; None, and why, where it has no such form."""
+def _exported(patch: Path, folder: Path, info: "PatchInfo") -> tuple[Path | None, str]:
+    """The patch as a LoRA in `folder`, as most programs read it; None, and why, where it has no such form."""
+    from safepatch.diffusion import UNET, config_kind
     from safepatch.errors import ConfigError
     from safepatch.export import export
+    from safepatch.hub import LORA_FILE
 
+    is_unet = config_kind(info.fingerprint) is UNET
     try:
-        return export(patch, path), ""
+        return (export(patch, folder / LORA_FILE) if is_unet else export(patch, folder, "diffusers")), ""
     except ConfigError as error:
         return None, str(error)

@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from safepatch.artifact.describe import described
 from safepatch.artifact.info import PatchInfo
-from safepatch.diffusion import family
+from safepatch.diffusion import UNET, config_kind, family
 from safepatch.errors import printable
 from safepatch.hub.reference import PATCH_FILE
 
@@ -58,6 +58,7 @@ def card(info: PatchInfo, beside: Beside) -> str:
         beside=beside,
         base=base,
         family=family(info.fingerprint),
+        is_unet=config_kind(info.fingerprint) is UNET,
         gates=_gates(info),
         recipe=described(info)["recipe"],
         license=beside.license or info.license,

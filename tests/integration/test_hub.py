@@ -13,13 +13,18 @@ from typer.testing import CliRunner
 
 import safepatch
 from safepatch.artifact.container import read_header
+from safepatch.artifact.info import read_info
 from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.cli import app
+from safepatch.cli.hub import _exported
 from safepatch.errors import ArtifactError, ConfigError, ModelNotFound, SafepatchError
 from safepatch.hub import LORA_FILE, PATCH_FILE, Reference, fetch, located
+from safepatch.patch import LoraPatch
+from safepatch.patch.files import to_artifact
 from safepatch.results import Row, write_rows
 from tests.fake_hub import FakeHub, serving
-from tests.small import images, new_small_pipe, small_artifact
+from tests.families import draw, small_transformer_pipe
+from tests.small import INSTRUCTION, awaken, images, new_small_pipe, small_artifact
 
 HUB_ID = "me/weapons"
 
@@ -67,6 +72,20 @@ def test_what_was_pushed_comes_back_to_the_bit(hub: FakeHub, lora: Path, tmp_pat
     assert pinned == f"{HUB_ID}@{hub.oid(HUB_ID, 0)}#{read_header(lora).stated_hash}"
     assert pinned in run("pull", HUB_ID, "-o", tmp_path / "pulled.safetensors")
     assert (tmp_path / "pulled.safetensors").read_bytes() == lora.read_bytes()
+
+
+def test_a_pulled_patch_is_called_after_its_repository_and_never_written_over(
+    hub: FakeHub, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("push", lora, "me/both.v2")
+    monkeypatch.chdir(tmp_path)
+    run("pull", "me/both.v2@main")
+    pulled = tmp_path / "both.v2.safetensors"
+    assert pulled.read_bytes() == lora.read_bytes()
+    pulled.write_bytes(b"mine")
+    with pytest.raises(SafepatchError, match="is there already; say where to write with -o"):
+        run("pull", "me/both.v2")
+    assert pulled.read_bytes() == b"mine"
 
 
 def test_apply_takes_a_hub_id_and_draws_what_the_file_draws(hub: FakeHub, lora: Path) -> None:
@@ -253,3 +272,22 @@ def test_the_lora_has_the_name_that_diffusers_looks_for_first(hub: FakeHub, lora
     run("push", lora, HUB_ID)
     siblings = huggingface_hub.HfApi().model_info(HUB_ID).siblings or []
     assert LORA_WEIGHT_NAME_SAFE in [file.rfilename for file in siblings]
+
+
+def test_the_lora_of_a_transformers_patch_has_the_names_that_diffusers_and_comfyui_know(
+    tmp_path: Path, lora: Path
+) -> None:
+    host = small_transformer_pipe("sd3").transformer
+    patch = awaken(LoraPatch.from_unet(host, rank=2))
+    path = to_artifact(patch, host, {"weapons": INSTRUCTION}, license="MIT").save(tmp_path / "sd3.safetensors")
+    card = run("push", path, HUB_ID, "--dry-run")
+    assert "load_lora_weights" in card
+    assert "gen_img.py" not in card
+    assert "gen_img.py" in run("push", lora, HUB_ID, "--dry-run")  # control
+    (tmp_path / "out").mkdir()
+    written, why = _exported(path, tmp_path / "out", read_info(path))
+    assert (written, why) == (tmp_path / "out" / LORA_FILE, "")
+    pipe = small_transformer_pipe("sd3")
+    base = draw(pipe)
+    pipe.load_lora_weights(tmp_path / "out")
+    assert not torch.equal(draw(pipe), base)
