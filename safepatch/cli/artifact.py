@@ -12,6 +12,7 @@ from safepatch.cli.options import (
     AllowPickle,
     Category,
     Device,
+    Dtype,
     Keys,
     Model,
     ModelDtype,
@@ -155,7 +156,7 @@ def verify(
     prompt: Annotated[str | None, typer.Option(help="With --replay, where the receipt holds only its hash.")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="Likewise.")] = None,
     device: Device = "cpu",
-    dtype: ModelDtype = None,
+    dtype: Dtype = None,
     tokenizer: Tokenizer = None,
     allow_pickle: AllowPickle = False,
 ) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from safepatch.cli import app, say
-from safepatch.cli.options import AllowPickle, Device, Tokenizer, opened
+from safepatch.cli.options import AllowPickle, Device, Dtype, Tokenizer, opened
 from safepatch.errors import ArtifactError
 
 guards = typer.Typer(help="Which prompts are for a category: a classifier of prompts.", no_args_is_help=True)
@@ -43,6 +43,7 @@ def train(
     ] = None,
     plot: Annotated[Path | None, typer.Option("--plot", help="Draw how well it is calibrated, .png or .svg.")] = None,
     device: Device = "cpu",
+    dtype: Dtype = None,
     tokenizer: Tokenizer = None,
     allow_pickle: AllowPickle = False,
 ) -> None:
@@ -58,7 +59,7 @@ def train(
     require_writable(out)
     corpora = [Corpus.open(name) for name in categories]
     needs_model = encoder == "clip" or patch is not None
-    pipe = opened(model or "tiny-sd", device, None, tokenizer, allow_pickle) if needs_model else None
+    pipe = opened(model or "tiny-sd", device, dtype, tokenizer, allow_pickle) if needs_model else None
     guard = run(corpora, config, pipe)
     stated = guard.save(out)
     for name, report in guard.info.report.items():
@@ -82,6 +83,7 @@ def score(
     column: Annotated[str | None, typer.Option("--column", help="That holds the prompts.")] = None,
     patch: Annotated[Path | None, typer.Option("--patch", help="Say which of its categories the guard lacks.")] = None,
     device: Device = "cpu",
+    dtype: Dtype = None,
     tokenizer: Tokenizer = None,
     allow_pickle: AllowPickle = False,
 ) -> None:
@@ -96,7 +98,7 @@ def score(
         for line in lacking(judge.categories, read_info(patch).categories):
             typer.echo(line, err=True)
     reads_model = judge.info.encoder == "clip"
-    judge.bind(opened(model or "tiny-sd", device, None, tokenizer, allow_pickle) if reads_model else None)
+    judge.bind(opened(model or "tiny-sd", device, dtype, tokenizer, allow_pickle) if reads_model else None)
     tally = score_file(judge, prompts, out, column)
     claimed = ", ".join(f"{name} {tally.claimed[name]}" for name in judge.categories)
     say(f"{tally.rows} prompts: {tally.passed} pass; {claimed}; wrote {out}")
@@ -126,6 +128,7 @@ def attack(
     n: Annotated[int, typer.Option("-n", "--n", help="Prompts per category.")] = 50,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     device: Device = "cpu",
+    dtype: Dtype = None,
     tokenizer: Tokenizer = None,
     allow_pickle: AllowPickle = False,
 ) -> None:
@@ -137,7 +140,7 @@ def attack(
 
     judge, corpora = Guard.open(guard), [Corpus.open(name) for name in categories]
     asked = [parse_attack(text) for text in attacks or (TEXTS if draw else TEXTS[:-1])]
-    pipe = opened(model, device, None, tokenizer, allow_pickle)
+    pipe = opened(model, device, dtype, tokenizer, allow_pickle)
     judge.bind(pipe)
     found = []
     for corpus in corpora:
