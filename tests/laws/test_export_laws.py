@@ -23,6 +23,7 @@ from safepatch.patch.files import to_artifact
 from safepatch.patch.layers import taken_layers
 from safepatch.runtime.apply import apply
 from safepatch.runtime.fuse import fuse
+from safepatch.shipped import shipped
 from safepatch.taxonomy import Category
 from tests.families import draw, small_config, small_family_pipe, unet_name
 from tests.small import INSTRUCTION, awaken, new_artifact, new_patch, new_small_pipe, rows
@@ -238,6 +239,13 @@ def test_a_patch_does_not_look_like_a_lora_to_diffusers(kind, tmp_path):
         new_artifact(unet, kind).save(path)
     with pytest.raises(ValueError, match="Invalid LoRA checkpoint"):
         quiet(new_small_pipe()).load_lora_weights(str(tmp_path), weight_name=path.name)
+
+
+@pytest.mark.parametrize("entry", shipped(), ids=lambda entry: entry.file)
+def test_no_shipped_patch_looks_like_a_lora_to_diffusers(entry):
+    path = entry.path
+    with pytest.raises(ValueError, match="Invalid LoRA checkpoint"):
+        quiet(new_small_pipe()).load_lora_weights(str(path.parent), weight_name=path.name)
 
 
 @torch.no_grad()
