@@ -12,7 +12,7 @@ from torch import Tensor
 from safepatch.diffusion import HostKind
 from safepatch.patch.base import row_timesteps
 from safepatch.runtime.parts import Scale
-from safepatch.runtime.residuals import Handed
+from safepatch.runtime.residuals import Taking
 
 UNPATCHED = "_safepatch_unpatched"  # attribute of text states that were exchanged
 
@@ -86,7 +86,7 @@ class Begun:
         is_prepared: whether the patch had its say.
         has_entered: whether the host's first layer has run.
         acted: on which of the rows to correct something acts, (rows,) bool on the CPU; None for none.
-        handed: residuals that were passed as an argument, if any.
+        handed: residuals were passed as an argument, if any, and whether they were taken.
         judged: by category what its gates said of the rows to correct, (rows,) probabilities on the CPU.
         pictured: likewise of those that look at pictures, what was seen of the steps before.
         seen: what the keys to pictures have seen of this denoising, by the part's identity; added to in this call.
@@ -101,7 +101,7 @@ class Begun:
     is_prepared: bool = False
     has_entered: bool = False
     acted: Tensor | None = None
-    handed: Handed | None = None
+    handed: Taking | None = None
     judged: dict[str, Tensor] = field(default_factory=dict)
     pictured: dict[str, Tensor] = field(default_factory=dict)
     seen: dict[int, Any] = field(default_factory=dict)

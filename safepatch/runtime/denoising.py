@@ -47,7 +47,8 @@ class Denoisings:
 
     def __init__(self, kind: HostKind, scheduler: Any, window: tuple[float, float]) -> None:
         self._kind = kind
-        self._full_timestep = scheduler.config.num_train_timesteps * kind.timestep_unit
+        self._unit = kind.timestep_unit  # schedulers count steps as 1 whatever the host is told
+        self._full_timestep = scheduler.config.num_train_timesteps * self._unit
         self._of_threads = Calls(Denoising)
         self.window = window
 
@@ -61,7 +62,7 @@ class Denoisings:
         if (by := drawing(now.by)) is not now.by:
             now = self._renew(Denoising(by))
             if steps := steps_ahead() if is_on and self.window != (0.0, 1.0) else []:
-                now.is_met = any(self._is_within(step) for step in steps)
+                now.is_met = any(self._is_within(step * self._unit) for step in steps)
                 now.will_miss = not now.is_met
         return now
 

@@ -296,8 +296,7 @@ class Handle:
             return (), exchanged
         if not made or self._host:
             return None
-        changed = with_residuals(made, unet, args, kwargs)
-        begun.handed = changed[self._kind.residuals]
+        changed, begun.handed = with_residuals(made, unet, args, kwargs)
         return (), changed
 
     def _begin(self, denoising: Denoising, args: tuple, kwargs: dict[str, Any]) -> Begun:
@@ -363,8 +362,12 @@ class Handle:
         begun = self._calls.end()
         if begun is None:
             return self._unprepared() if output is not None else None
-        missed = [what for inner in self._inner for what in inner.end()] + self._sight.missed(begun)
-        if begun.handed is not None and not begun.handed.is_taken:
+        missed = (
+            [what for inner in self._inner for what in inner.end()]
+            + self._sight.missed(begun)
+            + self._telling.missed(begun)
+        )
+        if begun.handed is not None and not begun.handed.is_done:
             missed.append(f"'{self._kind.residuals}' was not taken up")
         if output is None:
             return None

@@ -453,3 +453,61 @@ def test_a_transformer_that_is_not_given_its_residuals_is_noticed(host):
                 draw(host.pipe)
         finally:
             del transformer.forward
+
+
+@pytest.mark.parametrize("offload", ["by model", "by group"])
+def test_what_offloading_hands_on_is_taken_for_what_it_is(host, offload):
+    """It moves arguments to a device, and hands on copies of the lists that they are in."""
+    from diffusers.hooks import apply_group_offloading
+
+    pipe = copy.deepcopy(host.pipe)
+    with apply(pipe, host.artifact):
+        patched = draw(pipe)
+        if offload == "by model":
+            pipe.enable_model_cpu_offload(device="cpu")
+        else:
+            apply_group_offloading(pipe.transformer, torch.device("cpu"), offload_type="leaf_level")
+        assert torch.equal(draw(pipe), patched)
+    assert not torch.equal(patched, host.base)  # control
+
+
+def test_a_pipeline_draws_within_the_window_of_its_patch(host):
+    """Flux counts a step of its scheduler as a thousandth."""
+    with apply(host.pipe, host.artifact, start=0.3) as handle:
+        draw(host.pipe, num_inference_steps=4)
+        assert 0 < handle.stats.acted_calls < handle.stats.unet_calls == 4
+        with pytest.raises(PatchBypassed, match="no step of this denoising"):
+            draw(host.pipe, num_inference_steps=1)  # control
+
+
+def test_a_pooled_state_of_other_words_is_heard(flux):
+    """What T5 was told stays the very same tensor, and the gate goes by CLIP's."""
+    judged = []
+    patch = awaken(ControlPatch.from_unet(flux.pipe.transformer, gate=4), size=0.3)
+    with attach(flux.pipe, patch, [INSTRUCTION]) as handle:
+        handle.on_gate = lambda _, probabilities: judged.append(float(probabilities.max()))
+        given = inputs(flux.pipe)
+        call(flux.pipe, **given)
+        call(flux.pipe, **{**given, "pooled_projections": -3 * given["pooled_projections"]})
+    assert len(judged) == 2
+    assert judged[0] != judged[1]
+
+
+def test_states_that_somebody_exchanges_behind_a_gate_are_noticed(host):
+    transformer, forward = host.pipe.transformer, host.pipe.transformer.forward
+    given = inputs(host.pipe)
+    others = {"encoder_hidden_states": given["encoder_hidden_states"] + 1}
+    gates = {0: None, 4: "'encoder_hidden_states' was exchanged on the way"}
+    for width, says in gates.items():
+        patch = awaken(ControlPatch.from_unet(transformer, gate=width), size=0.05)
+        with attach(host.pipe, patch, [INSTRUCTION]):
+            call(host.pipe, **given)  # control
+            transformer.forward = lambda **own: forward(**{**own, **others})
+            try:
+                if says:
+                    with pytest.raises(PatchBypassed, match=says):
+                        call(host.pipe, **given)
+                else:
+                    call(host.pipe, **given)  # control: what reads no words is not concerned
+            finally:
+                del transformer.forward
