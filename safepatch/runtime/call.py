@@ -65,6 +65,12 @@ class Call(NamedTuple):
         return cls(sample, timesteps, states, conditions, shared, slice(0, len(sample)), words)
 
     @property
+    def told(self) -> tuple[Tensor, ...]:
+        """All that gates that read text go by, as the host is given it."""
+        pooled = self.conditions.get("pooled_projections")
+        return (self.prompt_states,) if pooled is None else (self.prompt_states, pooled)
+
+    @property
     def row_timesteps(self) -> Tensor:
         """Those of the rows to correct, (B,)."""
         return row_timesteps(self.timesteps, self.sample)[self.rows]
@@ -167,19 +173,30 @@ def with_unpatched(tensor: Tensor, own: Tensor) -> Tensor:
 
 
 class Seen(NamedTuple):
-    """A tensor that is known by identity, without a look at its values, as long as nobody writes into it."""
+    """Tensors that are known by identity, without a look at their values, as long as nobody writes into them.
 
-    tensor: "weakref.ref[Tensor]"
-    version: int
+    Under `torch.inference_mode` nobody counts what is written; there the values are kept, and looked at.
+    """
+
+    tensors: tuple["weakref.ref[Tensor]", ...]
+    versions: tuple[int | Tensor, ...]
 
     @classmethod
-    def of(cls, tensor: Tensor) -> "Seen":
-        """Remember `tensor`."""
-        return cls(weakref.ref(tensor), _version(tensor))
+    def of(cls, *tensors: Tensor) -> "Seen":
+        """Remember them."""
+        versions = tuple(each.clone() if each.is_inference() else each._version for each in tensors)
+        return cls(tuple(map(weakref.ref, tensors)), versions)
 
-    def is_still(self, tensor: Tensor) -> bool:
-        """Whether `tensor` is the one, with the same values."""
-        return self.tensor() is tensor and self.version == _version(tensor)
+    def is_still(self, *tensors: Tensor) -> bool:
+        """Whether they are the ones, with the same values."""
+        if len(tensors) != len(self.tensors):
+            return False
+        if not all(seen() is each for seen, each in zip(self.tensors, tensors, strict=True)):
+            return False
+        return all(
+            torch.equal(before, each) if isinstance(before, Tensor) else before == each._version
+            for before, each in zip(self.versions, tensors, strict=True)
+        )
 
 
 def _keep_highest(kept: dict[str, Tensor], categories: Sequence[str], probabilities: Tensor) -> None:
@@ -192,7 +209,3 @@ def _of_all_rows(said: Tensor, rows: slice, n: int) -> Tensor:
     whole = torch.full((n,), torch.nan)
     whole[rows] = said
     return whole
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version

@@ -62,7 +62,7 @@ class Cached(NamedTuple):
         residuals: as they were handed to the host; None where a gate was closed.
         shape: of the sample.
         rows: those that were corrected.
-        states: the rows' text states.
+        states: what the host was told of the rows.
         timestep: of the last call.
         scales: their strengths.
         uses: how many calls they were used for.
@@ -80,7 +80,7 @@ class Cached(NamedTuple):
 
     def serves(self, call: Call) -> bool:
         """Whether `call` is a later step of the same denoising."""
-        alike = (self.shape, self.rows) == (call.sample.shape, call.rows) and self.states.is_still(call.prompt_states)
+        alike = (self.shape, self.rows) == (call.sample.shape, call.rows) and self.states.is_still(*call.told)
         return alike and call.timestep < self.timestep and not self.is_tiled and self.residuals is not None
 
     def shows_tiles(self, call: Call) -> bool:
@@ -184,7 +184,7 @@ class Corrector:
             made if scales.all() else None,
             call.sample.shape,
             call.rows,
-            Seen.of(call.prompt_states),
+            Seen.of(*call.told),
             call.timestep,
             scales,
             is_tiled=last is not None and last.shows_tiles(call),
@@ -232,11 +232,11 @@ class Corrector:
         """Probabilities by a gate that reads text alone, (B, gates)."""
         call, kept = cast(Call, begun.call), self._memory.now.texts
         last = kept.get(id(part))
-        if last is None or last.rows != call.rows or not last.states.is_still(call.prompt_states):
+        if last is None or last.rows != call.rows or not last.states.is_still(*call.told):
             states = call.words[call.rows].float()
             gate = cast(TextGate, part.patch.gate).to(states.device)
             logits = gate(None, call.row_timesteps, states, *self._heard(gate, begun))
-            last = Read(Seen.of(call.prompt_states), call.rows, logits.sigmoid().cpu())
+            last = Read(Seen.of(*call.told), call.rows, logits.sigmoid().cpu())
             kept[id(part)] = last
         return last.probabilities
 
@@ -247,10 +247,10 @@ class Corrector:
         call = cast(Call, begun.call)
         memory = self._memory.now
         last = memory.words
-        if last is None or last.rows != call.rows or not last.states.is_still(call.prompt_states):
+        if last is None or last.rows != call.rows or not last.states.is_still(*call.told):
             logits, known = self.words.behind(call.prompt_states[call.rows], call.words[call.rows])
             self.stats.count(wordless_rows=int((~known).sum()))
-            last = memory.words = Heard(Seen.of(call.prompt_states), call.rows, logits)
+            last = memory.words = Heard(Seen.of(*call.told), call.rows, logits)
         return (self.words.of(gate, last.logits).to(call.prompt_states.device),)
 
     def _openings(self, part: ActivePart, begun: Begun, probabilities: Tensor) -> Tensor:

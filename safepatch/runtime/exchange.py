@@ -36,12 +36,14 @@ class Last:
         scales: of all parts and rows.
         made: what was given, by argument.
         changed: which rows that changed, (rows,).
+        lacking: an encoder that did not know the words of some row; empty for none.
     """
 
-    given: tuple[Seen, ...] = ()
+    given: Seen | None = None
     scales: Tensor = field(default_factory=lambda: torch.zeros(0))
     made: dict[str, Tensor] = field(default_factory=dict)
     changed: Tensor = field(default_factory=lambda: torch.zeros(0))
+    lacking: str = ""
 
 
 class Exchange:
@@ -94,22 +96,18 @@ class Exchange:
         more = given.get("added_cond_kwargs") or {}
         came = {"states": given[self._kind.states], **{n: more[n] for n in ("text_embeds",) if n in more}}
         scales, last = self._scales(begun), self._last.now
-        known = len(last.given) == len(came) and all(
-            seen.is_still(tensor) for seen, tensor in zip(last.given, came.values(), strict=True)
-        )
-        lacking = ""
+        known = last.given is not None and last.given.is_still(*came.values())
         if not known or not torch.equal(last.scales, scales):
-            made, changed, lacking = self._made(came, scales)
-            last.given, last.scales = tuple(map(Seen.of, came.values())), scales
-            last.made, last.changed = made, changed
+            last.made, last.changed, last.lacking = self._made(came, scales)
+            last.given, last.scales = Seen.of(*came.values()), scales
         if not last.changed.any():
-            return None, lacking
+            return None, last.lacking
         rows = begun.call.rows
         begun.note(last.changed[rows, None].float())
         states = {**given, self._kind.states: last.made["states"]}
         if "text_embeds" in came:
             states["added_cond_kwargs"] = {**more, "text_embeds": last.made["text_embeds"]}
-        return states, lacking
+        return states, last.lacking
 
     def _scales(self, begun: Begun) -> Tensor:
         """Of each row of the call and each part, (B, parts); 0 for rows that are not to be corrected."""
