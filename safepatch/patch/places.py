@@ -76,11 +76,17 @@ class PlaceHooks(ABC):
     def tell(self, told: Told) -> None:  # noqa: B027 what most patches do with it is nothing
         """What the rows of this call are told; most patches read nothing of it."""
 
+    @property
+    def missed(self) -> list[str]:
+        """What has not happened so far in the call that is under way."""
+        left = sorted(self._calls.now.left)
+        return [f"'{left[0]}' ({len(left)} layers in all) was not called as a layer"] if left else []
+
     def end(self) -> list[str]:
         """The call has ended; what did not happen in it."""
-        ended = self._calls.end()
-        left = sorted(ended.left) if ended else []
-        return [f"'{left[0]}' ({len(left)} layers in all) was not called as a layer"] if left else []
+        missed = self.missed
+        self._calls.end()
+        return missed
 
     def _pass(self, place: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         now = self._calls.now

@@ -6,14 +6,16 @@ gates, negative prompts and whoever else encodes go on reading the model's own s
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from safepatch.diffusion import Components, Conditioning, read_tokens
+from safepatch.diffusion import Components, Conditioning, is_offloaded_to_disk, read_tokens
 from safepatch.errors import ConfigError
 from safepatch.patch.lora import LayerHooks, LoraPatch
+
+T = TypeVar("T")
 
 HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith("_hooks") or "_hooks_" in name)
 WRAPPERS = ("forward", "_hf_hook", "_old_forward", "_output_capturing_hooks_installed", "_compiled_call_impl")
@@ -70,7 +72,7 @@ class TextPatch(LoraPatch):
 
     def forward(self, unet: Any, predict: Callable[..., Any]) -> Any:
         """What `predict` makes of the patched twin, at scale 1, of an encoder."""
-        return predict(patched_encoder(unet, [(self, None)]))
+        return read_patched(unet, [(self, None)], predict)
 
     def hooks_on(self, unet: Any) -> None:
         """Nothing: the host is given other states."""
@@ -115,14 +117,40 @@ def twin(module: nn.Module) -> Any:
     return made
 
 
-def patched_encoder(encoder: Any, strengths: Sequence[tuple[LoraPatch, float | None]]) -> Any:
-    """A twin of a text encoder that is updated by patches, each with its scale; None for 1."""
-    made = twin(encoder)
+def require_readable(encoder: Any) -> None:
+    """Raise `ConfigError` unless a text encoder's own weights are where its twin can read them."""
+    if any(each.is_meta for each in encoder.parameters()) or is_offloaded_to_disk(encoder):
+        raise ConfigError(
+            "a text encoder's weights are offloaded layer by layer or to disk, and its patch has to read them; use "
+            "enable_model_cpu_offload()"
+        )
+
+
+def read_patched(encoder: Any, strengths: Sequence[tuple[LoraPatch, float | None]], read: Callable[[Any], T]) -> T:
+    """What `read` makes of a twin of a text encoder that patches update.
+
+    Args:
+        encoder: it is only read.
+        strengths: patches, each with its scale; None for 1.
+        read: asks the twin.
+
+    Raises:
+        ConfigError: where its weights are elsewhere, or it has not, or does not call, a layer that is to be updated.
+    """
+    require_readable(encoder)
+    made, updating = twin(encoder), list[LayerHooks]()
     for patch, scale in strengths:
-        hooks = LayerHooks(blocks(made), patch)
+        try:
+            hooks = LayerHooks(blocks(made), patch)
+        except AttributeError as error:
+            raise ConfigError(f"a text encoder lost a layer that its patch updates ({error}); apply it again") from None
         hooks.begin()
         hooks.update(slice(None), None if scale is None else torch.tensor([scale]))
-    return made
+        updating.append(hooks)
+    answer = read(made)
+    for missed in (what for hooks in updating for what in hooks.missed):
+        raise ConfigError(f"a text encoder cannot be patched as it stands: {missed}")
+    return answer
 
 
 def patched_conditioning(components: Components, patch: nn.Module, asked: Conditioning) -> Conditioning:

@@ -14,6 +14,7 @@ from safepatch.hub import located, source_of
 from safepatch.patch import Patch
 from safepatch.patch.files import from_artifact
 from safepatch.patch.picture import TEXT
+from safepatch.patch.text import TextPatch, require_readable
 from safepatch.runtime.handle import Handle, refuse_compiled, refuse_fused_projections
 from safepatch.runtime.one_step import require_scheduler, step_of
 from safepatch.runtime.parts import ActivePart, Scale
@@ -119,12 +120,14 @@ def activate(
 
     Raises:
         BaseMismatch: when the patch was made for another architecture.
-        ConfigError: for a threshold that is no probability.
+        ConfigError: for a threshold that is no probability, or a text encoder that its patch could not read.
     """
     if gate_threshold is not None and not 0 <= gate_threshold <= 1:
         raise ConfigError(f"gate_threshold must be within [0, 1], not {gate_threshold}")
     module = from_artifact(part.artifact, components, dtype or components.compute_dtype)
     module = module.to(components.unet.device)
+    if isinstance(module, TextPatch):
+        require_readable(components.encoder(module.component)[1])
     states = instruction_states(components, list(part.artifact.info.instructions.values()))
     return ready(part, module, states, gate_threshold)
 

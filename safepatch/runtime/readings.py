@@ -7,7 +7,7 @@ What is kept is what the encoder's blocks were given: learned tokens and embeddi
 import copy
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +27,7 @@ class Reading(NamedTuple):
         values: of its states at every layer that somebody may take, (layers, 2 VALUES); of pooled ones, a single row.
         tokens, mask: as the encoder was given them, (1, T); no mask as a rule.
         embedded: what its blocks were given, (1, T, width), positions added.
+        strengths: of LoRAs that it carried, by layer and name: a pipeline may weaken them while it encodes.
     """
 
     key: tuple
@@ -34,11 +35,15 @@ class Reading(NamedTuple):
     tokens: Tensor
     mask: Tensor | None
     embedded: Tensor
+    strengths: Mapping[str, Mapping[str, float]]
 
     def again(self, encoder: Any, is_pooled: bool, layer: int) -> Tensor:
         """What another encoder, whose embeddings are replaced, makes of it: (T, width), or pooled (1, width)."""
-        device = next(encoder.parameters()).device
-        blocks(encoder).embeddings = Given(self.embedded.to(device))
+        device, dtype = encoder.device, encoder.dtype
+        blocks(encoder).embeddings = Given(self.embedded.to(device, dtype))
+        for name, scaling in self.strengths.items():
+            part = encoder.get_submodule(name)
+            part.scaling = {**getattr(part, "scaling", {}), **scaling}
         mask = {} if self.mask is None else {"attention_mask": self.mask.to(device)}
         made = encoder(input_ids=self.tokens.to(device), output_hidden_states=True, **mask)
         return made[0] if is_pooled else list(layers_of(encoder, made))[layer][0]
@@ -65,6 +70,7 @@ class Readings:
         self._encoder = encoder
         self._forget()
         self.hooks = Hooks()
+        self.hooks.before(encoder, self._begin)
         self.hooks.after(blocks(encoder).embeddings, self._embed)
         self.hooks.after(encoder, self._note, with_kwargs=True)
 
@@ -104,6 +110,12 @@ class Readings:
         return _mixed(values, noted[-LATEST:])
 
     @torch.compiler.disable()
+    def _begin(self, *_: Any) -> None:
+        """What is embedded from now on is this call's: a cache in front of the encoder answers without embedding."""
+        if not is_reading_windows():
+            self._own.embedded = None
+
+    @torch.compiler.disable()
     def _embed(self, _: nn.Module, args: tuple, output: Tensor) -> None:
         if not is_reading_windows():
             self._own.embedded = output.detach()
@@ -121,9 +133,10 @@ class Readings:
             return
         mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
         pooled = output[0][:, None] if output[0].ndim == 2 else None
+        strengths = _lora_strengths(encoder)
         for row in range(len(tokens)):
             given = tokens[row : row + 1].cpu(), None if mask is None else mask[row : row + 1].cpu()
-            read = (*given, embedded[row : row + 1].cpu())
+            read = (*given, embedded[row : row + 1].cpu(), strengths)
             room = max(PROMPTS, len(tokens))
             self._keep(self._states, torch.stack([layer[row] for layer in layers]), read, room)
             if pooled is not None:
@@ -138,6 +151,12 @@ class Readings:
             kept[key] = Reading(key, values, *read)
             while len(kept) > room:
                 kept.popitem(last=False)
+
+
+def _lora_strengths(encoder: nn.Module) -> dict[str, dict[str, float]]:
+    """By layer that carries LoRAs, how strong each is now."""
+    known = {name: getattr(part, "scaling", None) for name, part in encoder.named_modules()}
+    return {name: dict(scaling) for name, scaling in known.items() if isinstance(scaling, dict)}
 
 
 def _mixed(values: Tensor, noted: Sequence[Reading]) -> Match | None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from safepatch.diffusion import Components
-from safepatch.patch.text import TextPatch, patched_encoder
+from safepatch.patch.text import TextPatch, read_patched
 from safepatch.runtime.heard import Memo
 from safepatch.runtime.parts import ActivePart
 from safepatch.runtime.readings import Match, Reading, Readings
@@ -96,7 +96,7 @@ class OfEncoder:
 
         def make(_: list[Asked]) -> list[Tensor]:
             strengths = [(self._module(number), scale) for number, scale in asked.scales]
-            return [reading.again(patched_encoder(self.encoder, strengths), layer == POOLED, layer)]
+            return [read_patched(self.encoder, strengths, lambda made: reading.again(made, layer == POOLED, layer))]
 
         return self._memo.of([asked], make)[asked]
 
