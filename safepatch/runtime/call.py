@@ -99,6 +99,8 @@ class Begun:
         is_followed: whether a pipeline's call tells where the denoising begins and ends.
         has_looked: whether the keys to pictures were shown this call.
         skipped: transformer blocks that it leaves out, as SD3's skip layer guidance does.
+        told: what the host is to read, by argument; taken out when it has.
+        untold: arguments in whose stead it read something else.
     """
 
     given: Call | None = None
@@ -114,6 +116,8 @@ class Begun:
     is_followed: bool = False
     has_looked: bool = False
     skipped: Sequence[int] = ()
+    told: dict[str, Any] = field(default_factory=dict)
+    untold: list[str] = field(default_factory=list)
 
     def note(self, scales: Tensor) -> None:
         """Corrections of these strengths, (groups,) or (rows, groups) on the CPU, are added."""

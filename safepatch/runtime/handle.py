@@ -44,6 +44,7 @@ from safepatch.runtime.parts import ActivePart, Look, Scale, check_scale, check_
 from safepatch.runtime.residuals import with_residuals
 from safepatch.runtime.sight import Sight
 from safepatch.runtime.words import Words
+from safepatch.runtime.told import Telling
 
 
 class Handle:
@@ -99,6 +100,7 @@ class Handle:
         self._hooks = Hooks()
         self._hooks.after(self._unet, self._end_call, always_call=True)
         self._hooks.before(self._unet, self._prepare, with_kwargs=True)
+        self._telling = Telling(self._unet, self._kind, parts, self._under_way)
         self._earlier = threads_inside(self._unet)
         self._hooks.before(getattr(self._unet, self._kind.entry), self._count_call)
         if fail_closed:
@@ -145,7 +147,7 @@ class Handle:
     @property
     def _all_hooks(self) -> list[Hooks]:
         """Those that begin a call go first and come last."""
-        looking = [self._sight.hooks] if self._sight.hooks else []
+        looking = [each.hooks for each in (self._sight, self._telling) if each.hooks]
         return [self._hooks, *(inner.hooks for inner in self._inner), *looking, *self._listening]
 
     @property
@@ -295,6 +297,7 @@ class Handle:
         if exchanged:
             return (), exchanged
         if not made or self._host:
+        self._telling.expect(begun, exchanged or self._kind.bind(args, kwargs))
             return None
         changed, begun.handed = with_residuals(made, unet, args, kwargs)
         return (), changed
