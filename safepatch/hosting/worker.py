@@ -132,7 +132,7 @@ class Worker:
 
     def require_patched(self) -> None:
         """Raise `PatchBypassed` unless the pipeline's next image will be drawn with the patch."""
-        if not any(each.handle is self.handle and each.active and each.scale for each in status(self.pipe)):
+        if not any(each.handle is self.handle and each.active and each.handle.is_on for each in status(self.pipe)):
             raise PatchBypassed("the patch is not on the pipeline, or was switched off; restart the server")
 
     def _run(self) -> None:

@@ -109,7 +109,8 @@ class Status:
 
     Attributes:
         categories: what it is for; empty when it was attached from memory.
-        active: whether the pipeline's next image will be drawn with it: every hook it needs hangs where it must.
+        active: whether the next image of the pipeline that was asked about will be drawn with it: every hook it needs
+            hangs where it must.
         scale: its strength; at 0 it is attached and does nothing.
         weights: what each category's corrections are multiplied by beside the scale, as the patch was merged.
         stats: UNet calls seen, patched and acted on since it was attached.
@@ -135,6 +136,6 @@ def status(pipe: Any) -> tuple[Status, ...]:
     places = (components.unet, entry, uncompiled(components.vae).decoder)
     handles = {id(handle): handle for place in places for handle in attached(place)}
     return tuple(
-        Status(handle.categories, handle.is_active, handle.scale, handle.weights, handle.stats, handle)
+        Status(handle.categories, handle.acts_in(pipe), handle.scale, handle.weights, handle.stats, handle)
         for handle in handles.values()
     )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safepatch.diffusion import Components, HostKind
+from safepatch.diffusion import Components, HostKind, uncompiled
 from safepatch.patch.hooks import Calls, Hooks
 from safepatch.patch.text import TextPatch
 from safepatch.runtime.call import Begun, Seen, unpatched, with_unpatched
@@ -78,6 +78,11 @@ class Exchange:
     def hooks(self) -> list[Hooks]:
         """Those on text encoders."""
         return [each.readings.hooks for each in self._encoders]
+
+    def listens_to(self, pipe: Any) -> bool:
+        """Whether the encoders that it changes are the pipeline's; one that has encoded may have dropped them."""
+        theirs = [(each.encoder, uncompiled(getattr(pipe, each.component, None))) for each in self._encoders]
+        return all(own is None or own is encoder for encoder, own in theirs)
 
     def forget(self) -> None:
         """Drop what was kept for later steps."""

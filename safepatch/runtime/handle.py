@@ -157,13 +157,16 @@ class Handle:
 
     @property
     def is_active(self) -> bool:
-        """Whether the pipeline still runs the UNet this patch hangs on, and every hook of the patch hangs in it."""
-        pipe = self._pipe()
+        """Whether the pipeline it was applied to draws its next image with it, see `acts_in`."""
+        return self.acts_in(self._pipe())
+
+    def acts_in(self, pipe: Any) -> bool:
+        """Whether a pipeline runs the UNet this patch hangs on, and every hook of the patch hangs in it."""
         if pipe is None or uncompiled(denoiser(pipe)) is not self._unet or not self._all_hang:
             return False
         there = {id(module) for part in (self._unet, uncompiled(pipe.vae)) for module in part.modules()}
         needed = [hook for hooks in self._all_hooks if hooks not in self._listening for hook in hooks]
-        return all(id(hook.module) in there for hook in needed)
+        return all(id(hook.module) in there for hook in needed) and self._exchange.listens_to(pipe)
 
     @property
     def _inner(self) -> list[PlaceHooks | HostHooks]:
@@ -342,6 +345,11 @@ class Handle:
 
     def _is_on(self, scale: Scale) -> bool:
         return any(part.scales(scale).any() for part in self._parts)
+
+    @property
+    def is_on(self) -> bool:
+        """Whether some strength of it is not 0."""
+        return self._is_on(self.scale)
 
     def _under_way(self) -> Begun:
         return self._calls.now

@@ -223,6 +223,8 @@ def test_a_pipeline_that_lost_its_patch_gives_no_image(served):
     assert ask(body)[0].status_code == 200  # control
     handle.scale = 0
     assert ask(body)[0].status_code == 503
+    handle.scale = dict.fromkeys(handle.categories, 0.0)
+    assert ask(body)[0].status_code == 503
     handle.scale = 1
     worker.pipe.unet = new_small_pipe().unet
     answer, state = ask(body)[0], ask.get("/status")

@@ -4,8 +4,10 @@ A way that is closed raises `PatchBypassed`. A way that is open is tested too: w
 """
 
 import copy
+import gc
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import diffusers
@@ -21,7 +23,8 @@ from safepatch.patch import PATCH_KINDS
 from safepatch.runtime.apply import apply
 from safepatch.runtime.check import status
 from safepatch.runtime.handle import attached
-from tests.small import images, new_artifact, new_small_pipe, new_small_unet, rows
+from tests.small import images, new_artifact, new_small_pipe, new_small_unet, rows, small_artifact
+from tests.stress.soak import gated_artifact
 
 DESIGN = (Path(__file__).parents[2] / "DESIGN.md").read_text()
 
@@ -524,3 +527,74 @@ def test_a_preview_before_the_window_begins_is_no_missed_window(small_pipe):
             "a knife", num_inference_steps=4, height=64, width=64, output_type="pt", callback_on_step_end=preview
         )
         assert handle.stats.acted_calls == 1
+
+
+# ---- what gates go by is what the UNet reads -----------------------------------------------------------------------
+
+
+@every_kind
+def test_a_gate_hears_what_is_written_into_a_buffer_under_inference_mode(small_pipe, kind):
+    """There nobody counts what is written into a tensor; a loop of one's own may keep one for all prompts."""
+    sample, _, states = rows(1)
+    with apply(small_pipe, gated_artifact(small_pipe, kind)) as handle, torch.inference_mode():
+        judged: list[float] = []
+        handle.on_gate = lambda _, probabilities: judged.append(float(probabilities.max()))
+        buffer = states.clone()
+        small_pipe.unet(sample, 500, buffer)
+        small_pipe.unet(sample, 500, buffer)
+        again = len(judged)
+        buffer.copy_(-2 * states)
+        small_pipe.unet(sample, 500, buffer)
+    assert len(judged) == again + 1
+    assert judged[-1] != judged[0]
+    assert len(set(judged[:again])) == 1  # control: of the same words it thinks the same
+
+
+@every_kind
+def test_a_forward_that_reads_other_words_than_the_gate_is_noticed(small_pipe, kind):
+    sample, timesteps, states = rows()
+    forward, others = small_pipe.unet.forward, {"encoder_hidden_states": states.flip(0)}
+    for artifact, is_noticed in (
+        (gated_artifact(small_pipe, kind), True),
+        (new_artifact(small_pipe.unet, kind), False),
+    ):
+        with torch.no_grad(), apply(small_pipe, artifact) as handle:
+            small_pipe.unet(sample, timesteps, encoder_hidden_states=states)  # control
+            small_pipe.unet.forward = lambda *args, **given: forward(*args, **{**given, **others})
+            if is_noticed:
+                with pytest.raises(PatchBypassed, match="'encoder_hidden_states' was exchanged on the way"):
+                    small_pipe.unet(sample, timesteps, encoder_hidden_states=states)
+                handle.gate = "off"
+            small_pipe.unet(sample, timesteps, encoder_hidden_states=states)  # what reads no words is not concerned
+            del small_pipe.unet.forward
+
+
+# ---- status is of the pipeline that was asked about ----------------------------------------------------------------
+
+
+def test_a_patch_that_another_pipeline_carries_is_not_active_in_one_with_the_same_vae(small_pipe):
+    other = sharing(small_pipe, unet=new_small_unet())
+    second = replace(
+        small_artifact(), info=replace(small_artifact().info, instructions={"drugs": "no drugs"}, title="")
+    )
+    with apply(small_pipe, new_artifact(small_pipe.unet)), apply(other, second):
+        told = [{found.categories: found.active for found in status(pipe)} for pipe in (small_pipe, other)]
+    assert told[0][("weapons",)]  # control
+    assert not told[1][("weapons",)]
+    assert told[1][("drugs",)]
+    assert not told[0][("drugs",)]
+
+
+def test_a_patch_is_active_in_a_pipeline_that_outlives_the_one_it_was_made_of(small_pipe):
+    pipe = new_small_pipe()
+    base = images(pipe)
+    apply(pipe, new_artifact(pipe.unet))
+    other = quiet(StableDiffusionPipeline.from_pipe(pipe))
+    del pipe
+    gc.collect()
+    (found,) = status(other)
+    assert found.handle._pipe() is None  # control
+    assert found.active
+    assert not torch.equal(images(other), base)
+    other.unet._forward_pre_hooks.clear()
+    assert not status(other)[0].active
