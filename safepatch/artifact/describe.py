@@ -1,5 +1,6 @@
 """A patch in words and plain values, from its metadata alone."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,26 @@ def shortened(value: Any, longest: int = 8) -> Any:
 
 
 def weights(info: PatchInfo) -> dict[str, float]:
-    """Category -> its weight in the merge, of those merged with another weight than 1."""
-    return {name: s["weight"] for s in info.sources for name in s["categories"] if s["weight"] != 1}
+    """Category -> its weight in the merge, of those merged with another weight than 1; see `weights_by_category`."""
+    known = weights_by_category([(source["categories"], source["weight"]) for source in info.sources])
+    return {name: weight for name, weight in known.items() if weight != 1}
+
+
+def weights_by_category(parts: Sequence[tuple[Sequence[str], float]]) -> dict[str, float]:
+    """Category -> its weight; of one that several parts are for, with weights that differ, each part's.
+
+    Args:
+        parts: of each in turn, what it is for, and its weight.
+    """
+    found: dict[str, set[float]] = {}
+    for names, weight in parts:
+        for name in names:
+            found.setdefault(name, set()).add(weight)
+    return {
+        name if len(found[name]) == 1 else f"{name} (part {number})": weight
+        for number, (names, weight) in enumerate(parts, start=1)
+        for name in names
+    }
 
 
 def merge_lines(info: PatchInfo, path: Path) -> list[str]:

@@ -17,7 +17,7 @@ from safepatch.patch.picture import TEXT
 from safepatch.patch.text import TextPatch, require_readable
 from safepatch.runtime.handle import Handle, refuse_compiled, refuse_fused_projections
 from safepatch.runtime.one_step import require_scheduler, step_of
-from safepatch.runtime.parts import ActivePart, Scale
+from safepatch.runtime.parts import ActivePart, Scale, told_apart
 from safepatch.signing import held_copy, require_trusted
 
 
@@ -79,7 +79,7 @@ def apply(
     artifact = patch if isinstance(patch, PatchArtifact) else _opened(patch, trusted)
     if trusted is not None and artifact is patch:
         raise ConfigError("an opened patch has no signature; give apply(..., trusted=...) the path of its file")
-    parts = [activate(part, components, gate_threshold) for part in artifact.parts()]
+    parts = told_apart([activate(part, components, gate_threshold) for part in artifact.parts()])
     if gate_threshold is not None and not any(part.patch.gate for part in parts):
         raise ConfigError("this patch has no gate; fit one with `safepatch gate`, or leave gate_threshold out")
     steps = [timestep for part in artifact.parts() if (timestep := step_of(part.artifact.info)) is not None]

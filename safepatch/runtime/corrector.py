@@ -259,13 +259,13 @@ class Corrector:
         A patch that was merged into one group acts where the gate of any of its sources opens.
         """
         is_open, openings = probabilities >= cast(Tensor, part.thresholds), probabilities
-        begun.hear(part.categories, probabilities)
+        begun.hear(part.gates, probabilities)
         if self.on_gate:
             self.on_gate(cast(Call, begun.call).row_timesteps, probabilities)
         if part.looks:
             evidence = seen_so_far(part, begun)
             shown, by_picture = evidence.sigmoid(), evidence >= cast(Tensor, part.evidence)
-            begun.see(part.categories, shown)
+            begun.see(part.gates, shown)
             self.stats.count(picture_rows=int((by_picture & ~is_open).sum()))
             is_open, openings = part.turned(is_open, by_picture), part.turned(openings, shown)
         self.stats.count(gated_rows=is_open.numel(), open_rows=int(is_open.sum()))

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from safepatch.artifact.describe import weights_by_category
 from safepatch.diffusion import (
     UNET,
     Components,
@@ -179,7 +180,7 @@ class Handle:
     @property
     def weights(self) -> dict[str, float]:
         """What each category's corrections are multiplied by beside the scale, as the patch was merged."""
-        return {name: part.weight for part in self._parts for name in part.categories}
+        return weights_by_category([(part.categories, part.weight) for part in self._parts])
 
     @property
     def thresholds(self) -> dict[str, float]:
@@ -188,7 +189,7 @@ class Handle:
         return {
             name: float(value)
             for part in gated
-            for name, value in zip(part.categories, part.thresholds, strict=False)  # pyright: ignore[reportArgumentType]
+            for name, value in zip(part.gates, part.thresholds, strict=False)  # pyright: ignore[reportArgumentType]
         }
 
     @property
@@ -198,7 +199,7 @@ class Handle:
             name: Look(keys, float(odds.double().sigmoid()))
             for part in self._parts
             if part.evidence is not None
-            for name, keys, odds in zip(part.categories, part.keys, part.evidence, strict=True)
+            for name, keys, odds in zip(part.gates, part.keys, part.evidence, strict=True)
             if keys != TEXT
         }
 

@@ -1,7 +1,7 @@
 """A patch module that is ready to act on one host, and how strongly it does."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -39,6 +39,7 @@ class ActivePart(NamedTuple):
         windows: words of the widest window that each gate reads alone; 0 for one that reads whole prompts only.
         keys: what opens each gate, of `KEYS`; the text alone where nothing is said.
         evidence: log odds above which each gate's picture key opens, (gates,); None where no picture counts.
+        names: what its gates are called where their categories do not tell them from another part's, see `told_apart`.
     """
 
     patch: Patch
@@ -49,6 +50,12 @@ class ActivePart(NamedTuple):
     windows: tuple[int, ...] = ()
     keys: tuple[str, ...] = ()
     evidence: Tensor | None = None
+    names: tuple[str, ...] = ()
+
+    @property
+    def gates(self) -> tuple[str, ...]:
+        """What its gates are called: by their categories, as a rule."""
+        return self.names or self.categories
 
     @property
     def reads_windows(self) -> bool:
@@ -80,6 +87,27 @@ class ActivePart(NamedTuple):
                 "patches by cat, to keep them apart"
             )
         return torch.tensor(scales[: self.patch.groups]) * self.weight
+
+
+def told_apart(parts: Sequence[ActivePart]) -> list[ActivePart]:
+    """The parts of a patch, of which the gates for one category that open at different odds have names of their own."""
+    odds: dict[str, set[tuple]] = {}
+    for part in parts:
+        for name, *opens in _opens(part):
+            odds.setdefault(name, set()).add(tuple(opens))
+    return [
+        part._replace(names=tuple(n if len(odds.get(n, ())) < 2 else f"{n} (part {i})" for n in part.categories))
+        for i, part in enumerate(parts, start=1)
+    ]
+
+
+def _opens(part: ActivePart) -> Iterator[tuple[str, str, float, float]]:
+    """Of each gate its category, what opens it, and from where on."""
+    if part.thresholds is None:
+        return
+    keys = part.keys or (TEXT,) * len(part.categories)
+    evidence = [0.0] * len(part.categories) if part.evidence is None else part.evidence.tolist()
+    yield from zip(part.categories, keys, part.thresholds.tolist(), evidence, strict=False)
 
 
 def check_scale(parts: Sequence[ActivePart], scale: Scale) -> None:
