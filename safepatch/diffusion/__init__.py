@@ -23,6 +23,7 @@ from safepatch.diffusion.conditioning import Conditioning, joined, moved
 from safepatch.diffusion.drawing import (
     Drawing,
     calling_pipeline,
+    calling_pipelines,
     drawing,
     is_negative_prompt,
     negative_rows,
@@ -104,6 +105,7 @@ __all__ = [
     "assembled",
     "batched",
     "calling_pipeline",
+    "calling_pipelines",
     "config_kind",
     "decode_latents",
     "denoiser",

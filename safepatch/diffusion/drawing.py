@@ -53,6 +53,11 @@ def calling_pipeline() -> DiffusionPipeline | None:
     return frame and frame.f_locals["self"]
 
 
+def calling_pipelines() -> list[DiffusionPipeline]:
+    """All pipelines on this thread's call stack, the innermost first: one may draw with another."""
+    return [frame.f_locals["self"] for frame in _methods(sys._getframe(1)) if _is_a_pipelines(frame)]
+
+
 def threads_inside(module: nn.Module) -> set[int]:
     """The threads that are running a call of `module` now."""
     return {

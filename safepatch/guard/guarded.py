@@ -1,7 +1,8 @@
 """A guard before a pipeline: what it is asked is scored first, then drawn, refused, or drawn in other words.
 
-The pipeline's class is exchanged for one that reads its arguments and then does what it did; nothing inside is touched,
-so patches may be applied before, after or meanwhile.
+The pipeline's class is exchanged for one that reads its arguments and then does what it did; inside, hooks on the text
+encoders notice another pipeline that was made of the same parts and has no guard. So patches may be applied before,
+after or meanwhile.
 """
 
 import functools
@@ -12,13 +13,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safepatch.diffusion import denoiser, uncompiled
+from safepatch.diffusion import calling_pipelines, denoiser, uncompiled
 from safepatch.errors import PromptBlocked, lookup
 from safepatch.guard.decide import ACTIONS, Decision, decide, refusal
 from safepatch.guard.file import Guard
+from safepatch.patch.hooks import Hooks
 from safepatch.runtime.handle import attached
 
 PROMPTS = ("prompt", "prompt_2", "prompt_3")  # what pipelines call their texts
+ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 STATES = ("prompt_embeds", "prompt_embeds_2", "pooled_prompt_embeds")
 REMEMBERED = 256  # decisions
 _GUARDS = "_safepatch_guards"  # attribute of a guarded pipeline
@@ -42,6 +45,10 @@ class Guarded:
             setattr(pipe, _GUARDS, [])
             pipe.__class__ = _guarded_class(type(pipe))
         getattr(pipe, _GUARDS).append(self)
+        self._hooks = Hooks()
+        for encoder in (uncompiled(getattr(pipe, name, None)) for name in ENCODERS):
+            if encoder is not None:
+                self._hooks.before(encoder, self._require_own)
 
     def __enter__(self) -> "Guarded":
         return self
@@ -52,6 +59,7 @@ class Guarded:
     def remove(self) -> None:
         """Take the guard away; twice is harmless."""
         guards = getattr(self._pipe, _GUARDS, [])
+        self._hooks.remove()
         if self in guards:
             guards.remove(self)
             if not guards:
@@ -74,6 +82,16 @@ class Guarded:
             elif text is not None:
                 changed[name] = self._decided(list(text))
         return changed
+
+    def _require_own(self, *_: object) -> None:
+        """Whoever draws with the guarded pipeline's text encoders is that pipeline, or has a guard of its own."""
+        drawing = calling_pipelines()
+        if not drawing or any(hasattr(pipe, _GUARDS) for pipe in drawing):
+            return
+        told = f"{type(drawing[0]).__name__} shares a guarded pipeline's text encoder and has no guard; guard it too"
+        if self.action != "score":
+            raise PromptBlocked(told)
+        warnings.warn(told, stacklevel=2)
 
     def _decided(self, texts: list[str]) -> list[str]:
         return [self._drawn(decision) for decision in decide(self.guard, self.action, texts)]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import StableDiffusionImg2ImgPipeline
 from typer.testing import CliRunner
 
 import safepatch
@@ -488,3 +489,22 @@ def test_two_guards_both_decide(small_pipe, stub):
             warnings.simplefilter("error")
             draw(small_pipe, "a knife")
         assert len(lenient.decisions) == 2
+
+
+def test_a_pipeline_made_of_a_guarded_one_draws_nothing_without_a_guard_of_its_own(small_pipe, stub):
+    made = StableDiffusionImg2ImgPipeline.from_pipe
+    photo = {"image": torch.rand(1, 3, 64, 64), "strength": 1.0, "num_inference_steps": 1}
+    with guarded(small_pipe, stub) as handle:
+        other = made(small_pipe)
+        with pytest.raises(PromptBlocked, match="shares a guarded pipeline's text encoder and has no guard"):
+            other("a knife", **photo)
+        with guarded(other, stub) as own:
+            other("a cat", **photo)
+            with pytest.raises(PromptBlocked, match="weapons"):
+                other("a knife", **photo)
+        assert [decision.drawn for decision in own.decisions] == ["a cat", None]
+        draw(small_pipe, "a cat")
+        handle.action = "score"
+        with pytest.warns(UserWarning, match="has no guard"):
+            other("a knife", **photo)
+    other("a knife", **photo)  # control: once the guard is gone, it draws
