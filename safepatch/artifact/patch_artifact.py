@@ -132,6 +132,11 @@ class PatchArtifact:
         """`0x` and 64 hex digits over tensors and metadata: what `save` stores and `verify` recomputes."""
         return content_hash(self.info.to_metadata(), self.layout, data_of(self.tensors, self.layout))
 
+    @property
+    def opened_hash(self) -> str:
+        """The same of the file that it was opened from, which stated it truly; empty where it was opened from none."""
+        return vars(self).get("_opened_hash", "")
+
     def parts(self) -> "tuple[Part, ...]":
         """What a bundle keeps apart, bundles inside it opened too; any other patch is its own only part."""
         if not self.info.is_bundle:
@@ -203,6 +208,7 @@ class PatchArtifact:
         tensors = file.load()
         with naming(file.path):
             artifact = cls(tensors, info)
+            vars(artifact)["_opened_hash"] = file.header.stated_hash
             require_finite(artifact)
             require_acting(artifact, allow_zero)
         return artifact

@@ -91,7 +91,7 @@ def generate(
     with one_step(pipe, info), apply(pipe, patch, scales, **options) if patch else nullcontext() as handle:
         if stamp:
             asked = Asked.of(pipe, prompt, seed, steps, guidance_scale, negative_prompt)
-            say(*stamp.draw(pipe, handle, located(patch) if patch else None, asked, out))
+            say(*stamp.draw(pipe, handle, asked, out))
             return
         images = run(pipe, [prompt], [seed], steps, guidance_scale, [negative_prompt] if negative_prompt else None)
     save_image(images[0], out)

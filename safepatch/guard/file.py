@@ -75,10 +75,14 @@ class Guard:
         heads: of its categories, in order of `info.categories`.
         probe: what the encoder made of `PROBE` when it was trained, its mean, (means,).
         encoder: that it reads with; None until `bind`.
+
+    Attributes:
+        content_hash: of the file that it was opened from; empty for one from memory.
     """
 
     def __init__(self, info: GuardInfo, heads: Heads, probe: Tensor, encoder: Encoder | None = None) -> None:
         self.info, self.heads, self.probe = info, heads.eval().requires_grad_(False), probe
+        self.content_hash = ""
         self._use(encoder)
 
     def _use(self, encoder: Encoder | None) -> None:
@@ -160,7 +164,9 @@ class Guard:
             info = _info(file.header)
         tensors = file.load()
         with naming(file.path):
-            return _assembled(info, tensors)
+            guard = _assembled(info, tensors)
+        guard.content_hash = file.header.stated_hash
+        return guard
 
 
 def stated_hash(path: str | Path) -> str:

@@ -10,7 +10,7 @@ from starlette.concurrency import run_in_threadpool
 
 from safepatch.errors import PromptBlocked, PromptError, SafepatchError, lookup
 from safepatch.guard.decide import ACTIONS, BLOCK, Decision, decide, refusal
-from safepatch.guard.file import Guard, stated_hash
+from safepatch.guard.file import Guard
 
 LOG = logging.getLogger(__name__)
 
@@ -44,7 +44,8 @@ class Door:
             ArtifactError: when the file is missing, damaged, altered, or no guard.
             BaseMismatch: when the guard was trained on another text encoder.
         """
-        return cls(deepcopy(Guard.open(path).bind(pipe)), action, stated_hash(path))
+        guard = Guard.open(path).bind(pipe)
+        return cls(deepcopy(guard), action, guard.content_hash)
 
     def describe(self) -> dict[str, Any]:
         """For receipts and `/status`."""

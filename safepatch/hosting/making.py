@@ -60,13 +60,13 @@ def model_record(pipe: Any) -> dict[str, Any]:
     }
 
 
-def patch_record(handle: Handle | None, content_hash: str) -> dict[str, Any] | None:
-    """Which patch is on, and how; None without one."""
+def patch_record(handle: Handle | None) -> dict[str, Any] | None:
+    """Which patch is on, by the hash of the file that was opened, and how; None without one."""
     if handle is None:
         return None
     start, end = handle.window
     return {
-        "hash": content_hash,
+        "hash": handle.content_hash,
         "categories": list(handle.categories),
         "scale": dict(handle.scale) if isinstance(handle.scale, Mapping) else handle.scale,
         "gate": handle.gate,

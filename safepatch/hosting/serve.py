@@ -8,7 +8,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from safepatch.artifact.container import read_header
 from safepatch.diffusion import quiet
 from safepatch.errors import ConfigError, lookup
 from safepatch.guard.decide import ACTIONS, BLOCK, lacking
@@ -109,11 +108,10 @@ def serving(pipe: Any, keys: Keys, service: Service) -> Iterator[Any]:
 
     quiet(pipe)
     door = Door.opened(service.guard, service.guard_action, pipe) if service.guard else None  # before it is patched
-    content_hash = read_header(service.patch).stated_hash
     with apply(pipe, service.patch) as handle, Worker(pipe, handle, service.batch, service.waiting) as worker:
         worker.require_patched()
         for line in lacking(door.guard.categories, handle.categories) if door else ():
             note(line)
         guard = door.describe() if door else None
-        receipts = Receipts(service.stamp, pipe, handle, content_hash, guard) if service.stamp else None
-        yield create_app(worker, content_hash, keys, service.limits, door, receipts)
+        receipts = Receipts(service.stamp, pipe, handle, guard) if service.stamp else None
+        yield create_app(worker, handle.content_hash, keys, service.limits, door, receipts)

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from safepatch.artifact.container import read_header
 from safepatch.diffusion import as_picture, generate
 from safepatch.errors import ConfigError
 from safepatch.files import replacing, unwritable
@@ -60,18 +59,17 @@ class Stamp:
         data = png(picture, text)
         return (self.credential.sign(data, text) if self.credential else data), text
 
-    def draw(self, pipe: Any, handle: Handle | None, patch: Path | None, asked: Asked, out: Path) -> list[str]:
+    def draw(self, pipe: Any, handle: Handle | None, asked: Asked, out: Path) -> list[str]:
         """Draw one image and write it with its receipt; returns what was done, for people.
 
         Args:
             pipe: the pipeline.
-            handle: of the patch that is on it; None without one.
-            patch: its file.
+            handle: of the patch that is on it, from a file; None without one.
             asked: what to draw.
             out: where to.
         """
         model = model_record(pipe)
-        about = patch_record(handle, read_header(patch).stated_hash) if patch else None
+        about = patch_record(handle)
         negatives = [asked.negative_prompt] if asked.negative_prompt else None
         with recording(handle) as drawn:
             image = generate(pipe, [asked.prompt], [asked.seed], asked.steps, asked.guidance_scale, negatives)[0]
@@ -90,14 +88,11 @@ class Receipts:
         stamp: how they are made.
         pipe: the pipeline, as it will draw.
         handle: of the patch that is on it.
-        content_hash: of the patch.
         guard: of `Door.describe`; None without one.
     """
 
-    def __init__(
-        self, stamp: Stamp, pipe: Any, handle: Handle, content_hash: str, guard: Mapping[str, Any] | None = None
-    ) -> None:
-        self._stamp, self._handle, self._hash, self._guard = stamp, handle, content_hash, guard
+    def __init__(self, stamp: Stamp, pipe: Any, handle: Handle, guard: Mapping[str, Any] | None = None) -> None:
+        self._stamp, self._handle, self._guard = stamp, handle, guard
         self._model = model_record(pipe)
 
     def put_into(self, picture: Image.Image, job: Job, answer: Answer, decision: Decision | None = None) -> bytes:
@@ -108,7 +103,7 @@ class Receipts:
             picture,
             asked,
             answer.drawn,
-            patch_record(self._handle, self._hash),
+            patch_record(self._handle),
             self._model,
             self._stamp.with_prompt,
             self._judged(decision),

@@ -87,6 +87,7 @@ def apply(
         require_scheduler(pipe, steps[0])
     handle = Handle(pipe, parts, scale, fail_closed, (start, end), gate, speed, reads)
     handle.only_step = steps[0] if steps else None
+    handle.content_hash = artifact.opened_hash
     return handle
 
 
@@ -125,9 +126,9 @@ def activate(
     if gate_threshold is not None and not 0 <= gate_threshold <= 1:
         raise ConfigError(f"gate_threshold must be within [0, 1], not {gate_threshold}")
     module = from_artifact(part.artifact, components, dtype or components.compute_dtype)
-    module = module.to(components.unet.device)
     if isinstance(module, TextPatch):
         require_readable(components.encoder(module.component)[1])
+    module = module.to(components.unet.device)
     states = instruction_states(components, list(part.artifact.info.instructions.values()))
     return ready(part, module, states, gate_threshold)
 

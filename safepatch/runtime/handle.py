@@ -44,8 +44,8 @@ from safepatch.runtime.one_step import require_step
 from safepatch.runtime.parts import ActivePart, Look, Scale, check_scale, check_window, gate_mode
 from safepatch.runtime.residuals import with_residuals
 from safepatch.runtime.sight import Sight
-from safepatch.runtime.words import Words
 from safepatch.runtime.told import Telling
+from safepatch.runtime.words import Words
 
 
 class Handle:
@@ -58,6 +58,7 @@ class Handle:
         categories: what the patch is for, where it came from a file.
         on_step: a function that is shown what the patch did in each call of the UNet, when it has ended; or None.
         only_step: the timestep at which a patch that draws in one step must be asked, and without guidance; or None.
+        content_hash: of the file that it was opened from; empty for one from memory.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class Handle:
         self.reads = reads
         self.on_step: Callable[[Step], object] | None = None
         self.only_step: int | None = None
+        self.content_hash = ""
         self._fail_closed = fail_closed
         self._calls = Calls(Begun)
         self._drain = Drain(self._unet)
@@ -98,10 +100,10 @@ class Handle:
         computes = bool(self._corrector.parts) and self._kind is UNET
         self._host = HostHooks(self._unet, self._answer) if computes else None
         self._sight = Sight(self._unet, parts, self._under_way)
+        self._telling = Telling(self._unet, self._kind, parts, self._under_way)
         self._hooks = Hooks()
         self._hooks.after(self._unet, self._end_call, always_call=True)
         self._hooks.before(self._unet, self._prepare, with_kwargs=True)
-        self._telling = Telling(self._unet, self._kind, parts, self._under_way)
         self._earlier = threads_inside(self._unet)
         self._hooks.before(getattr(self._unet, self._kind.entry), self._count_call)
         if fail_closed:
@@ -295,13 +297,13 @@ class Handle:
         for hooks, part in self._layers if begun.call else ():
             self._update(hooks, part, begun)
         exchanged = self._exchanged(begun, args, kwargs)
+        self._telling.expect(begun, exchanged or self._kind.bind(args, kwargs))
         if self._fail_closed and not self._all_hang:
             self._bypassed("hooks inside it are lost; apply the patch again")
         begun.is_prepared = True  # only now: a call that failed above must not stand in for a bypassed one
         if exchanged:
             return (), exchanged
         if not made or self._host:
-        self._telling.expect(begun, exchanged or self._kind.bind(args, kwargs))
             return None
         changed, begun.handed = with_residuals(made, unet, args, kwargs)
         return (), changed
@@ -344,13 +346,13 @@ class Handle:
         self.stats.count(patched_calls=1)
         return call
 
-    def _is_on(self, scale: Scale) -> bool:
-        return any(part.scales(scale).any() for part in self._parts)
-
     @property
     def is_on(self) -> bool:
         """Whether some strength of it is not 0."""
         return self._is_on(self.scale)
+
+    def _is_on(self, scale: Scale) -> bool:
+        return any(part.scales(scale).any() for part in self._parts)
 
     def _under_way(self) -> Begun:
         return self._calls.now

@@ -328,7 +328,7 @@ def test_a_receipt_says_which_key_opened(small_pipe, keys, text, picture, by):
     with apply(small_pipe, keyed(keys=keys, text=text, picture=picture)) as handle:
         with recording(handle, 2) as images:
             drawn(small_pipe)
-        patch = patch_record(handle, "0x")
+        patch = patch_record(handle)
     assert [each.turned(handle.thresholds, handle.looks) for each in images] == [by, by]
     receipt = receipt_of(as_picture(torch.zeros(3, 8, 8)), Asked("a dog", "", 1, STEPS, 4.0), images[0], patch, {})
     told = {name: list(keys) for name, keys in by.items()}

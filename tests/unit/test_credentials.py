@@ -75,7 +75,7 @@ def signed(tmp_path_factory) -> Path:
     pipe = new_small_pipe()
     for name, chain in (("image", folder / "chain.pem"), ("plain", None)):
         stamp = Stamp.of(folder / "key.pem", certificate=chain)
-        stamp.draw(pipe, None, None, Asked.of(pipe, "a dog", 7, 1, 4.0, None), folder / f"{name}.png")
+        stamp.draw(pipe, None, Asked.of(pipe, "a dog", 7, 1, 4.0, None), folder / f"{name}.png")
     return folder
 
 

@@ -1,6 +1,7 @@
 """A receipt is of one image's pixels, says what the patch did to it, and cannot be altered once it is signed."""
 
 import json
+import shutil
 import stat
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from safepatch.artifact.container import read_header
 from safepatch.errors import ReceiptError
 from safepatch.hosting import keys
 from safepatch.hosting.making import Asked
@@ -46,7 +48,7 @@ def drawn(pipe, tmp_path_factory) -> Path:
 def draw(pipe, folder: Path, name: str, prompt: str, stamp: Stamp, **options) -> Path:
     patch, out = folder / "patch.safetensors", folder / f"{name}.png"
     with apply(pipe, patch, **options) as handle:
-        stamp.draw(pipe, handle, patch, Asked.of(pipe, prompt, 7, 2, 4.0, None), out)
+        stamp.draw(pipe, handle, Asked.of(pipe, prompt, 7, 2, 4.0, None), out)
     return out
 
 
@@ -87,10 +89,21 @@ def test_a_receipt_says_what_the_gate_and_the_patch_did(drawn):
     assert "acted in 2 of 2 steps" in opens.lines()[1]
 
 
+def test_the_hash_is_of_the_patch_that_was_applied_whatever_lies_there_now(pipe, drawn, tmp_path):
+    path, out = tmp_path / "patch.safetensors", tmp_path / "image.png"
+    shutil.copy(drawn / "patch.safetensors", path)
+    applied = read_header(path).stated_hash
+    with apply(pipe, path) as handle:
+        listening(pipe, category="gore").save(path)
+        Stamp().draw(pipe, handle, Asked.of(pipe, SHUT, 7, 1, 4.0, None), out)
+    assert read_header(path).stated_hash != applied  # control
+    assert verify_image(out).receipt["patch"]["hash"] == applied
+
+
 def test_identical_to_base_is_a_fact(pipe, drawn):
     for name, prompt in (("opens", OPENS), ("shut", SHUT)):
         base = drawn / f"{name}-base.png"
-        Stamp().draw(pipe, None, None, Asked.of(pipe, prompt, 7, 2, 4.0, None), base)
+        Stamp().draw(pipe, None, Asked.of(pipe, prompt, 7, 2, 4.0, None), base)
         verified = verify_image(drawn / f"{name}.png")
         assert (verify_image(base).receipt["pixels"] == verified.receipt["pixels"]) == (name == "shut")
         assert verified.receipt["identical_to_base"] == (name == "shut")
