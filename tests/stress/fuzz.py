@@ -14,6 +14,7 @@ goes through every reader there is, on a small random pipeline. Counted, and all
 
 import argparse
 import contextlib
+import copy
 import io
 import json
 import os
@@ -34,17 +35,20 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
 import torch
 
-from safepatch import apply
+from safepatch import apply, fuse
 from safepatch.artifact.container import HASH_KEY, NO_HASH, _parse_header
 from safepatch.artifact.hashing import Hashing
 from safepatch.artifact.info import BUNDLE, read_info
 from safepatch.artifact.patch_artifact import PatchArtifact, verify
 from safepatch.cli import artifact as verbs
+from safepatch.diffusion import Components
 from safepatch.errors import SafepatchError
+from safepatch.export.lora_out import export
 from safepatch.merging import merge, split
 from safepatch.patch.drift import ENCODER, drift, sketch
-from safepatch.patch.files import check_fits
-from tests.small import images, new_artifact, new_small_pipe
+from safepatch.patch.files import check_fits, to_artifact
+from safepatch.patch.text import TextPatch
+from tests.small import awaken, images, new_artifact, new_small_pipe
 
 CPU_SECONDS, SECONDS, MEMORY = 5, 60, 500_000_000
 NASTY: tuple[Any, ...] = (
@@ -207,11 +211,13 @@ def readers(folder: Path) -> dict[str, Reader]:
         "linear": lambda path: merged(path, "linear"),
         "cat": lambda path: merged(path, "cat"),
         "split": parted,
+        "export": lambda path: export(path, folder / "exported.safetensors"),
+        "fuse": lambda path: fuse(copy.deepcopy(pipe), path),
     }
 
 
 def originals(folder: Path) -> list[Path]:
-    """One small file of each form: kinds, a gate, dense and low-rank, merges, both versions of the format."""
+    """One small file of each form: kinds, a gate, dense and low-rank, merges, both sides, an older format."""
     pipe = new_small_pipe()
     single = {kind: new_artifact(pipe.unet, kind).astype(torch.float16) for kind in ("control", "lite", "lora")}
     gate = {f"lora.gate.{name}.delta": 0.1 * torch.ones(shape) for name, shape in _GATE.items()}
@@ -219,12 +225,16 @@ def originals(folder: Path) -> list[Path]:
     config = {**config, "layout": {**config["layout"], "gate": 4}, "gate": {"weapons": {"threshold": 0.4}}}
     single["gated"] = PatchArtifact({**single["lora"].tensors, **gate}, replace(single["lora"].info, config=config))
     single["low-rank"] = single["control"].compress(2)
+    text = TextPatch.of(Components.of(pipe), "text_encoder", rank=4)
+    single["text"] = to_artifact(awaken(text), Components.of(pipe), {"weapons": "no weapons"}).astype(torch.float16)
     single["old"] = replace(single["lora"], info=replace(single["lora"].info, format_version=1))
     files = {name: artifact.save(folder / f"{name}.safetensors") for name, artifact in single.items()}
     other = _named(single["lora"], "gore").save(folder / "other.safetensors")
     for method in (BUNDLE, "cat"):
         files[method] = folder / f"{method}.safetensors"
         merge([files["lora"], other], files[method], method)
+    files["two-sided"] = folder / "two-sided.safetensors"
+    merge([files["lora"], files["text"]], files["two-sided"])
     return list(files.values())
 
 

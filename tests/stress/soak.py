@@ -24,10 +24,11 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # as a script it finds `test
 
 from safepatch.artifact.info import BUNDLE
 from safepatch.artifact.patch_artifact import PatchArtifact
-from safepatch.diffusion import quiet
+from safepatch.diffusion import Components, quiet
 from safepatch.merging import MergeRecipe, combine
 from safepatch.patch import PATCH_KINDS
 from safepatch.patch.files import to_artifact
+from safepatch.patch.text import TextPatch
 from safepatch.progress import bar
 from safepatch.runtime.apply import apply
 from tests.small import INSTRUCTION, awaken, new_patch, new_small_pipe
@@ -73,8 +74,17 @@ def gated_artifact(pipe: StableDiffusionPipeline, kind: str, seed: int = 0, shar
     """An awake patch whose gate opens for about a `share` of `PROMPTS`."""
     patch = new_patch(pipe.unet, kind, seed=None)
     patch.add_gate(pipe.unet, 4)
-    patch = awaken(patch, seed)
-    artifact = to_artifact(patch, pipe.unet, {"weapons": INSTRUCTION})
+    return _opening(pipe, to_artifact(awaken(patch, seed), pipe.unet, {"weapons": INSTRUCTION}), share)
+
+
+def gated_text_artifact(pipe: StableDiffusionPipeline, seed: int = 0, share: float = 0.5) -> PatchArtifact:
+    """Likewise, of the text encoder."""
+    components = Components.of(pipe)
+    patch = awaken(TextPatch.of(components, "text_encoder", rank=4, gate=4), seed)
+    return _opening(pipe, to_artifact(patch, components, {"weapons": INSTRUCTION}), share)
+
+
+def _opening(pipe: StableDiffusionPipeline, artifact: PatchArtifact, share: float) -> PatchArtifact:
     config = {**artifact.info.config, "gate": {"weapons": {"threshold": _between(pipe, artifact, share)}}}
     return replace(artifact, info=replace(artifact.info, config=config))
 
@@ -93,11 +103,12 @@ def _between(pipe: StableDiffusionPipeline, artifact: PatchArtifact, share: floa
 
 
 def bundle_of(pipe: StableDiffusionPipeline) -> PatchArtifact:
-    """All kinds in one file, each with a gate."""
+    """All kinds in one file, and a text encoder's patch, each with a gate."""
     parts = [gated_artifact(pipe, kind, seed, share=0.25) for seed, kind in enumerate(sorted(PATCH_KINDS))]
-    names = ("weapons", "gore", "drugs")
+    parts.append(gated_text_artifact(pipe, share=0.25))
+    names = ("weapons", "gore", "drugs", "horror")
     renamed = [_for(part, name) for part, name in zip(parts, names, strict=True)]
-    return combine(renamed, MergeRecipe(names, (1.0, 1.0, 1.0), BUNDLE))
+    return combine(renamed, MergeRecipe(names, (1.0,) * len(names), BUNDLE))
 
 
 def _for(artifact: PatchArtifact, name: str) -> PatchArtifact:
