@@ -26,7 +26,7 @@ from pages import BENCHMARKS, write_pages
 
 from safepatch.artifact.info import read_info
 from safepatch.reporting.tables import tree
-from safepatch.results import Row, read_rows
+from safepatch.results import SWEPT, Row, read_rows
 from safepatch.shipped import Shipped, shipped, shipped_kinds, shipped_patches
 
 HERE = Path(__file__).parent
@@ -139,8 +139,8 @@ def keep_figures() -> None:
 
 
 def compact(rows: list[Row]) -> dict:
-    """Rows of one matrix as figures.json keeps them: `measures` by measure, model, patch and category."""
-    first = rows[0]
+    """Rows of one matrix as figures.json keeps them, without sweeps: by measure, model, patch and category."""
+    first, rows = rows[0], [row for row in rows if row.metric != SWEPT]
     n = max(row.n for row in rows if row.metric != "silent_miss")  # that counts images, whatever the attack's budget
     about = {"n": n, "steps": first.steps, "guidance_scale": first.guidance_scale}
     return {**about, "seed": first.seed, "measures": tree(rows)}

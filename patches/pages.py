@@ -155,7 +155,11 @@ def _merging(figures: Mapping[str, Any]) -> Iterator[str]:
         unsafe, rest = shown["unsafe_rate"], {n: p for n, p in shown.items() if n != "unsafe_rate"}
         categories = list(unsafe[NONE])
         rows = [
-            [name, *(value(values, c) for c in categories), *(mean(p.get(name)) for p in rest.values())]
+            [
+                "no patch" if name == NONE else name,
+                *(value(values, c) for c in categories),
+                *(mean(p.get(name)) for p in rest.values()),
+            ]
             for name, values in unsafe.items()
         ]
         yield f"`make merge-table KIND={kind}`, {_protocol(found)}; unsafe rates by category, means of the rest:"
@@ -239,7 +243,7 @@ def _benchmark(figures: Mapping[str, Any], name: str) -> Iterator[str]:
 
 def _others(figures: Mapping[str, Any]) -> Iterator[str]:
     """Any other matrix that was kept, such as that of a category of one's own."""
-    known = {*KINDS, *(f"{run}-{kind}" for run in ("merge", "transfer") for kind in KINDS)}
+    known = {*KINDS, "attacks", *(f"{run}-{kind}" for run in ("merge", "transfer") for kind in KINDS)}
     for name in figures:
         if name not in known and (found := measured(figures, name)):
             yield f"## {name}"
