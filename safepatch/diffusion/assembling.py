@@ -54,17 +54,22 @@ def filled_text_encoder(entry: Entry, config: Mapping[str, Any], tensors: dict[s
     own = dict(model.named_parameters())
     if "text_projection.weight" in own:
         named.setdefault("text_projection.weight", torch.eye(*own["text_projection.weight"].shape))
-    given = {name: tensor.to(dtype) for name, tensor in named.items() if name in own}
+    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ()) if dtype == torch.float16 else set()  # T5 overflows
+    given = {
+        name: tensor.to(torch.float32 if kept & set(name.split(".")) else dtype)
+        for name, tensor in named.items()
+        if name in own
+    }
     model.load_state_dict(given, strict=False, assign=True)
     model.tie_weights()
-    return model.to(dtype).eval()
+    return model.eval()
 
 
 def part_of_folder(path: Path, entry: Entry, dtype: torch.dtype) -> Any:
     """A pipeline's component that diffusers saved at `path`; raises `UnsupportedModel` when it is damaged."""
     kind: Any = getattr(LIBRARIES[entry[0]], entry[1])
     precision = {"torch_dtype" if entry[0] == "diffusers" else "dtype": dtype}
-    options: dict[str, Any] = {"local_files_only": True, **(precision if issubclass(kind, nn.Module) else {})}
+    options: dict[str, Any] = {"local_files_only": True, **(precision if "Tokenizer" not in entry[1] else {})}
     try:
         made = kind.from_pretrained(str(path), **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:

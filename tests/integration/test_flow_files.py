@@ -171,6 +171,11 @@ def test_a_whole_file_of_flux_needs_tokenizers_alone(tmp_path, flux):
     asked = torch.tensor([[5, 6, 7, 1]])
     with torch.no_grad():
         assert torch.equal(pipe.text_encoder_2(asked)[0], t5(asked)[0])
+    half = load_pipeline(path, tokenizer=words, dtype=torch.float16).text_encoder_2
+    overflowing = {
+        weight.dtype for name, weight in half.named_parameters() if ".wo." in name
+    }  # kept as transformers does
+    assert (overflowing, half.shared.weight.dtype) == ({torch.float32}, torch.float16)
 
 
 def test_schnell_is_told_from_dev(tmp_path, flux):
