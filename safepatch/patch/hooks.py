@@ -3,12 +3,19 @@
 import copy
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from safepatch.errors import ConfigError
+
 T = TypeVar("T")
+
+
+def unpicklable(_: object) -> NoReturn:
+    """What a patch that is on a pipeline does when it is pickled with it, as a `__reduce__`."""
+    raise ConfigError("a pipeline with a patch cannot be pickled; take the patch off, and apply it where it is used")
 
 
 class Hook(NamedTuple):

@@ -31,7 +31,7 @@ from safepatch.diffusion import (
 from safepatch.errors import ConfigError, PatchBypassed, UnknownWords, lookup
 from safepatch.patch import Features, Residuals
 from safepatch.patch.gate import READINGS
-from safepatch.patch.hooks import Calls, Hooks
+from safepatch.patch.hooks import Calls, Hooks, unpicklable
 from safepatch.patch.host import HostHooks
 from safepatch.patch.picture import TEXT
 from safepatch.patch.places import PlaceHooks, Told
@@ -124,10 +124,7 @@ class Handle:
             copied._pipe = weakref.ref(memo[id(self._pipe())])
         return copied
 
-    def __reduce__(self) -> NoReturn:
-        raise ConfigError(
-            "a pipeline with a patch cannot be pickled; take the patch off, and apply it where it is used"
-        )
+    __reduce__ = unpicklable
 
     def remove(self) -> None:
         """Take the patch off, once the images that other threads are drawing with it are done; twice is harmless.

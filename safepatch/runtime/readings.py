@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from safepatch.patch.hooks import Hooks
+from safepatch.patch.hooks import Hooks, unpicklable
 from safepatch.patch.text import Given, blocks
 from safepatch.runtime.voices import layers_of
 from safepatch.runtime.words import LATEST, PROMPTS, SHARE, VALUES, Places, is_close, is_reading_windows
@@ -84,6 +84,8 @@ class Readings:
         copied._encoder, copied.hooks = copy.deepcopy(self._encoder, memo), copy.deepcopy(self.hooks, memo)
         copied._forget()
         return copied
+
+    __reduce__ = unpicklable
 
     def of_states(self, chunk: Tensor) -> Match | None:
         """Whose states (T, width) are; None for nobody's."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from safepatch.diffusion import Components
 from safepatch.patch.gate import TextGate
-from safepatch.patch.hooks import Hooks
+from safepatch.patch.hooks import Hooks, unpicklable
 from safepatch.runtime.heard import WindowGates
 from safepatch.runtime.parts import ActivePart
 from safepatch.runtime.voices import voices
@@ -95,6 +95,8 @@ class Words:
         copied._slices = {id(gate): at for (gate, _), at in zip(copied._gates, self._slices.values(), strict=True)}
         copied._forget()
         return copied
+
+    __reduce__ = unpicklable
 
     def of(self, gate: nn.Module, prompts: Tensor) -> Tensor:
         """What `gate` made of what `behind` found: its own columns, (B, groups)."""

@@ -1,6 +1,7 @@
 """A text encoder's patch, whatever is done around it: the UNet reads what the patched twin made, or it is said."""
 
 import copy
+import pickle
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,7 @@ from safepatch.patch.text import TextPatch
 from tests.families import draw, small_family_pipe
 from tests.laws.test_text_patch_laws import gated, new_text_artifact, unet_states
 from tests.laws.test_thread_laws import while_drawing
+from tests.laws.test_window_laws import listening
 from tests.small import PROMPTS, images, new_small_pipe, small_artifact, spied
 from tests.stress.soak import PROMPTS as MANY
 from tests.stress.soak import drawn_by, gated_artifact, gated_text_artifact, sharing
@@ -71,6 +73,13 @@ def test_removing_waits_for_the_image_under_way(small_pipe: Any):
     assert not torch.equal(patched, base)  # control
     assert torch.equal(while_drawing(small_pipe, handle.remove), patched)
     assert torch.equal(drawn_by(small_pipe, MANY[0], 6), base)
+
+
+def test_an_encoder_that_a_patch_listens_to_cannot_be_pickled(small_pipe: Any):
+    for artifact in (new_text_artifact(small_pipe), listening(small_pipe)):
+        with safepatch.apply(small_pipe, artifact), pytest.raises(ConfigError, match="cannot be pickled"):
+            pickle.dumps(small_pipe.text_encoder)
+    pickle.dumps(small_pipe.text_encoder)  # control
 
 
 def test_pipelines_that_share_an_encoder_have_patches_of_their_own(small_pipe: Any):
