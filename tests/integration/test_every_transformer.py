@@ -86,7 +86,7 @@ PIPELINES: dict[str, Taken | Left] = {
     "FluxControlNetInpaintPipeline": Taken(parts=of_flux),
     "FluxControlNetPipeline": Taken(parts=of_flux),
     "FluxControlPipeline": Taken(sizes=TWICE),
-    "FluxFillPipeline": Taken("flux-fill"),
+    "FluxFillPipeline": Taken("flux-fill", {"in_channels": 2 * 16 + 256}),  # latents, what is around a mask, the mask
     "FluxImg2ImgPipeline": Taken(),
     "FluxInpaintPipeline": Taken(),
     "FluxKontextInpaintPipeline": Taken(),
@@ -95,7 +95,7 @@ PIPELINES: dict[str, Taken | Left] = {
     "StableDiffusion3ControlNetInpaintingPipeline": Taken("sd3", parts=of_sd3(1)),
     "StableDiffusion3ControlNetPipeline": Taken("sd3", parts=of_sd3(0)),
     "StableDiffusion3Img2ImgPipeline": Taken("sd3"),
-    "StableDiffusion3InpaintPipeline": Taken("sd3"),
+    "StableDiffusion3InpaintPipeline": Taken("sd3", {"in_channels": 16, "out_channels": 16}),
     "StableDiffusion3PAGImg2ImgPipeline": Taken("sd3", **PERTURBED),
     "StableDiffusion3PAGPipeline": Taken("sd3", **PERTURBED),
     "StableDiffusion3Pipeline": Taken("sd3"),
