@@ -19,24 +19,33 @@ class Drawing:
 
     Attributes:
         thread: it runs in.
+        is_disturbed: whether another thread called the same pipeline meanwhile.
     """
 
     def __init__(self, frame: FrameType) -> None:
-        self.thread = threading.get_ident()
-        self._frame = id(frame)
+        self.thread, self.is_disturbed = threading.get_ident(), False
+        self._frame, self._code = id(frame), frame.f_code
+        self._pipe = weakref.ref(frame.f_locals["self"])
         steps = frame.f_locals.get("timesteps")
         self._steps = weakref.ref(steps) if isinstance(steps, Tensor) else None
 
     def is_at(self, frame: FrameType) -> bool:
         """Whether it is the call that runs in this frame of its thread; another call may reuse a frame's memory."""
-        steps = frame.f_locals.get("timesteps")
-        return id(frame) == self._frame and (self._steps is None or self._steps() is steps)
+        if id(frame) != self._frame or frame.f_code is not self._code:
+            return False
+        steps = None if self._steps is None else self._steps()
+        is_same = self._steps is None or (steps is not None and steps is frame.f_locals.get("timesteps"))
+        return is_same and frame.f_locals.get("self") is self._pipe()
 
     @property
     def is_running(self) -> bool:
         """Whether it has not returned yet."""
         frames = _methods(sys._current_frames().get(self.thread))
         return any(id(frame) == self._frame and self.is_at(frame) for frame in frames)
+
+    def is_beside(self, other: "Drawing") -> bool:
+        """Whether it is another thread's call of the same pipeline, and has not returned yet."""
+        return self.thread != other.thread and self._pipe() is other._pipe() and self.is_running
 
 
 def drawing(last: Drawing | None = None) -> Drawing | None:

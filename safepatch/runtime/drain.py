@@ -39,9 +39,14 @@ class Drain:
         return Drain(memo[id(self._host)])
 
     def pass_by(self, by: Drawing | None) -> None:
-        """A call of the host begins, made by this denoising; None by none that is known."""
+        """A call of the host begins, made by this denoising; None by none that is known.
+
+        Raises:
+            ConfigError: as `require_undisturbed`.
+        """
         if by is not None:
-            self._last[by.thread] = by
+            self._meet(by)
+            require_undisturbed(by)
         while self._is_asked and self._staying is None:
             time.sleep(PAUSE)
         if self._is_asked and not any(by is one for one in self._staying or ()):
@@ -70,3 +75,21 @@ class Drain:
                 self.is_over = True
                 self._is_asked, self._staying = False, None
                 self._gone.set()
+
+    def _meet(self, by: Drawing) -> None:
+        """Note down who draws; a denoising that begins while another thread draws with its pipeline disturbs both."""
+        if self._last.get(by.thread) is by:
+            return
+        self._last[by.thread] = by
+        beside = [one for one in [*self._last.values()] if one.is_beside(by)]
+        for one in [*beside, by] if beside else ():
+            one.is_disturbed = True
+
+
+def require_undisturbed(by: Drawing) -> None:
+    """Raise `ConfigError` where two threads draw with one pipeline, which holds one image's state; neither gets any."""
+    if by.is_disturbed:
+        raise ConfigError(
+            "two threads draw with one pipeline, which holds the state of one image; give each thread a pipeline, "
+            "scheduler and tokenizer of its own: they may share the models"
+        )

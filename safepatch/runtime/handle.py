@@ -38,7 +38,7 @@ from safepatch.patch.places import PlaceHooks, Told
 from safepatch.runtime.call import Begun, Call, Settings, Step
 from safepatch.runtime.corrector import SPEEDS, Corrector, Stats
 from safepatch.runtime.denoising import Denoising, Denoisings
-from safepatch.runtime.drain import Drain
+from safepatch.runtime.drain import Drain, require_undisturbed
 from safepatch.runtime.exchange import WORDLESS, Exchange
 from safepatch.runtime.one_step import require_step
 from safepatch.runtime.parts import ActivePart, Look, Scale, check_scale, check_window, gate_mode
@@ -223,9 +223,13 @@ class Handle:
 
     @scale.setter
     def scale(self, scale: Scale) -> None:
-        check_scale(self._parts, scale)
+        self.require_scale(scale)
         self._scale = scale
         self._forget()
+
+    def require_scale(self, scale: Scale) -> None:
+        """Raise `ConfigError` or `UnknownName` for a scale that could not be set."""
+        check_scale(self._parts, scale)
 
     @property
     def gate(self) -> str:
@@ -419,6 +423,8 @@ class Handle:
     def _check(self, *_: object) -> None:
         """Before latents become an image: the UNet that drew them must be a patched one, and the patch have acted."""
         own, caller, drawn = self._pipe(), calling_pipeline(), self._denoisings.end()
+        if drawn.by is not None:
+            require_undisturbed(drawn.by)
         if own is not None and uncompiled(denoiser(own)) is not self._unet:
             raise PatchBypassed(
                 f"pipe.{self._kind.component} was replaced after the patch was applied; apply the patch again"

@@ -81,6 +81,46 @@ def test_a_call_within_a_call_disturbs_neither(small_pipe, kind):
     assert torch.equal(inner[0], other)
 
 
+def step_then_wait(begun: threading.Event, go_on: threading.Event) -> Callable:
+    """A callback that waits, once its step was taken, until it may go on."""
+
+    def step(_: object, index: int, __: object, kwargs: dict) -> dict:
+        begun.set()
+        assert go_on.wait(60)
+        return kwargs
+
+    return step
+
+
+def test_threads_that_share_one_pipeline_get_no_image(small_pipe):
+    begun, go_on = threading.Event(), threading.Event()
+    with apply(small_pipe, new_artifact(small_pipe.unet, "lora")) as handle, ThreadPoolExecutor(1) as pool:
+        alone = drawn_by(small_pipe, PROMPTS[0])
+        first = pool.submit(drawn_by, small_pipe, PROMPTS[0], 2, step_then_wait(begun, go_on))
+        assert begun.wait(60)
+        with pytest.raises(ConfigError, match=r"two threads draw with one pipeline.*of its own"):
+            drawn_by(small_pipe, PROMPTS[1])
+        assert torch.equal(drawn_by(sharing(small_pipe), PROMPTS[0]), alone)  # control: a pipeline of its own may
+        go_on.set()
+        with pytest.raises(ConfigError, match="two threads draw with one pipeline"):
+            first.result()
+        assert torch.equal(drawn_by(small_pipe, PROMPTS[0]), alone)  # and it draws again once one thread is alone
+        assert handle.is_active
+
+
+def test_threads_that_take_turns_may_share_one_pipeline(small_pipe):
+    lock = threading.Lock()
+
+    def in_turn(prompt: str) -> Tensor:
+        with lock:
+            return drawn_by(small_pipe, prompt)
+
+    with apply(small_pipe, new_artifact(small_pipe.unet, "lora")), ThreadPoolExecutor(4) as pool:
+        alone = [drawn_by(small_pipe, prompt) for prompt in PROMPTS]
+        together = list(pool.map(in_turn, PROMPTS))
+    assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
+
+
 # ---- attaching, changing and removing while others draw ---------------------------------------------------------
 
 
