@@ -76,8 +76,8 @@ def reading(path: Path) -> Iterator[None]:
     """What goes wrong with a file within the block is a `PromptError` that names it."""
     try:
         yield
-    except UnicodeDecodeError as error:
-        raise PromptError(f"{path.name} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
+    except UnicodeDecodeError:
+        raise PromptError(f"{path.name} is not UTF-8 ({_undecodable(path)}); save it as UTF-8") from None
     except PromptError as error:
         raise PromptError(f"{path.name} {error}") from None
     except OSError as error:
@@ -85,6 +85,19 @@ def reading(path: Path) -> Iterator[None]:
     except (ValueError, RecursionError, csv.Error) as error:
         kind = path.suffix[1:].upper()
         raise PromptError(f"{path.name} is damaged: not {kind} ({error}); correct it") from None
+
+
+def _undecodable(path: Path) -> str:
+    """Where a file stops being UTF-8."""
+    before = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                return f"line {number}, byte {before + error.start}"
+            before += len(line)
+    return "at its end"
 
 
 def match(columns: Iterable[str], names: Sequence[str]) -> str | None:

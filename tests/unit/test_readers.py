@@ -298,7 +298,7 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path):
     assert "no prompt file" in refused(f"{SWORD} " * 100)
     assert "is no prompt file that can be read; use one of .csv" in refused(written(tmp_path, "a.parquet", "x"))
     latin = written(tmp_path, "latin.csv", f"prompt\n{SWORD}\na caf\xe9\n".encode("latin-1"))
-    assert refused(latin) == "latin.csv is not UTF-8 (byte 31); save it as UTF-8"
+    assert refused(latin) == "latin.csv is not UTF-8 (line 3, byte 31); save it as UTF-8"
     assert len(read_prompts(written(tmp_path, "utf8.csv", f"prompt\n{SWORD}\na caf\xe9\n")).lines) == 2  # control
 
 

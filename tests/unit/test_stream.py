@@ -34,7 +34,8 @@ def test_there_are_files_of_every_kind_to_try():
     [
         ("a.csv", b"prompt\na dog\nx,y\n", r"a\.csv row 2 has 2 cells"),
         ("a.csv", b'prompt\na dog\n"open\n', "damaged"),
-        ("a.csv", b"prompt\na dog\n\xff\n", "not UTF-8"),
+        ("a.csv", b"prompt\na dog\n\xff\n", r"not UTF-8 \(line 3, byte 13\)"),
+        ("a.txt", b"a dog\n" * 4000 + b"a \xff\n", r"not UTF-8 \(line 4001, byte 24002\)"),
         ("a.csv", b"prompt,seed\na dog,many\n", r"a\.csv row 1: seed 'many' in column 'seed' is no whole number"),
         ("a.jsonl", b'{"prompt": "a dog"}\n\n{"prompt": "a cat"}\n{"prompt": \n', "line 4"),
         ("a.jsonl", b'{"prompt": "a dog"}\n{"prompt": "a cat"}\n7\n', "row 3 is neither a text nor an object"),
