@@ -2,13 +2,17 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from safepatch.cli import app, say
 from safepatch.cli.options import AllowPickle, Device, Dtype, Model, PatchFile, Tokenizer, opened
 from safepatch.errors import SafepatchError
+
+if TYPE_CHECKING:
+    from safepatch.artifact.info import PatchInfo
+    from safepatch.guard.file import Guard
 
 
 @app.command()
@@ -45,6 +49,10 @@ def generate(
     prediction_type: Annotated[
         str | None, typer.Option(help="Of a single file's UNet: epsilon or v_prediction; default: what its family has.")
     ] = None,
+    guard: Annotated[Path | None, typer.Option(help="A guard's file, which judges the prompt first.")] = None,
+    guard_action: Annotated[
+        str, typer.Option(help="block what the guard claims, rewrite it with harmless words, or only score it.")
+    ] = "block",
     receipt: Annotated[
         bool, typer.Option("--receipt", help="Put into the PNG, and beside it, how it was made and what the patch did.")
     ] = False,
@@ -79,23 +87,56 @@ def generate(
     stamp = (
         Stamp.of(key, receipt_prompt, certificate) if receipt else None
     )  # a key that is none is told before anything is drawn
-    scales = _scale(scale)
+    scales, judge = _scale(scale), _guard(guard, guard_action) if guard else None
     if patch:
         require_fit(model, located(patch), allow_pickle)  # before gigabytes of weights are read
     pipe = opened(model, device, dtype, tokenizer, allow_pickle, prediction_type)
     options = {"start": start, "end": end, "gate": gate, "gate_threshold": gate_threshold, "speed": speed}
     options |= {"reads": reads, "trusted": trust[0] if trust and len(trust) == 1 else trust}
     info = read_info(located(patch)) if patch else None
+    judged = None
+    if guard and judge:
+        prompt, judged = _judged(pipe, judge, guard, guard_action, prompt, info)
     if info and step_of(info) is not None:
         steps, guidance_scale = 1, 1.0
     with one_step(pipe, info), apply(pipe, patch, scales, **options) if patch else nullcontext() as handle:
         if stamp:
             asked = Asked.of(pipe, prompt, seed, steps, guidance_scale, negative_prompt)
-            say(*stamp.draw(pipe, handle, asked, out))
+            say(*stamp.draw(pipe, handle, asked, out, judged))
             return
         images = run(pipe, [prompt], [seed], steps, guidance_scale, [negative_prompt] if negative_prompt else None)
     save_image(images[0], out)
     typer.echo(f"image: {out}")
+
+
+def _guard(path: Path, action: str) -> "Guard":
+    """What is wrong with it is told before gigabytes of weights are read."""
+    from safepatch.errors import lookup
+    from safepatch.guard.decide import ACTIONS
+    from safepatch.guard.file import Guard
+
+    lookup(dict.fromkeys(ACTIONS), action, what="action of a guard")
+    return Guard.open(path)
+
+
+def _judged(
+    pipe: Any, judge: "Guard", path: Path, action: str, prompt: str, patch: "PatchInfo | None"
+) -> tuple[str, dict[str, Any]]:
+    """What is drawn of a prompt, and what a receipt says of the guard; raises `PromptBlocked`."""
+    from safepatch.data.prompts import admit
+    from safepatch.guard.decide import admitted, lacking
+    from safepatch.guard.file import stated_hash
+    from safepatch.hosting.making import guard_record
+
+    for line in lacking(judge.categories, patch.categories) if patch else ():
+        typer.echo(line, err=True)
+    decision = admitted(judge.bind(pipe), action, prompt)
+    drawn = decision.drawn or ""
+    admit([drawn])
+    if decision.is_claimed:
+        what = f"drawn in other words, '{drawn}'" if decision.is_rewritten else "drawn nevertheless"
+        say(f"guard: {decision.category} with probability {decision.probability:.2f}; {what}")
+    return drawn, guard_record(stated_hash(path), action, decision)
 
 
 @app.command()

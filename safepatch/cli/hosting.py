@@ -78,6 +78,9 @@ def serve(
     timeout: Annotated[float, typer.Option(help="Seconds that a request may take.")] = 120.0,
     max_steps: Annotated[int, typer.Option(help="Denoising steps that may be asked for.")] = 100,
     max_size: Annotated[int, typer.Option(help="Pixels of a side that may be asked for.")] = 1024,
+    least_scale: Annotated[
+        float | None, typer.Option(help="Strength of the patch that requests may choose, up to 1; none if not given.")
+    ] = None,
     guard: Annotated[Path | None, typer.Option(help="A guard's file: it judges prompts before they may wait.")] = None,
     guard_action: Annotated[
         str, typer.Option(help="block what the guard claims, rewrite it with harmless words, or only score it.")
@@ -101,7 +104,8 @@ def serve(
 
     if (receipt_key or certificate) and not receipt:
         raise SafepatchError("--receipt-key and --certificate are for receipts; give --receipt too")
-    known, limits = Keys.of(keys), Limits(timeout=timeout, steps=max_steps, edge=max_size)
+    limits = Limits(timeout=timeout, steps=max_steps, edge=max_size, least_scale=least_scale)
+    known = Keys.of(keys)
     stamp = Stamp.of(receipt_key, certificate=certificate) if receipt else None
     service = Service(patch, limits, batch, waiting, guard, guard_action, stamp)
     require_fit(model, patch, allow_pickle)

@@ -47,6 +47,14 @@ def decide(guard: Guard, action: str, texts: Sequence[str]) -> list[Decision]:
     return [_decide(guard, action, text, chances) for text, chances in zip(texts, _read(guard, texts), strict=True)]
 
 
+def admitted(guard: Guard, action: str, text: str) -> Decision:
+    """What is done with one text that is drawn; raises `PromptBlocked` for one that is not, and as `decide`."""
+    (decision,) = decide(guard, action, [text])
+    if decision.drawn is None:
+        raise refusal(decision, action)
+    return decision
+
+
 def refusal(decision: Decision, action: str) -> PromptBlocked:
     """What is raised for a text that is not drawn."""
     why = "blocked" if action == BLOCK else "blocked, for no rewriting helps"

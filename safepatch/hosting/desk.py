@@ -3,6 +3,7 @@
 import asyncio
 import secrets
 import time
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -10,12 +11,13 @@ from starlette.exceptions import HTTPException
 
 from safepatch.data.prompts import admit
 from safepatch.diffusion import denoiser, usual_guidance
-from safepatch.errors import PromptBlocked
+from safepatch.errors import ConfigError, PromptBlocked, UnknownName
 from safepatch.guard.decide import Decision
 from safepatch.hosting.door import Door, Unjudged
 from safepatch.hosting.limits import Limits
 from safepatch.hosting.metrics import Metrics
 from safepatch.hosting.worker import Answer, Job, Shape, Worker
+from safepatch.runtime.parts import Scale
 
 GRID = 8  # pixels: a picture's sides are multiples of it
 
@@ -31,6 +33,7 @@ class Ask(BaseModel):
     guidance_scale: float | None = Field(default=None, ge=0, le=100, allow_inf_nan=False)
     width: int | None = Field(default=None, ge=GRID)
     height: int | None = Field(default=None, ge=GRID)
+    scale: float | dict[str, float] | None = None
 
 
 class AskLikeOpenAI(BaseModel):
@@ -146,4 +149,20 @@ class Desk:
             if value > max(self._limits.edge, own) or value % GRID:
                 raise HTTPException(400, f"{name}: a multiple of {GRID}, {max(self._limits.edge, own)} at most")
         guidance = usual_guidance(host) if ask.guidance_scale is None else ask.guidance_scale
-        return Shape(ask.steps, guidance, sides["width"], sides["height"], bool(ask.negative_prompt))
+        negative, scale = bool(ask.negative_prompt), self._scale(ask.scale)
+        return Shape(ask.steps, guidance, sides["width"], sides["height"], negative, scale)
+
+    def _scale(self, asked: Scale | None) -> Scale | None:
+        """The patch's strength, where one is asked for that may be; categories that are not named are at 1."""
+        least = self._limits.least_scale
+        if asked is None or asked == {}:
+            return None
+        if least is None:
+            raise HTTPException(400, "scale: this server lets nobody choose the patch's strength")
+        if not all(least <= value <= 1 for value in (asked.values() if isinstance(asked, Mapping) else [asked])):
+            raise HTTPException(400, f"scale: from {least:g} to 1")
+        try:
+            self.worker.handle.require_scale(asked)
+        except (ConfigError, UnknownName) as error:
+            raise HTTPException(400, f"scale: {error}") from None
+        return asked

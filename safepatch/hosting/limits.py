@@ -30,9 +30,10 @@ class Limits:
         steps: of denoising.
         edge: pixels of a picture's side.
         images: of one request.
+        least_scale: strength of the patch that a request may choose, up to 1; None lets none choose.
 
     Raises:
-        ConfigError: for one below 1.
+        ConfigError: for one below 1, or a strength that is not within (0, 1].
     """
 
     timeout: float = 120.0
@@ -41,11 +42,14 @@ class Limits:
     steps: int = 100
     edge: int = 1024
     images: int = 4
+    least_scale: float | None = None
 
     def __post_init__(self) -> None:
         """Nonsense cannot be constructed."""
+        if self.least_scale is not None and not 0 < self.least_scale <= 1:
+            raise ConfigError(f"a strength that may be asked for is within (0, 1], not {self.least_scale:g}")
         for name, value in vars(self).items():
-            if value < 1:
+            if name != "least_scale" and value < 1:
                 raise ConfigError(f"the limit of {name} must be at least 1, not {value}")
 
 

@@ -9,12 +9,13 @@ from typing import Any
 from PIL import Image
 
 from safepatch.diffusion import Components, denoiser, usual_guidance
+from safepatch.guard.decide import Decision
 from safepatch.hosting.hashes import component_hashes, json_hash, text_hash
 from safepatch.hosting.receipt import pixels_hash
 from safepatch.hosting.receipt_schema import VERSION
 from safepatch.hosting.recording import Drawn
 from safepatch.runtime.handle import Handle
-from safepatch.runtime.parts import Look
+from safepatch.runtime.parts import Look, Scale
 
 LIBRARIES = {"safepatch": "safepatch-diffusion", **{name: name for name in ("torch", "diffusers", "transformers")}}
 
@@ -60,15 +61,19 @@ def model_record(pipe: Any) -> dict[str, Any]:
     }
 
 
-def patch_record(handle: Handle | None) -> dict[str, Any] | None:
-    """Which patch is on, by the hash of the file that was opened, and how; None without one."""
+def patch_record(handle: Handle | None, scale: Scale | None = None) -> dict[str, Any] | None:
+    """Which patch is on, by the hash of the file that was opened, and how; None without one.
+
+    At another strength than it has now where one is given.
+    """
     if handle is None:
         return None
     start, end = handle.window
+    scale = handle.scale if scale is None else scale
     return {
         "hash": handle.content_hash,
         "categories": list(handle.categories),
-        "scale": dict(handle.scale) if isinstance(handle.scale, Mapping) else handle.scale,
+        "scale": dict(scale) if isinstance(scale, Mapping) else scale,
         "gate": handle.gate,
         "thresholds": handle.thresholds,
         "reads": handle.reads,
@@ -76,6 +81,12 @@ def patch_record(handle: Handle | None) -> dict[str, Any] | None:
         "window": [start, end],
         **({"looks": {name: list(look) for name, look in handle.looks.items()}} if handle.looks else {}),
     }
+
+
+def guard_record(content_hash: str, action: str, decision: Decision) -> dict[str, Any]:
+    """Which guard let a prompt pass and how it acts; of one that is drawn in other words, also what was asked."""
+    asked = {"asked": {"sha256": text_hash(decision.prompt)}} if decision.is_rewritten else {}
+    return {"hash": content_hash, "action": action, **asked}
 
 
 def receipt_of(
@@ -98,7 +109,7 @@ def receipt_of(
         patch: of `patch_record`.
         model: of `model_record`.
         with_prompt: whether the prompts themselves stand in it, or only their hashes.
-        guard: which guard let the prompt pass, and how it acts; None without one.
+        guard: of `guard_record`; None without one.
     """
     is_known = patch is None or bool(drawn.timesteps)
     return {

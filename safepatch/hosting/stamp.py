@@ -15,8 +15,7 @@ from safepatch.files import replacing, unwritable
 from safepatch.guard.decide import Decision
 from safepatch.hosting import keys
 from safepatch.hosting.credentials import Credential
-from safepatch.hosting.hashes import text_hash
-from safepatch.hosting.making import Asked, model_record, patch_record, receipt_of
+from safepatch.hosting.making import Asked, guard_record, model_record, patch_record, receipt_of
 from safepatch.hosting.receipt import KEYWORD, sealed, write_sidecar
 from safepatch.hosting.recording import recording
 from safepatch.hosting.worker import Answer, Job
@@ -59,7 +58,14 @@ class Stamp:
         data = png(picture, text)
         return (self.credential.sign(data, text) if self.credential else data), text
 
-    def draw(self, pipe: Any, handle: Handle | None, asked: Asked, out: Path) -> list[str]:
+    def draw(
+        self,
+        pipe: Any,
+        handle: Handle | None,
+        asked: Asked,
+        out: Path,
+        guard: Mapping[str, Any] | None = None,
+    ) -> list[str]:
         """Draw one image and write it with its receipt; returns what was done, for people.
 
         Args:
@@ -67,13 +73,14 @@ class Stamp:
             handle: of the patch that is on it, from a file; None without one.
             asked: what to draw.
             out: where to.
+            guard: of `guard_record`; None without one.
         """
         model = model_record(pipe)
         about = patch_record(handle)
         negatives = [asked.negative_prompt] if asked.negative_prompt else None
         with recording(handle) as drawn:
             image = generate(pipe, [asked.prompt], [asked.seed], asked.steps, asked.guidance_scale, negatives)[0]
-        receipt = receipt_of(as_picture(image), asked, drawn[0], about, model, self.with_prompt)
+        receipt = receipt_of(as_picture(image), asked, drawn[0], about, model, self.with_prompt, guard)
         data, text = self.sealed(as_picture(image), receipt)
         _write(out, data)
         beside = write_sidecar(out, text)
@@ -103,7 +110,7 @@ class Receipts:
             picture,
             asked,
             answer.drawn,
-            patch_record(self._handle),
+            patch_record(self._handle, answer.scale),
             self._model,
             self._stamp.with_prompt,
             self._judged(decision),
@@ -113,8 +120,7 @@ class Receipts:
     def _judged(self, decision: Decision | None) -> dict[str, Any] | None:
         if self._guard is None or decision is None:
             return None
-        asked = {"asked": {"sha256": text_hash(decision.prompt)}} if decision.is_rewritten else {}
-        return {"hash": self._guard["hash"], "action": self._guard["action"], **asked}
+        return guard_record(self._guard["hash"], self._guard["action"], decision)
 
 
 def png(picture: Image.Image, receipt: str | None = None) -> bytes:

@@ -7,8 +7,9 @@ closed: before and after each batch the patch must hang on the pipeline, and it 
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from safepatch.errors import PatchBypassed, SafepatchError
 from safepatch.hosting.recording import Drawn, recording
 from safepatch.runtime.check import status
 from safepatch.runtime.handle import Handle
+from safepatch.runtime.parts import Scale
 
 
 class Overloaded(SafepatchError):
@@ -34,20 +36,22 @@ class Overloaded(SafepatchError):
 
 
 class Shape(NamedTuple):
-    """What images of one batch have in common."""
+    """What images of one batch have in common; their `scale` is the server's own where it is None."""
 
     steps: int
     guidance_scale: float
     width: int
     height: int
     has_negative: bool
+    scale: Scale | None = None
 
 
 class Answer(NamedTuple):
-    """An image in [0, 1], (3, H, W), and what the patch did to it."""
+    """An image in [0, 1], (3, H, W), what the patch did to it, and at which strength."""
 
     image: Tensor
     drawn: Drawn
+    scale: Scale
 
 
 @dataclass
@@ -175,9 +179,23 @@ class Worker:
         negatives = [job.negative_prompt for job in jobs] if shape.has_negative else None
         size = {"height": shape.height, "width": shape.width}
         texts, seeds = [job.prompt for job in jobs], [job.seed for job in jobs]
-        with recording(self.handle, len(jobs)) as drawn:
+        with self._at(shape.scale) as scale, recording(self.handle, len(jobs)) as drawn:
             images = generate(self.pipe, texts, seeds, shape.steps, shape.guidance_scale, negatives, **size)
         self.require_patched()
         if len(images) != len(jobs) or not all(each.timesteps for each in drawn):
             raise PatchBypassed("an image was drawn and its patch saw none of it; restart the server")
-        return [Answer(*pair) for pair in zip(images, drawn, strict=True)]
+        return [Answer(*pair, scale) for pair in zip(images, drawn, strict=True)]
+
+    @contextmanager
+    def _at(self, asked: Scale | None) -> Iterator[Scale]:
+        """Within the block the patch has the strength that was asked for, or else its own; it is told which."""
+        before = self.handle.scale
+        if asked is None:
+            yield before
+            return
+        self.handle.scale = asked
+        try:
+            yield asked
+        finally:
+            if self.handle.scale is asked:  # nobody has switched it off meanwhile
+                self.handle.scale = before

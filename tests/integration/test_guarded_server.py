@@ -9,7 +9,9 @@ from copy import deepcopy
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
+from safepatch.cli import app as cli
 from safepatch.errors import ArtifactError, PromptBlocked, UnknownName
 from safepatch.guard.decide import decide, lacking
 from safepatch.guard.encoders import clip
@@ -18,6 +20,7 @@ from safepatch.guard.guarded import guarded
 from safepatch.guard.heads import fit
 from safepatch.hosting import keys
 from safepatch.hosting.door import Door
+from safepatch.hosting.hashes import text_hash
 from safepatch.hosting.limits import Keys, Limits
 from safepatch.hosting.receipt import KEYWORD, verify_image
 from safepatch.hosting.serve import Service, serving
@@ -214,3 +217,38 @@ def test_a_servers_receipts_name_patch_and_guard(small_pipe, guard, tmp_path):
     with Image.open(io.BytesIO(base64.b64decode(answers[0].json()["image"]))) as picture:
         picture.load()
         assert "dog" not in json.dumps(json.loads(picture.text[KEYWORD]))  # type: ignore[attr-defined]
+
+
+def generated(out, prompt: str, *more: str) -> str:
+    words = ["generate", "--prompt", prompt, "--steps", "1", "-o", str(out), "--receipt", *more]
+    return CliRunner().invoke(cli, words, catch_exceptions=False).stdout
+
+
+def test_generate_asks_a_guard_first_and_its_receipt_says_so(small_pipe, guard, tmp_path, monkeypatch):
+    monkeypatch.setattr("safepatch.cli.apply.opened", lambda *_: small_pipe)
+    content_hash, file, out = (
+        guard.save(tmp_path / "g.safetensors"),
+        str(tmp_path / "g.safetensors"),
+        tmp_path / "o.png",
+    )
+    with pytest.raises(PromptBlocked, match="a prompt is blocked: weapons with probability"):
+        generated(out, "a knife", "--guard", file)
+    assert not out.exists()
+    said = generated(out, "a knife", "--guard", file, "--guard-action", "rewrite")
+    assert "drawn in other words, 'a spoon'" in said
+    receipt = verify_image(out).receipt
+    assert receipt["prompt"]["sha256"] == text_hash("a spoon")
+    assert receipt["guard"] == {"action": "rewrite", "asked": {"sha256": text_hash("a knife")}, "hash": content_hash}
+    assert "drawn nevertheless" in generated(out, "a knife", "--guard", file, "--guard-action", "score")
+    assert "guard:" not in generated(out, "a dog", "--guard", file)
+    assert verify_image(out).receipt["guard"]["hash"] == content_hash
+    generated(out, "a knife")  # control: without a guard it is drawn
+    assert verify_image(out).receipt["guard"] is None
+
+
+def test_a_guard_that_is_none_is_told_before_a_model_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr("safepatch.cli.apply.opened", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(ArtifactError, match="no such file"):
+        generated(tmp_path / "o.png", "a dog", "--guard", str(tmp_path / "nowhere.safetensors"))
+    with pytest.raises(UnknownName, match="did you mean 'block'"):
+        generated(tmp_path / "o.png", "a dog", "--guard", str(tmp_path / "g.safetensors"), "--guard-action", "blok")

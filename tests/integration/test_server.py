@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import io
+import json
 import random
 import socket
 import threading
@@ -14,10 +15,12 @@ from PIL import Image
 
 from safepatch.diffusion import as_picture, generate
 from safepatch.errors import ConfigError, PatchBypassed
+from safepatch.hosting import keys
 from safepatch.hosting.limits import Keys, Limits
 from safepatch.hosting.serve import Service, serve
 from safepatch.hosting.serve import listening as taken
 from safepatch.hosting.service import create_app
+from safepatch.hosting.stamp import Receipts, Stamp
 from safepatch.hosting.worker import Worker
 from safepatch.runtime.apply import apply
 from tests.laws.test_window_laws import listening
@@ -108,6 +111,54 @@ def test_requests_of_other_shapes_are_not_mixed(served):
         assert pixels(answer["image"]).shape[1] == body.get("width", 64)
         assert len(answer["acted_steps"]) == body["steps"]
     assert apart(pixels(answers[-1]["image"]), pixels(answers[0]["image"])) > 0  # the negative prompt counts
+
+
+def test_a_strength_may_be_asked_for_where_the_operator_allows_it_and_nobody_elses_changes(small_pipe, tmp_path):
+    keys.keygen(tmp_path / "key.pem")
+    with apply(small_pipe, listening(small_pipe)) as handle, Worker(small_pipe, handle, 8, 256) as worker:
+        receipts = Receipts(Stamp.of(tmp_path / "key.pem"), small_pipe, handle, "0xhash")
+        app = create_app(worker, "0xhash", Keys(), Limits(least_scale=0.25), receipts=receipts)
+        scales = [None, 0.25, {"weapons": 0.5}, 1, {}]
+        body = {"prompt": "a knife", "seed": 1, **STEPS, **LITTLE}
+        answers = Asked(app)(*({**body, "scale": each} for each in scales * 4))
+        assert {each.status_code for each in answers} == {200}
+        for scale, answer in zip(scales * 4, answers, strict=True):
+            told = 1.0 if scale in (None, {}) else scale
+            handle.scale = told
+            assert apart(pixels(answer.json()["image"]), alone(small_pipe, "a knife", 1)) <= 1
+            with Image.open(io.BytesIO(base64.b64decode(answer.json()["image"]))) as picture:
+                assert json.loads(picture.text["safepatch.receipt"])["receipt"]["patch"]["scale"] == told
+        handle.scale = 0.25
+        weak = alone(small_pipe, "a knife", 1)
+        handle.scale = 1.0
+        assert apart(weak, alone(small_pipe, "a knife", 1)) > 3  # control: strengths differ
+
+
+@pytest.mark.parametrize(
+    ("least", "scale", "says"),
+    [
+        (None, 1, "scale: this server lets nobody choose the patch's strength"),
+        (0.5, 0.4, "scale: from 0.5 to 1"),
+        (0.5, 0, "scale: from 0.5 to 1"),
+        (0.5, {"weapons": 0.0}, "scale: from 0.5 to 1"),
+        (0.5, 2, "scale: from 0.5 to 1"),
+        (0.5, {"weapon": 0.5}, "scale: no category of this patch 'weapon'; did you mean 'weapons'?"),
+        (0.5, "little", "scale"),
+    ],
+)
+def test_no_other_strength_may_be_asked_for(small_pipe, least, scale, says):
+    with apply(small_pipe, listening(small_pipe)) as handle, Worker(small_pipe, handle) as worker:
+        ask = Asked(create_app(worker, "0x", Keys(), Limits(least_scale=least)))
+        (answer,) = ask({"prompt": "a dog", "scale": scale})
+        assert answer.status_code == 400
+        assert says in answer.json()["error"]["message"]
+        assert handle.stats.unet_calls == 0
+
+
+def test_a_strength_of_nothing_is_none_that_could_be_allowed():
+    for wrong in (0, -1, 1.5, float("nan")):
+        with pytest.raises(ConfigError, match="within"):
+            Limits(least_scale=wrong)
 
 
 def test_clients_of_openais_api_are_served(served):
