@@ -28,6 +28,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 HASH_KEY = "safepatch.hash_sha256"
 VERSION_KEY = "safepatch.format_version"
+GUARD_KEY = "safepatch.guard"  # of what a guard says of itself; its file is no patch
 NO_HASH = "0x" + "0" * 64
 OURS, STORED = "lora", "low_rank"  # what begins the names of low-rank updates: here, and in files of version 3
 MAX_HEADER = 1 << 24  # bytes

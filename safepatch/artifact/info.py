@@ -6,7 +6,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safepatch.artifact.container import HASH_KEY, NO_HASH, VERSION_KEY, canonical_json, naming, read_header
+from safepatch.artifact.container import (
+    GUARD_KEY,
+    HASH_KEY,
+    NO_HASH,
+    VERSION_KEY,
+    canonical_json,
+    naming,
+    read_header,
+)
 from safepatch.artifact.schema import SCHEMA, plain
 from safepatch.errors import ArtifactError
 
@@ -138,6 +146,8 @@ def _format_version(metadata: Mapping[str, str]) -> int:
     version = metadata.get(VERSION_KEY)
     if version is None and EXPORTED in metadata:
         raise ArtifactError("is a patch that was exported as a LoRA; `safepatch import` makes it a patch again")
+    if version is None and GUARD_KEY in metadata:
+        raise ArtifactError("is a guard of prompts, not a patch; give it as --guard")
     if version is None:
         raise ArtifactError("has no safepatch metadata: a safetensors file, but not a patch; choose a patch file")
     if version not in {str(known) for known in range(1, FORMAT_VERSION + 1)}:

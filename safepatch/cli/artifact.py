@@ -124,7 +124,12 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
     picture: Annotated[Path | None, typer.Option(help="Draw a merge's conflicts as a heat map, .png or .svg.")] = None,
 ) -> None:
-    """Say what a patch file is, from its header alone; `--json` leaves nothing out."""
+    """Say what a patch file is, from its header alone, or a guard's; `--json` leaves nothing out."""
+    if _is_guard(patch):
+        from safepatch.cli.guard import inspect as inspect_guard
+
+        inspect_guard(patch, as_json)
+        return
     from safepatch.artifact.container import read_header
     from safepatch.artifact.describe import described, shortened
     from safepatch.artifact.info import read_info
@@ -145,7 +150,7 @@ def inspect(
 
 @app.command()
 def verify(
-    file: Annotated[Path, typer.Argument(help="A patch file, or a PNG with a receipt.")],
+    file: Annotated[Path, typer.Argument(help="A patch file, a guard's, or a PNG with a receipt.")],
     allow_zero: Annotated[
         bool, typer.Option("--allow-zero", help="Let a patch pass that changes nothing: zeros, weights of 0.")
     ] = False,
@@ -160,13 +165,13 @@ def verify(
     tokenizer: Tokenizer = None,
     allow_pickle: AllowPickle = False,
 ) -> None:
-    """Check a patch file (structure, hash, finite values, that it can act) or an image's receipt; with --key, whose."""
+    """Check a patch or a guard (structure, hash, that it can act) or an image's receipt; with --key, whose it is."""
     from safepatch.hosting.receipt import is_png, verify_image
 
     if not is_png(file):
         if replay or file.suffix.lower() == ".png":
             raise SafepatchError(f"{file} is no PNG with a receipt; give an image that was drawn with --receipt")
-        _verify_patch(file, allow_zero, key)
+        _verify_file(file, allow_zero, key)
         return
     if key and len(key) > 1:
         raise SafepatchError("a receipt has one signature; give one --key")
@@ -179,14 +184,30 @@ def verify(
         say(*draw_again(file, verified, pipe, patch, prompt, negative_prompt))
 
 
-def _verify_patch(file: Path, allow_zero: bool, key: list[Path] | None) -> None:
-    from safepatch.artifact.patch_artifact import verify as run
-
-    say(f"ok: {file} is intact ({', '.join(run(file, allow_zero).categories)})")
+def _verify_file(file: Path, allow_zero: bool, key: list[Path] | None) -> None:
+    say(f"ok: {file} is intact ({_intact(file, allow_zero)})")
     if key:
         from safepatch.signing import require_signed
 
         say(f"signed by: {require_signed(file, key)}")
+
+
+def _intact(file: Path, allow_zero: bool = False) -> str:
+    """What the whole file, a patch's or a guard's, is for; raises `ArtifactError` unless it is intact."""
+    if _is_guard(file):
+        from safepatch.guard.file import Guard
+
+        return f"a guard for {', '.join(Guard.open(file).categories)}"
+    from safepatch.artifact.patch_artifact import verify as run
+
+    return ", ".join(run(file, allow_zero).categories)
+
+
+def _is_guard(file: Path) -> bool:
+    from safepatch.artifact.container import GUARD_KEY, naming, read_header
+
+    with naming(file):
+        return GUARD_KEY in read_header(file).metadata
 
 
 def _signed(verified: "Verified") -> str:
@@ -206,11 +227,10 @@ def sign(
         list[Path] | None, typer.Option("--chain", help="Certificates from that one up to the root; may be repeated.")
     ] = None,
 ) -> None:
-    """Sign a patch file: FILE.sig, and FILE.pub for whoever trusts on first use, are written beside it."""
-    from safepatch.artifact.patch_artifact import verify as intact
+    """Sign a patch or a guard: FILE.sig, and FILE.pub for whoever trusts on first use, are written beside it."""
     from safepatch.signing import sign as run
 
-    intact(patch)
+    _intact(patch)
     say(f"signed: {run(patch, key, certificate, chain or [])}")
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from safepatch.artifact.acting import is_finite
-from safepatch.artifact.container import HASH_KEY, NO_HASH, Header, canonical_json, naming
+from safepatch.artifact.container import GUARD_KEY, HASH_KEY, NO_HASH, Header, canonical_json, naming
 from safepatch.artifact.tensor_file import TensorFile
 from safepatch.artifact.writer import data_of, write_stream
 from safepatch.data.category import Concept
@@ -20,7 +20,7 @@ from safepatch.guard.encoders import ENCODERS, Encoder
 from safepatch.guard.heads import Heads
 from safepatch.guard.mend import Mender, legible
 
-KEY, VERSION_KEY, VERSION = "safepatch.guard", "safepatch.guard_version", "1"
+VERSION_KEY, VERSION = "safepatch.guard_version", "1"
 PROBE = "a quiet street with a red door"  # what an encoder makes of this tells whether it is the one
 ALIKE = 0.99  # cosine of that, between the encoder and the one that the guard was trained on
 READ = 256  # texts read at a time
@@ -147,7 +147,7 @@ class Guard:
     def save(self, path: str | Path) -> str:
         """Write the file, all or nothing; returns its hash."""
         tensors = _tensors(self.heads, self.probe)
-        metadata = {HASH_KEY: NO_HASH, VERSION_KEY: VERSION, KEY: canonical_json(asdict(self.info))}
+        metadata = {HASH_KEY: NO_HASH, VERSION_KEY: VERSION, GUARD_KEY: canonical_json(asdict(self.info))}
         metadata |= {"modelspec.title": f"prompt guard: {', '.join(self.categories)}"}
         write_stream(Path(path), dict(sorted(metadata.items())), tensors, data_of(tensors, tensors))
         return TensorFile.open(Path(path)).header.stated_hash
@@ -176,14 +176,14 @@ def stated_hash(path: str | Path) -> str:
 
 def _info(header: Header) -> GuardInfo:
     metadata = header.metadata
-    if KEY not in metadata:
+    if GUARD_KEY not in metadata:
         raise ArtifactError("is no guard: a safetensors file of another kind; make one with `safepatch guard train`")
     if metadata.get(VERSION_KEY) != VERSION:
         raise ArtifactError(
             f"is a guard of format {metadata.get(VERSION_KEY)}, this safepatch reads {VERSION}; upgrade"
         )
     try:
-        return GuardInfo(**json.loads(metadata[KEY]))
+        return GuardInfo(**json.loads(metadata[GUARD_KEY]))
     except (TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"damaged: its description cannot be read ({error}); fetch the file again") from error
 
