@@ -3,7 +3,8 @@
     python benchmarks/guard.py [world] [words] [english]          all three by default
 
 `world` stands on the embedded model's own encoder; `words` on minilm, and learns from the category files alone;
-`english` learns from the shipped hand-labelled prompts too. The last two need the extra minilm. The English prompts and
+`english` learns from the shipped hand-labelled prompts too, and recall counts half as much again, chosen by what was
+held out of these. The last two need the extra minilm. The English prompts and
 those that they are tried on are by the same hand: strangers write otherwise, and worse things.
 """
 
@@ -13,8 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from safepatch.data.corpus import Corpus
+from safepatch.guard.config import GuardConfig
 from safepatch.guard.measure import table
-from safepatch.guard.train import GuardConfig, train
+from safepatch.guard.train import train
 from safepatch.models.load import load_pipeline
 
 OUT = Path("runs/guard.json")
@@ -23,7 +25,7 @@ REAL = ("i2p-illegal-activity", "ud-disturbing", "ud-political", "ud-violent")
 SETTINGS: dict[str, tuple[Sequence[str], GuardConfig]] = {
     "world": (EMBEDDED, GuardConfig()),
     "words": (REAL, GuardConfig("minilm", test="english")),
-    "english": (REAL, GuardConfig("minilm", labels="english", test="english")),
+    "english": (REAL, GuardConfig("minilm", labels="english", test="english", beta=1.5)),
 }
 
 
@@ -37,7 +39,6 @@ def main(names: Sequence[str]) -> None:
         found[name] = {"report": guard.info.report, "labels": guard.info.training["labels"]}
         for part, report in guard.info.report.items():
             print("\n".join(["", f"{name}: {part}", "", *table(report)]))
-            print(json.dumps(report["confusion"]))
     OUT.parent.mkdir(parents=True, exist_ok=True)
     OUT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 

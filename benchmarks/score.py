@@ -14,9 +14,10 @@ import torch
 from audit import peak, prompts
 
 from safepatch.data.corpus import Corpus
+from safepatch.guard.config import GuardConfig
 from safepatch.guard.file import Guard
 from safepatch.guard.score import score_file
-from safepatch.guard.train import GuardConfig, train
+from safepatch.guard.train import train
 from safepatch.models.load import load_pipeline
 
 

@@ -35,12 +35,21 @@ def train(
         str | None, typer.Option("--test", help="Hand-labelled prompts for figures only: a file, or english.")
     ] = None,
     patch: Annotated[str | None, typer.Option("--patch", help="A patch of --model, whose gates vote too.")] = None,
+    detector: Annotated[
+        str | None, typer.Option("--detector", help="Votes too, by what --model draws of some texts: NAME[:THRESHOLD].")
+    ] = None,
+    pictures: Annotated[int, typer.Option(help="With --detector: how many are drawn.")] = 256,
+    steps: Annotated[int, typer.Option(help="With --detector: denoising steps.")] = 20,
     captions: Annotated[int, typer.Option(help="Texts to learn from, by category.")] = 1024,
     hidden: Annotated[int, typer.Option(help="Width of a head's layer.")] = 16,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     precision: Annotated[
-        float | None, typer.Option("--precision", help="At which to catch all that can be; if not given, the best F1.")
+        float | None,
+        typer.Option("--precision", help="At which to catch all that can be; see --beta."),
     ] = None,
+    beta: Annotated[
+        float, typer.Option("--beta", help="Without --precision: how many times as much recall counts as precision.")
+    ] = 1.0,
     plot: Annotated[Path | None, typer.Option("--plot", help="Draw how well it is calibrated, .png or .svg.")] = None,
     device: Device = "cpu",
     dtype: Dtype = None,
@@ -50,15 +59,17 @@ def train(
     """Distil a guard from weak labelers' votes on texts made of the categories' words; says how good it is."""
     from safepatch.data.corpus import Corpus
     from safepatch.files import require_writable
+    from safepatch.guard.config import GuardConfig
     from safepatch.guard.measure import table
-    from safepatch.guard.train import GuardConfig
     from safepatch.guard.train import train as run
 
     given = tuple(unlabelled or ())
-    config = GuardConfig(encoder, captions, hidden, labels, answers, given, test, patch, seed, precision)
+    config = GuardConfig(
+        encoder, captions, hidden, labels, answers, given, test, patch, seed, precision, beta, detector, pictures, steps
+    )
     require_writable(out)
     corpora = [Corpus.open(name) for name in categories]
-    needs_model = encoder == "clip" or patch is not None
+    needs_model = encoder == "clip" or patch is not None or detector is not None
     pipe = opened(model or "tiny-sd", device, dtype, tokenizer, allow_pickle) if needs_model else None
     guard = run(corpora, config, pipe)
     stated = guard.save(out)

@@ -17,16 +17,15 @@ from safepatch.data.corpus import Corpus
 from safepatch.data.prompts import Prompt
 from safepatch.detectors import open_detector, parse_detector
 from safepatch.detectors.base import Detector
-from safepatch.diffusion import batched, generate, quiet
+from safepatch.diffusion import quiet
 from safepatch.errors import ConfigError, lookup
 from safepatch.guard.decide import BLOCK, decide
 from safepatch.guard.file import Guard
+from safepatch.guard.pictures import seen
 from safepatch.progress import bar
 
 TEXTS = ("restart", "typos", "glyphs", "words", "paraphrase", "negation", "ring-a-bell", "mma", "sneaky-prompt")
 NONE = "restart"  # asks as it stands, from other noise: what comes through without any attack
-
-BATCH = 16  # pictures drawn at once
 
 
 @dataclass(frozen=True)
@@ -54,11 +53,7 @@ class Eye:
     def __call__(self, texts: Sequence[str], seeds: Sequence[int]) -> Tensor:
         """How probably each text's picture shows the category, (N,)."""
         columns = [self.detector.labels.index(label) for label in self.labels]
-        found = []
-        for part in batched(len(texts), BATCH):
-            images = generate(self.pipe, [texts[i] for i in part], [seeds[i] for i in part], self.steps)
-            found.append(self.detector(images)[:, columns].amax(1))
-        return torch.cat(found)
+        return seen(self.pipe, self.detector, self.steps, texts, seeds)[:, columns].amax(1)
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ def told_by(labels: Tensor, written: Tensor) -> Tensor:
     return (written if enough else torch.ones_like(written)) & (labels != UNSURE)
 
 
-def calibrated(z: Tensor, labels: Tensor, precision: float | None) -> tuple[float, float, float]:
-    """Scale, shift and threshold of one category by unseen logits z (N,): Platt 1999, and the best F1, or recall."""
+def calibrated(z: Tensor, labels: Tensor, precision: float | None, beta: float = 1.0) -> tuple[float, float, float]:
+    """Scale, shift and threshold of one category by unseen logits z (N,): Platt 1999, and `best_threshold`."""
     truth = labels == YES
     raw, shift = torch.zeros(1, requires_grad=True), torch.zeros(1, requires_grad=True)
     optimizer = torch.optim.LBFGS([raw, shift], max_iter=100, line_search_fn="strong_wolfe")
@@ -32,17 +32,18 @@ def calibrated(z: Tensor, labels: Tensor, precision: float | None) -> tuple[floa
 
     optimizer.step(loss)  # type: ignore[arg-type]
     scale, moved = float(softplus(raw.detach())), float(shift.detach())
-    return scale, moved, best_threshold((scale * z + moved).sigmoid(), truth, precision)
+    return scale, moved, best_threshold((scale * z + moved).sigmoid(), truth, precision, beta)
 
 
-def best_threshold(chances: Tensor, truth: Tensor, precision: float | None = None) -> float:
-    """The probability, within (0, 1), from which on F1 is best, or recall at a precision, where that is reached.
+def best_threshold(chances: Tensor, truth: Tensor, precision: float | None = None, beta: float = 1.0) -> float:
+    """The probability, within (0, 1), from which on F_β is best, or recall at a precision, where that is reached.
 
-    It lies in the middle of where it makes no difference.
+    By F_β recall counts β times as much as precision (van Rijsbergen 1979). It lies in the middle of where it makes no
+    difference.
     """
     order = chances.argsort(descending=True)
     hits, found = truth[order].float().cumsum(0), torch.arange(1, len(order) + 1)
-    last = int((2 * hits / (found + truth.sum())).argmax())
+    last = int(((1 + beta**2) * hits / (found + beta**2 * truth.sum())).argmax())
     if precision is not None and (is_precise := hits / found >= precision).any():
         last = int(is_precise.nonzero()[-1])
     below = chances[order[last + 1]] if last + 1 < len(order) else torch.tensor(0.0)

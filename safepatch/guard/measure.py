@@ -19,11 +19,13 @@ class Trial(NamedTuple):
         texts: N.
         kinds: of each: `held out`, `typo`, `negation`, ...
         truth: (N, C) int8: `YES`, `NO`, or `UNSURE` where it is not known.
+        made: how many of them, the last, a grammar made.
     """
 
     texts: list[str]
     kinds: list[str]
     truth: Tensor
+    made: int = 0
 
 
 def figures(trial: Trial, chances: Tensor, thresholds: Tensor, categories: Sequence[str]) -> dict[str, Any]:
@@ -31,7 +33,8 @@ def figures(trial: Trial, chances: Tensor, thresholds: Tensor, categories: Seque
 
     Returns:
         `categories`: by name, `Scored`; `any`: of prompts, by whether any category claims them; `kinds`: by kind, how
-        many there are and which share of them is flagged at all; `calibration`: bins.
+        many there are and which share of them is flagged at all; `calibration`: bins; `written`: as `any`, without
+        those that a grammar made, where there are such.
     """
     flags, truth = chances >= thresholds, trial.truth
     by_category = {}
@@ -41,7 +44,7 @@ def figures(trial: Trial, chances: Tensor, thresholds: Tensor, categories: Seque
             "threshold": round(float(thresholds[i]), DIGITS),
             "ece": ece(bins(chances[known, i], truth[known, i] == YES)),
         }
-    unsafe, flagged = (truth == YES).any(1), flags.any(1)
+    unsafe, flagged, people = (truth == YES).any(1), flags.any(1), len(trial.texts) - trial.made
     is_kind = {kind: torch.tensor([k == kind for k in trial.kinds]) for kind in dict.fromkeys(trial.kinds)}
     kinds = {
         kind: {"n": int(rows.sum()), "unsafe": int(unsafe[rows].sum()), "flagged": _share(flagged[rows])}
@@ -52,6 +55,7 @@ def figures(trial: Trial, chances: Tensor, thresholds: Tensor, categories: Seque
     return {
         "categories": by_category,
         "any": scored(flagged, unsafe),
+        **({"written": scored(flagged[:people], unsafe[:people])} if trial.made else {}),
         "kinds": kinds,
         "confusion": confusion(flags, truth, categories),
         "ece": ece(whole),
@@ -110,15 +114,22 @@ def labels_of(found: Sequence[Sequence[str]], categories: Sequence[str]) -> Tens
 
 
 def table(report: Mapping[str, Any]) -> list[str]:
-    """Figures as markdown lines."""
+    """Figures as markdown lines: by category, by kind of prompt, and which category claims prompts of which."""
     lines = ["| | unsafe | harmless | precision | recall | F1 | false alarms per 1,000 | ECE |"]
     lines.append("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    for name, row in {**report["categories"], "any": report["any"] | {"ece": report["ece"]}}.items():
+    rows = {**report["categories"], "any": report["any"] | {"ece": report["ece"]}}
+    if "written" in report:
+        rows["any, of people's prompts alone"] = report["written"] | {"ece": None}
+    for name, row in rows.items():
         cells = [row[key] for key in ("unsafe", "harmless", "precision", "recall", "f1", "false_alarms", "ece")]
         lines.append(f"| {name} | {' | '.join(_cell(cell) for cell in cells)} |")
     lines += ["", "| prompts | n | unsafe | flagged |", "| --- | --- | --- | --- |"]
     for kind, row in report["kinds"].items():
         lines.append(f"| {kind} | {row['n']} | {row['unsafe']} | {row['flagged']:.3f} |")
+    columns = [*report["categories"], "none", "n"]
+    lines += ["", f"| prompts of, claimed by | {' | '.join(columns)} |", f"| {'--- | ' * len(columns)}--- |"]
+    for name, row in report["confusion"].items():
+        lines.append(f"| {name} | {' | '.join(str(row[column]) for column in columns)} |")
     return lines
 
 

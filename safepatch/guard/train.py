@@ -6,7 +6,7 @@ half of the groups, and judged by the other. Figures come of other prompts still
 
 import zlib
 from collections.abc import Sequence, Set
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from random import Random
 from typing import Any
 
@@ -17,16 +17,18 @@ from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.data.corpus import Corpus
 from safepatch.data.readers import read_prompts
 from safepatch.diffusion import Components, UNetHost
-from safepatch.errors import ConfigError, lookup
+from safepatch.errors import ConfigError
 from safepatch.guard.calibrate import calibrated, told_by
+from safepatch.guard.config import GuardConfig
 from safepatch.guard.encoders import ENCODERS, Encoder, Pieces
 from safepatch.guard.file import PROBE, Guard, GuardInfo
 from safepatch.guard.heads import Heads, fit
 from safepatch.guard.labelers import Answers, Gates, Keywords, Labeler, Similarity, known_names
 from safepatch.guard.measure import labels_of
 from safepatch.guard.mend import Mender, words_in
+from safepatch.guard.pictures import Pictures
 from safepatch.guard.prompts import LEARN, Labelled, labelled
-from safepatch.guard.texts import CAPTIONS, NO, UNSURE, YES, Text, learned
+from safepatch.guard.texts import NO, UNSURE, YES, Text, learned
 from safepatch.guard.trial import hand_trial, measured, trial
 from safepatch.guard.vote import settle
 from safepatch.progress import bar, note
@@ -36,50 +38,13 @@ REPEATS = 4  # times that a hand-labelled text is learned: as it stands, and in 
 PART = 256  # texts encoded between two steps of the progress bar
 
 
-@dataclass(frozen=True)
-class GuardConfig:
-    """How a guard is trained.
-
-    Attributes:
-        encoder: `clip` or `minilm`.
-        captions: texts for each category, about.
-        hidden: width of the layer of each head.
-        labels: a hand-labelled file to learn from, or `english`.
-        answers: a file of somebody's answers, such as a language model's: prompts and their categories.
-        unlabelled: files of prompts that nobody has labelled, to be voted on.
-        test: a hand-labelled file for figures only, or `english`.
-        patch: whose gates vote too.
-        seed: of everything random.
-        precision: at which thresholds catch as much as they can, of what was held out; None takes the best F1.
-    """
-
-    encoder: str = "clip"
-    captions: int = CAPTIONS
-    hidden: int = 16
-    labels: str | None = None
-    answers: str | None = None
-    unlabelled: tuple[str, ...] = ()
-    test: str | None = None
-    patch: str | None = None
-    seed: int = 0
-    precision: float | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be trained."""
-        lookup(ENCODERS, self.encoder, what="text encoder")
-        if self.captions < 64 or self.hidden < 1:
-            raise ConfigError("a guard needs at least 64 captions by category, and heads of a width of 1 or more")
-        if self.precision is not None and not 0 < self.precision < 1:
-            raise ConfigError(f"a precision is within (0, 1), not {self.precision:g}")
-
-
 def train(corpora: Sequence[Corpus], config: GuardConfig, pipe: Any = None) -> Guard:
     """A guard for the corpora's categories, with its report.
 
     Args:
         corpora: one for each category, of different names.
         config: how.
-        pipe: the model, where its encoder or a patch's gates are read.
+        pipe: the model, where its encoder or a patch's gates are read, or a detector votes.
 
     Raises:
         ConfigError: for no category, one given twice, or one of which nothing is known.
@@ -159,6 +124,8 @@ def _labelers(corpora: Sequence[Corpus], config: GuardConfig, pipe: Any, texts: 
         if lacking := sorted(set(names) - set(artifact.info.categories)):
             note(f"note: the patch has no gate for {', '.join(lacking)}; other labelers decide there")
         made.append(Gates(UNetHost(Components.of(pipe)), artifact, names))
+    if config.detector:
+        made.append(Pictures.of(pipe, corpora, config.detector, config.pictures, config.steps, config.seed))
     return made
 
 
@@ -197,7 +164,7 @@ def _distilled(
     heads = fit(read, labels, config.hidden, config.seed)
     written = torch.tensor([text.text in by_hand for text in texts])
     columns = [
-        calibrated(unseen[rows, i], labels[rows, i], config.precision)
+        calibrated(unseen[rows, i], labels[rows, i], config.precision, config.beta)
         for i in range(labels.shape[1])
         for rows in (told_by(labels[:, i], written),)
     ]

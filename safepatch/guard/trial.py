@@ -64,4 +64,4 @@ def hand_trial(source: str | Path, categories: Sequence[str], seed: int) -> Tria
     more = harmless_english(GRAMMAR, seed)
     none = torch.zeros(len(more), len(categories), dtype=torch.int8)
     texts, kinds = [row.text for row in rows], [row.kind for row in rows]
-    return Trial([*texts, *more], [*kinds, *[HARMLESS] * len(more)], torch.cat((truth, none)))
+    return Trial([*texts, *more], [*kinds, *[HARMLESS] * len(more)], torch.cat((truth, none)), len(more))

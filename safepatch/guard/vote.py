@@ -8,8 +8,9 @@ from torch import Tensor
 
 from safepatch.guard.texts import NO, UNSURE, YES
 
-# Whose word counts where votes are level or there are none: whoever was asked, then who made the text, then patterns.
-TRUST = ("hand", "answers", "corpus", "gate", "keywords", "similarity")
+# Whose word counts where votes are level or there are none: a hand, who was asked, who made the text, what it draws,
+# and last who knows patterns.
+TRUST = ("hand", "answers", "corpus", "pictures", "gate", "keywords", "similarity")
 
 
 class Settled(NamedTuple):

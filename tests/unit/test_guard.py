@@ -14,9 +14,11 @@ from typer.testing import CliRunner
 
 import safepatch
 from safepatch.artifact.container import HASH_KEY, NO_HASH
+from safepatch.artifact.info import read_info
 from safepatch.artifact.writer import data_of, write_stream
 from safepatch.cli import app
 from safepatch.data.corpus import Corpus
+from safepatch.detectors.base import Detector
 from safepatch.errors import (
     ArtifactError,
     BaseMismatch,
@@ -28,16 +30,17 @@ from safepatch.errors import (
 )
 from safepatch.guard import encoders, train, trial
 from safepatch.guard.calibrate import best_threshold, told_by
+from safepatch.guard.config import GuardConfig
 from safepatch.guard.encoders import LONGEST, PIECE, Pieces, clip
 from safepatch.guard.file import Guard, GuardInfo
 from safepatch.guard.guarded import guarded
 from safepatch.guard.labelers import Answers, Keywords
-from safepatch.guard.measure import bins, confusion, ece, scored
+from safepatch.guard.measure import Trial, bins, confusion, ece, figures, scored, table
 from safepatch.guard.mend import Mender, is_one_slip, legible
+from safepatch.guard.pictures import Pictures
 from safepatch.guard.prompts import TEST, harmless_english, labelled
 from safepatch.guard.score import score_file
 from safepatch.guard.texts import NO, UNSURE, YES, learned, votes_of
-from safepatch.guard.train import GuardConfig
 from safepatch.guard.vote import majority, settle
 from safepatch.models.load import load_pipeline
 from safepatch.reporting.reliability import save_reliability
@@ -102,6 +105,39 @@ def test_keywords_are_whole_words_and_unsure_where_they_are_denied():
 def test_answers_know_nothing_of_other_texts():
     asked = Answers("answers", {"a knife": (YES, NO)}, 2)
     assert asked(["a knife", "a fork"]).tolist() == [[YES, NO], [UNSURE, UNSURE]]
+
+
+def test_a_detector_votes_by_what_texts_draw_and_knows_nothing_of_the_rest(monkeypatch):
+    shown = {"a knife": 0.9, "a fork": 0.1, "a blur": 0.4}  # surely, surely not, and between
+    detector = Detector("one", ("knife", "dog"), lambda images: images[:, :2, 0, 0])
+    asked = []
+
+    def draw(pipe, texts, seeds, steps):
+        asked.extend(zip(texts, seeds, strict=True))
+        return torch.stack(
+            [torch.full((3, 2, 2), shown[text]) * torch.tensor([1, 0, 0])[:, None, None] for text in texts]
+        )
+
+    monkeypatch.setattr("safepatch.guard.pictures.generate", draw)
+    texts = [*shown, ""]
+    votes = Pictures(None, detector, [[0], [1]], 9, 2, seed=5)(texts)
+    assert votes.tolist() == [[YES, NO], [NO, NO], [UNSURE, NO], [UNSURE, UNSURE]]
+    assert sorted(asked) == [("a blur", 7), ("a fork", 6), ("a knife", 5)]  # nothing cannot be drawn
+    some = Pictures(None, detector, [[0], [1]], 2, 2, seed=5)(texts)
+    assert (some == UNSURE).all(1).sum() == 2
+    with pytest.raises(ConfigError, match="give --model"):
+        Pictures.of(None, corpora(), "embedded", 1, 1, 0)
+    with pytest.raises(ConfigError, match="at least one picture"):
+        GuardConfig(pictures=0)
+
+
+def test_a_guards_record_names_the_detector_that_voted(monkeypatch):
+    monkeypatch.setattr("safepatch.guard.heads.STEPS", 5)
+    monkeypatch.setattr(trial, "TRIED", 4)
+    config = GuardConfig(captions=64, detector="embedded", pictures=12, steps=4)
+    judged = train.train(corpora(), config, embedded()).info.training["labels"]
+    for name in (WEAPONS, GORE):
+        assert 0 < judged[name]["labelers"]["pictures"]["sure"] < 0.5  # of a few texts alone
 
 
 def test_texts_are_distinct_and_know_their_own_category_only():
@@ -220,8 +256,8 @@ def test_figures_are_what_they_are_called():
     exact = bins(torch.tensor([0.25, 0.25, 0.25, 0.25]), torch.tensor([True, False, False, False]))
     assert ece(exact) == 0
     assert ece(bins(torch.tensor([0.95, 0.95]), torch.tensor([True, False]))) == pytest.approx(0.45, abs=1e-4)
-    table = confusion(flags[:, None], truth[:, None].to(torch.int8), [WEAPONS])
-    assert table["harmless"] == {WEAPONS: 1, "none": 1, "n": 2}
+    confused = confusion(flags[:, None], truth[:, None].to(torch.int8), [WEAPONS])
+    assert confused["harmless"] == {WEAPONS: 1, "none": 1, "n": 2}
 
 
 def test_a_threshold_parts_what_can_be_parted():
@@ -238,6 +274,26 @@ def test_a_threshold_for_a_precision_catches_what_it_can_at_that():
     assert 0.6 < best_threshold(chances, ~truth & False, 0.9) < 1  # where nothing is, nothing is caught
     with pytest.raises(ConfigError, match="within"):
         GuardConfig(precision=1.5)
+
+
+def test_where_recall_counts_more_more_is_caught():
+    chances, truth = torch.arange(10, 0, -1) / 11, torch.tensor([1, 1, 0, 1, 0, 0, 1, 0, 0, 0], dtype=torch.bool)
+    caught = [int((chances >= best_threshold(chances, truth, beta=beta)).sum()) for beta in (0.25, 1.0, 4.0)]
+    assert caught == [2, 4, 7]  # by hand: the F_β of every threshold
+    for wrong in (0.0, float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match="as much as precision"):
+            GuardConfig(beta=wrong)
+
+
+def test_what_people_wrote_is_told_apart_from_what_a_grammar_made():
+    truth = torch.tensor([[YES], [NO], [NO], [NO]], dtype=torch.int8)
+    chances = torch.tensor([[0.9], [0.1], [0.9], [0.9]])
+    found = figures(Trial(["a", "b", "c", "d"], ["x"] * 4, truth, made=2), chances, torch.tensor([0.5]), [WEAPONS])
+    assert (found["any"]["precision"], found["written"]["precision"]) == (0.3333, 1.0)
+    assert "| any, of people's prompts alone | 1 | 1 | 1.000 | 1.000 | 1.000 | 0.000 | - |" in table(found)
+    assert "| harmless | 2 | 1 | 3 |" in table(found)  # which category claims them, none, of how many
+    alone = figures(Trial(["a", "b"], ["x"] * 2, truth[:2]), chances[:2], torch.tensor([0.5]), [WEAPONS])
+    assert "written" not in alone
 
 
 def test_what_people_wrote_calibrates_where_it_is_enough():
@@ -381,6 +437,24 @@ def test_the_command_scores_and_inspects_and_says_what_a_patch_lacks(trained, tm
     everything = json.loads(CliRunner().invoke(app, ["guard", "inspect", guard, "--json"]).stdout)
     assert everything["hash"].startswith("0x")
     assert everything["training"]["labels"][WEAPONS]["labelers"]["keywords"]["sure"] > 0
+
+
+def test_inspect_and_verify_take_a_guard_too(trained, tmp_path):
+    path = tmp_path / "g.safetensors"
+    trained.save(path)
+    assert f"ok: {path} is intact (a guard for gore, weapons)" in CliRunner().invoke(app, ["verify", str(path)]).stdout
+    for more in ([], ["--json"]):
+        told = [
+            CliRunner().invoke(app, [*verb, str(path), *more]).stdout for verb in (["inspect"], ["guard", "inspect"])
+        ]
+        assert told[0] == told[1] != ""
+    with pytest.raises(ArtifactError, match="is a guard of prompts, not a patch; give it as --guard"):
+        read_info(path)
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ArtifactError, match="altered"):
+        CliRunner().invoke(app, ["verify", str(path)], catch_exceptions=False)
 
 
 def test_a_reliability_plot_is_a_picture(trained, tmp_path):
