@@ -4,8 +4,8 @@
 
 `world` stands on the embedded model's own encoder; `words` on minilm, and learns from the category files alone;
 `english` learns from the shipped hand-labelled prompts too, and recall counts half as much again, chosen by what was
-held out of these. The last two need the extra minilm. The English prompts and
-those that they are tried on are by the same hand: strangers write otherwise, and worse things.
+held out of these. The last two need the extra minilm. The English prompts and those that they are tried on are by the
+same hand: strangers write otherwise, and worse things.
 """
 
 import json
