@@ -22,9 +22,10 @@ CLEAR = 0.5  # of a detector's threshold: a probability below is a no, one betwe
 def seen(pipe: Any, detector: Detector, steps: int, texts: Sequence[str], seeds: Sequence[int]) -> Tensor:
     """What a detector sees in the pictures that a pipeline makes of texts: probabilities of its labels, (N, labels)."""
     found = []
-    for part in bar(list(batched(len(texts), BATCH)), desc="drawing", unit="batch", leave=False):
-        images = generate(pipe, [texts[i] for i in part], [seeds[i] for i in part], steps)
-        found.append(detector(images))
+    with bar(total=len(texts), desc="drawing", unit="picture", leave=False) as shown:
+        for part in batched(len(texts), BATCH):
+            found.append(detector(generate(pipe, [texts[i] for i in part], [seeds[i] for i in part], steps)))
+            shown.update(len(part))
     return torch.cat(found)
 
 
