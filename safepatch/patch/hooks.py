@@ -13,7 +13,7 @@ from safepatch.errors import ConfigError
 T = TypeVar("T")
 
 
-def unpicklable(self: object) -> NoReturn:
+def unpicklable(self: Any) -> NoReturn:
     """What a patch that is on a pipeline does when it is pickled with it, as a `__reduce__`."""
     raise ConfigError("a pipeline with a patch cannot be pickled; take the patch off, and apply it where it is used")
 

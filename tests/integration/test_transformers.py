@@ -458,7 +458,7 @@ def test_a_transformer_that_is_not_given_its_residuals_is_noticed(host):
 @pytest.mark.parametrize("offload", ["by model", "by group"])
 def test_what_offloading_hands_on_is_taken_for_what_it_is(host, offload):
     """It moves arguments to a device, and hands on copies of the lists that they are in."""
-    from diffusers.hooks import apply_group_offloading
+    from diffusers.hooks.group_offloading import apply_group_offloading
 
     pipe = copy.deepcopy(host.pipe)
     with apply(pipe, host.artifact):

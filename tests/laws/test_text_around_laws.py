@@ -13,7 +13,7 @@ from typing import Any
 import accelerate
 import pytest
 import torch
-from diffusers.hooks import apply_group_offloading
+from diffusers.hooks.group_offloading import apply_group_offloading
 from torch import Tensor, nn
 
 import safepatch
