@@ -23,7 +23,7 @@ from safepatch.patch.narrow import NarrowBranch, NarrowPatch
 
 
 class LitePatch(NarrowPatch, ResidualPatch):
-    """One narrow branch per skip connection and one for the mid block.
+    """One narrow branch per skip connection and one for the mid block, or, of a transformer, one per joint block.
 
     Args:
         channels: channels of each skip connection, in encoder order, and last of the mid block.
