@@ -19,7 +19,7 @@ with tempfile.TemporaryDirectory() as name:
     for prompt in ("a dog on a blue background", "a knife on a blue background"):
         asked = Asked.of(pipe, prompt, seed=3, steps=4, guidance_scale=None, negative_prompt=None)
         with safepatch.apply(pipe, PATCH) as handle:
-            print(*Stamp.of(private).draw(pipe, handle, PATCH, asked, image), sep="\n")
+            print(*Stamp.of(private).draw(pipe, handle, asked, image), sep="\n")
         verified = verify_image(image, public)  # raises where a pixel, or a word of the receipt, was changed
         print(*verified.lines(), *replay(image, verified, pipe, PATCH, prompt), sep="\n")
         receipts.append(verified.receipt)

@@ -116,7 +116,7 @@ def test_requests_of_other_shapes_are_not_mixed(served):
 def test_a_strength_may_be_asked_for_where_the_operator_allows_it_and_nobody_elses_changes(small_pipe, tmp_path):
     keys.keygen(tmp_path / "key.pem")
     with apply(small_pipe, listening(small_pipe)) as handle, Worker(small_pipe, handle, 8, 256) as worker:
-        receipts = Receipts(Stamp.of(tmp_path / "key.pem"), small_pipe, handle, "0xhash")
+        receipts = Receipts(Stamp.of(tmp_path / "key.pem"), small_pipe, handle)
         app = create_app(worker, "0xhash", Keys(), Limits(least_scale=0.25), receipts=receipts)
         scales = [None, 0.25, {"weapons": 0.5}, 1, {}]
         body = {"prompt": "a knife", "seed": 1, **STEPS, **LITTLE}
