@@ -4,6 +4,7 @@ What is being written has a name of its own beside its final one and is locked b
 has such a name and no lock was left by a killed process: whoever writes into the folder next removes it.
 """
 
+import csv
 import errno
 import os
 import re
@@ -118,6 +119,16 @@ def claimed(folder: Path, instead: str = "choose a folder you may write to") -> 
     finally:
         path.unlink(missing_ok=True)
         os.close(descriptor)
+
+
+@contextmanager
+def long_cells(most: int) -> Iterator[None]:
+    """Within the block a cell of a CSV file may have so many characters; csv bounds them for all of a process."""
+    before = csv.field_size_limit(most)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
 
 
 def is_full(error: BaseException) -> bool:

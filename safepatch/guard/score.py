@@ -14,7 +14,7 @@ import torch
 
 from safepatch.data.columns import DELIMITERS, NAMES, listed, match, plain
 from safepatch.errors import PromptError
-from safepatch.files import replacing, unwritable
+from safepatch.files import long_cells, replacing, unwritable
 from safepatch.guard.encoders import LONGEST
 from safepatch.guard.file import Guard
 from safepatch.progress import bar
@@ -73,7 +73,7 @@ def score_file(guard: Guard, path: Path, out: Path, column: str | None = None) -
     """
     tally = Tally()
     try:
-        with _opened(path) as file, replacing(out) as written, _as_text(written) as text, _long_cells():
+        with _opened(path) as file, replacing(out) as written, _as_text(written) as text, long_cells(CELL):
             rows, writer = _rows(file, path, column), csv.writer(text, lineterminator="\n")
             writer.writerow(["row", "prompt", "verdict", *guard.categories])
             shown = bar(desc="scoring", unit="prompt")
@@ -159,12 +159,3 @@ def _as_text(file: BinaryIO) -> Iterator[TextIO]:
         text.flush()
     finally:
         text.detach()
-
-
-@contextmanager
-def _long_cells() -> Iterator[None]:
-    before = csv.field_size_limit(CELL)
-    try:
-        yield
-    finally:
-        csv.field_size_limit(before)

@@ -4,11 +4,12 @@ import csv
 import io
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from safepatch.data.readers import Line
 from safepatch.errors import SafepatchError
-from safepatch.files import unwritable
+from safepatch.files import long_cells, unwritable
 from safepatch.hosting.audit import Finding, overall
 
 LONGEST = 1 << 24  # characters of a prompt that is read back
@@ -76,7 +77,6 @@ class AuditLog:
 
     def _whole_rows(self) -> Iterator[tuple[list[str], int]]:
         """Each row that is there to its end, and the byte at which it ends."""
-        csv.field_size_limit(LONGEST)
         place = 0
 
         def lines() -> Iterator[str]:
@@ -88,11 +88,9 @@ class AuditLog:
                     place += len(line)
                     yield line.decode()
 
-        try:
+        with long_cells(LONGEST), suppress(csv.Error, UnicodeDecodeError):  # a row cut off within quotes
             for row in csv.reader(lines(), strict=True):
                 yield row, place
-        except (csv.Error, UnicodeDecodeError):  # within quotes it was cut off
-            return
 
 
 def _number(value: float | None) -> str:

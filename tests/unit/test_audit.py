@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from safepatch.errors import PromptError, SafepatchError
+from safepatch.files import long_cells
 from safepatch.guard.file import GuardInfo
 from safepatch.hosting.audit import ACTED, DEPENDS, UNTOUCHED
+from safepatch.hosting.audit_csv import AuditLog
 from safepatch.hosting.audit_log import LOG, PAGE, SETTINGS, audit
 from tests.laws.test_window_laws import listening
 from tests.small import new_small_pipe, small_artifact
@@ -46,7 +48,7 @@ def prompts(tmp_path):
 
 
 def rows(folder) -> list[dict[str, str]]:
-    with (folder / LOG).open(newline="", encoding="utf-8") as file:
+    with long_cells(1 << 24), (folder / LOG).open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
@@ -216,3 +218,15 @@ def test_an_audit_reads_its_prompts_a_few_at_a_time(pipe, patch, tmp_path, judge
     path.write_text("\n".join(f"a {color} {thing}" for color in ("red", "blue") for thing in ("dog", "cat", "tree")))
     assert audit(path, pipe, patch, tmp_path / "out", guard="g").prompts == 6
     assert judge.asked == [4, 2]
+
+
+def test_other_peoples_csv_is_bounded_as_before(tmp_path):
+    before, log = csv.field_size_limit(), AuditLog(tmp_path / "log.csv", ["weapons"])
+    assert log.resume() == 0
+    text = f"row,prompt\n1,{'a' * 2 * before}\n"
+    with pytest.raises(csv.Error, match="larger than field limit"):
+        list(csv.reader(text.splitlines()))
+    long = ["1", "a" * 2 * before, "untouched", "", "", "", ""]
+    log._write([long])
+    assert [row["prompt"] for row in log.rows()] == [long[1]]  # control: the log's own rows may be longer
+    assert csv.field_size_limit() == before
