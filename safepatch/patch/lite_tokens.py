@@ -18,7 +18,7 @@ from safepatch.diffusion import host_kind, text_width
 from safepatch.patch.draw import Draw
 from safepatch.patch.gate import TextGate
 from safepatch.patch.narrow import NarrowBranch, NarrowPatch
-from safepatch.patch.places import Acting, PlaceHooks, Told
+from safepatch.patch.places import Acting, PlaceHooks, Told, lent
 
 JOINT_BLOCKS = "transformer_blocks"  # those with a stream of image tokens, by diffusers' name
 PLAIN = "_safepatch_plain"  # attribute of image tokens to which something was added: as the block made them
@@ -100,15 +100,9 @@ class TokenLitePatch(NarrowPatch):
         finally:
             self._under_way = None
 
-    @contextmanager
-    def learning(self, unet: Any) -> Iterator[None]:
+    def learning(self, unet: Any) -> AbstractContextManager:
         """Hooks are put on the host's blocks once for all of the block."""
-        self.hooks = TokenHooks(unet, self)
-        try:
-            yield
-        finally:
-            self.hooks.hooks.remove()
-            self.hooks = None
+        return lent(self, TokenHooks(unet, self))
 
     def recomputing(self, unet: Any) -> AbstractContextManager:
         """The branches again, and what they have read; nothing of a prediction without the patch."""

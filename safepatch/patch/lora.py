@@ -23,7 +23,7 @@ from safepatch.patch.deltas import StoredPatch
 from safepatch.patch.draw import Draw
 from safepatch.patch.gate import TextGate
 from safepatch.patch.layers import linear_layers, taken_layers
-from safepatch.patch.places import Acting, PlaceHooks
+from safepatch.patch.places import Acting, PlaceHooks, lent
 
 GATE = "lora.gate."  # what the names of a gate's tensors begin with
 # Where in a transformer a patch may act: on the image's tokens, on the text's, or on both; Flux's single blocks,
@@ -143,15 +143,9 @@ class LoraPatch(Patch):
         """Each layer's name with its update."""
         return zip(self.layers, cast(Iterator[Update], iter(self.updates)), strict=True)
 
-    @contextmanager
-    def learning(self, unet: Any) -> Iterator[None]:
+    def learning(self, unet: Any) -> AbstractContextManager:
         """Hooks are put on the host's layers once for all of the block."""
-        self.hooks = LayerHooks(unet, self)
-        try:
-            yield
-        finally:
-            self.hooks.hooks.remove()
-            self.hooks = None
+        return lent(self, LayerHooks(unet, self))
 
     def recomputing(self, unet: Any) -> AbstractContextManager:
         """The updates again."""

@@ -1,7 +1,8 @@
 """Hooks by which a patch acts inside its host: in the calls, at the places and on the rows that it is told to."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -95,3 +96,14 @@ class PlaceHooks(ABC):
     @abstractmethod
     def _changed(self, place: str, module: nn.Module, now: Acting, args: tuple[Any, ...], output: Any) -> Any:
         """What a place makes, changed; where it was, it is no longer `left`."""
+
+
+@contextmanager
+def lent(patch: Any, hooks: PlaceHooks) -> Iterator[None]:
+    """Within the block `hooks` are the patch's own."""
+    patch.hooks = hooks
+    try:
+        yield
+    finally:
+        hooks.hooks.remove()
+        patch.hooks = None
