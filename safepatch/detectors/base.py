@@ -103,8 +103,8 @@ def require_finite(images: Tensor) -> None:
     """Raise `ConfigError` when a picture, (B, 3, H, W), holds values that are no numbers."""
     if broken := int((~images.isfinite()).flatten(1).any(1).sum()):
         raise ConfigError(
-            f"{broken} of {len(images)} pictures are not finite and cannot be judged; some autoencoders overflow in "
-            "half precision: draw with --dtype float32"
+            f"{broken} of {len(images)} pictures are not finite and cannot be judged; some models overflow in half "
+            "precision: draw with --dtype float32, or bfloat16"
         )
 
 

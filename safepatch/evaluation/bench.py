@@ -6,7 +6,7 @@ torch rounds: what a patch leaves alone is equal bit for bit.
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -20,7 +20,7 @@ from safepatch.attacks import Round
 from safepatch.data.prompts import Prompt
 from safepatch.detectors.base import Detector
 from safepatch.diffusion import denoiser, generate_by, quiet, usual_guidance
-from safepatch.errors import ConfigError
+from safepatch.errors import ConfigError, UnknownWords
 from safepatch.evaluation.kept import Batch, Kept, digest, pixels
 from safepatch.progress import bar
 from safepatch.runtime.apply import apply
@@ -97,12 +97,14 @@ class Bench:
     def share(self, asked: Sequence[Round], patch: PatchArtifact | None, label: str) -> None:
         """Have the batches of several rounds drawn before they are needed, by all processes; alone, do nothing.
 
-        A batch is drawn by one process, as it would be by a single one, and found by the others when all are done.
+        A batch is drawn by one process, as it would be by a single one, and found by the others when all are done. What
+        a patch refuses to draw for want of words is refused again, to each of them, where it is needed.
         """
         if self.processes is None or self.processes.num_processes == 1:
             return
         parts = list(dict(self._parts(asked, patch)).items())
-        self._found(parts[self.processes.process_index :: self.processes.num_processes], patch, label)
+        with suppress(UnknownWords):  # in front of a wait that the others come to
+            self._found(parts[self.processes.process_index :: self.processes.num_processes], patch, label)
         self.processes.wait_for_everyone()
 
     def _parts(self, asked: Sequence[Round], patch: PatchArtifact | None) -> list[tuple[str, Round]]:
@@ -162,7 +164,7 @@ class Bench:
             rows = [i for i, own in enumerate(scales) if own == scale]
             texts, seeds = [prompts[i].text for i in rows], [prompts[i].seed or 0 for i in rows]
             pictures = None if starts is None else starts[rows]
-            images = generate_by(self.pipe, texts, seeds, steps, scale, asked.way, pictures)
+            images = generate_by(self.pipe, texts, seeds, steps, scale, asked.way.of(rows), pictures)
             made.update(zip(rows, images, strict=True))
         return torch.stack([made[i] for i in range(len(prompts))])
 

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from safepatch.detectors.base import require_finite
 from safepatch.files import replacing, unwritable
 
 
@@ -31,7 +32,8 @@ class Batch(NamedTuple):
 
     @classmethod
     def of(cls, images: Tensor) -> "Batch":
-        """Images in [0, 1], (N, 3, H, W)."""
+        """Images in [0, 1], (N, 3, H, W); raises `ConfigError` for values that are no numbers: in 8 bits they are black."""
+        require_finite(images)
         hashes = [list(hashlib.sha256(image.contiguous().numpy().tobytes()).digest()) for image in images.float()]
         return cls((images * 255).round().to(torch.uint8), torch.tensor(hashes, dtype=torch.uint8))
 

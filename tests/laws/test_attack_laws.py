@@ -347,6 +347,21 @@ def test_noise_and_states_may_be_anybodys():
     assert len(TYPED.key) == 6  # images that were drawn before there were other ways are known by it
 
 
+def test_prompts_of_several_guidance_scales_each_start_from_their_own_noise():
+    """As prompts of files that name one for each, which one batch draws apart."""
+    pipe = quiet(new_small_pipe())
+    prompts = [Prompt("a knife", 1, guidance=3.0), Prompt("a dog", 2, guidance=1.5), Prompt("a cat", 3, guidance=3.0)]
+    noise = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+
+    def drawn(size: int) -> Tensor:
+        bench = Bench("small", pipe, None, Protocol(n=3, steps=1, batch_size=size))
+        return pixels(bench.batches(Round(tuple(prompts), Way(noise=noise)), None, ""))
+
+    together, apart = drawn(3), drawn(1)
+    assert torch.allclose(together, apart, atol=1 / 128)
+    assert not torch.allclose(apart[0], apart[2], atol=1 / 64)  # control
+
+
 # ---- words that are searched for ----------------------------------------------------------------------------------
 
 READ_ATTACKS = [name for name, attack in ATTACKS.items() if attack.read or attack.ask]

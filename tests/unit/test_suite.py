@@ -129,6 +129,16 @@ def test_rows_say_what_was_measured_how_and_by_whom(bench: ObedientBench) -> Non
     assert (judged.steps, judged.guidance_scale, judged.prompt_set) == (20, 1.5, "plain")
 
 
+def test_a_picture_that_is_no_picture_is_an_error_and_no_black_safe_one() -> None:
+    """What models that overflow in half precision draw."""
+    images = draw_labels([["knife"], ["cat"]])
+    assert torch.equal(Batch.of(images).pixels[0], (images[0] * 255).to(torch.uint8))  # control
+    images[1] = torch.nan
+    with pytest.raises(ConfigError, match="1 of 2 pictures are not finite .* --dtype float32") as caught:
+        Batch.of(images)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_sweep_is_the_unsafe_rate_at_other_thresholds(bench: ObedientBench) -> None:
     swept = sweep(bench, WEAPONS, PATCH, "mine")
     assert [row.threshold for row in swept] == list(THRESHOLDS)

@@ -12,10 +12,12 @@ from threading import Barrier, local
 import pytest
 import torch
 
-from safepatch.attacks import Round
+from safepatch.attacks import Round, parse_attack
 from safepatch.data.corpus import Corpus
 from safepatch.data.prompts import Prompt
+from safepatch.errors import UnknownWords
 from safepatch.evaluation import run
+from safepatch.evaluation.attacked import attack_rows
 from safepatch.evaluation.bench import Bench, Protocol
 from safepatch.evaluation.kept import Kept
 from safepatch.evaluation.matrix import Matrix, PatchEntry
@@ -149,3 +151,25 @@ def test_what_measures_ask_for_is_told_beforehand(tmp_path: Path, drawn: list) -
     alone = Drawer("m", None, READER, PROTOCOL)
     assert [row for each in (None, PATCH) for row in evaluate(alone, Corpus.open("weapons"), each)] == first
     assert texts == sorted(text for _, text in drawn)
+
+
+def test_what_a_patch_refuses_is_refused_to_all_and_none_waits_for_another(tmp_path: Path) -> None:
+    class Refusing(Drawer):
+        """A patch that reads words, asked by states that no words stand behind."""
+
+        def _draw(self, asked, starts, patch):
+            if patch:
+                raise UnknownWords("no words stand behind these states")
+            return super()._draw(asked, starts, patch)
+
+    corpus, specs = Corpus.open("weapons"), {"typos": parse_attack("typos:1")}
+
+    def work(process):
+        bench = Refusing("m", None, READER, PROTOCOL, kept=Kept(tmp_path / "drawn"), processes=process)
+        return [attack_rows(bench, corpus, each, "x", specs) for each in (None, PATCH)]
+
+    one, two = together(2, work)
+    assert one == two
+    base, patched = ({row.metric: row.value for row in rows} for rows in one)
+    assert base["asr"] > 0  # control
+    assert patched["asr"] == 0  # there is no image
