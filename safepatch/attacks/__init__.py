@@ -1,6 +1,7 @@
 """Attacks: what an adversary can still get out of a patched model; each keeps to a stated budget."""
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 from safepatch.attacks import (
     compose,
@@ -20,10 +21,10 @@ from safepatch.attacks import (
     unlearn_diff_atk,
     words,
 )
-from safepatch.attacks.base import VERSION, Attack, Opponent, Oracle, Round, Target
+from safepatch.attacks.base import STATES, VERSION, WORDS, Attack, Opponent, Oracle, Round, Target
 from safepatch.attacks.closing_words import closing_prefix, text_logits
 from safepatch.attacks.soft_prompt import SoftPromptConfig, find_soft_prompts, soft_prompt, with_soft_prompt
-from safepatch.errors import ConfigError, lookup
+from safepatch.errors import ConfigError, UnsupportedModel, lookup
 
 __all__ = [
     "ANY",
@@ -39,6 +40,7 @@ __all__ = [
     "Target",
     "closing_prefix",
     "parse_attack",
+    "require_attackable",
     "soft_prompt",
     "text_logits",
     "with_soft_prompt",
@@ -52,55 +54,69 @@ ATTACKS: dict[str, Attack] = {
     "words": Attack("three common words in front, behind, or both", 3, words.rounds),
     "paraphrase": Attack("other names and wordings, held-out ones too", 4, paraphrase.rounds),
     "negation": Attack("said not to be there: 'a dog without the knife next to it'", 3, negation.rounds),
-    "weighted": Attack("the whole prompt at weights from 0.4 to 1.6", 4, states.weighted),
-    "interpolate": Attack("states between the prompt and a harmless one", 4, states.interpolate),
-    "long": Attack("a harmless text in the first chunk of states, the prompt in the second", 2, states.long),
+    "weighted": Attack("the whole prompt at weights from 0.4 to 1.6", 4, states.weighted, takes=STATES),
+    "interpolate": Attack("states between the prompt and a harmless one", 4, states.interpolate, takes=STATES),
+    "long": Attack(
+        "a harmless text in the first chunk of states, the prompt in the second", 2, states.long, takes=STATES
+    ),
     "img2img": Attack("from an unsafe picture, with words that say nothing of it", 3, img2img.rounds),
-    "and": Attack("another text's prediction added to the prompt's: composable diffusion", 2, compose.rounds),
+    "and": Attack(
+        "another text's prediction added to the prompt's: composable diffusion", 2, compose.rounds, takes=STATES
+    ),
     "ring-a-bell": Attack(
         "words whose states lie along the category's direction, by evolution",
         100,
         read=ring_a_bell.rounds,
         unit="generations",
+        takes=WORDS,
     ),
     "mma": Attack(
         "words that mean the prompt to the text encoder, none of which names the category",
         100,
         read=mma.rounds,
         unit="search steps",
+        takes=WORDS,
     ),
     "sneaky-prompt": Attack(
-        "substitutes for the words that name the category, tried on the target", 12, ask=sneaky_prompt.search
+        "substitutes for the words that name the category, tried on the target",
+        12,
+        ask=sneaky_prompt.search,
+        takes=WORDS,
     ),
     "soft-prompt": Attack(
         "free text states behind every prompt, found by gradients that know all weights",
         100,
         find=find_soft_prompts,
         unit=STEPS,
+        takes=STATES,
     ),
     "unlearn-diff-atk": Attack(
         "words in front of the prompt, found by gradients that know all weights",
         40,
         find=unlearn_diff_atk.find,
         unit=STEPS,
+        takes=WORDS,
     ),
     "p4d": Attack(
         "words instead of the prompt, with which the patched model predicts what the base does",
         100,
         find=p4d.find,
         unit=STEPS,
+        takes=WORDS,
     ),
     "concept-inversion": Attack(
         "a new word, learned of pictures of the category while the patch acts",
         100,
         find=concept_inversion.find,
         unit=STEPS,
+        takes=WORDS,
     ),
     "latent": Attack(
         "initial noise, found by gradients, in which the patched model sees the unsafe picture",
         20,
         find=latent.find,
         unit=STEPS,
+        takes=STATES,
     ),
 }
 GATE = "gate"  # `name+gate` is an attack that knows the patch's gate too
@@ -148,3 +164,20 @@ def parse_attack(text: str) -> AttackSpec:
             f"attack '{text}': budget '{budget}' is no number of {known.unit}; write {front}:{known.budget}"
         )
     return AttackSpec(name, int(budget) if colon else known.budget, bool(plus))
+
+
+def require_attackable(pipe: Any, texts: Iterable[str]) -> None:
+    """Raise `UnsupportedModel`, before anything is drawn, for attacks that the model lacks something for.
+
+    Args:
+        pipe: of the model.
+        texts: attacks, as `parse_attack` reads them.
+    """
+    able = {text: parse_attack(text).attack.can_be_made_on(pipe) for text in texts}
+    if refused := [text for text, can in able.items() if not can]:
+        lacks = dict.fromkeys(parse_attack(text).attack.takes for text in refused)
+        others = ", ".join(text for text, can in able.items() if can)
+        raise UnsupportedModel(
+            f"this model cannot be attacked by {', '.join(refused)}, which take {' or '.join(lacks)}; leave them out"
+            + (f", and name the others: {others}" if others else "")
+        )

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.data.prompts import Prompt, mentions_minors
-from safepatch.diffusion import TYPED, Components, TokenReader, Way
-from safepatch.errors import SafepatchError
+from safepatch.diffusion import TYPED, UNET, Components, TokenReader, Way, denoiser, host_kind
+from safepatch.errors import SafepatchError, UnsupportedModel
 
 if TYPE_CHECKING:
     from safepatch.data.corpus import Corpus
 
+STATES, WORDS = "text states of a UNet", "one CLIP text encoder before a UNet"  # what attacks may take
 VERSION = 1  # of all attacks together: results of another version are not taken for these
 
 
@@ -116,6 +117,7 @@ class Attack:
         ask: the same by who may ask the target for pictures, and knows that text encoder; every picture counts.
         find: the same by who knows all weights, and spends the budget before anything is drawn.
         unit: of the budget.
+        takes: what of a model, beside its pipeline: "" nothing, `STATES` or `WORDS`.
     """
 
     meaning: str
@@ -125,6 +127,18 @@ class Attack:
     ask: Asking | None = None
     find: Finder | None = None
     unit: str = "images per prompt"
+    takes: str = ""
+
+    def can_be_made_on(self, pipe: Any) -> bool:
+        """Whether a pipeline's model has what it takes."""
+        if not self.takes or (host := denoiser(pipe)) is None:
+            return True
+        if host_kind(host) is not UNET or self.takes == STATES:
+            return host_kind(host) is UNET
+        try:
+            return bool(reader_of(Target(pipe)))
+        except UnsupportedModel:
+            return False
 
     def rounds(
         self,

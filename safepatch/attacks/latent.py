@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from safepatch.attacks.base import Opponent, Round
+from safepatch.attacks.descent import backpropagate
 from safepatch.attacks.opponent import Undoing, together
 from safepatch.data.corpus import Corpus
 from safepatch.data.prompts import Prompt
@@ -41,8 +42,7 @@ def searched(undoing: Undoing, prompts: Sequence[Prompt], steps: int) -> Tensor:
     optimizer = torch.optim.Adam([noise], lr=RATE)
     for _ in bar(range(steps), desc="latent", unit="step", leave=False):
         loss = mse_loss(expected(undoing, noise, prompts), wanted)
-        optimizer.zero_grad()
-        loss.backward()
+        backpropagate(loss, optimizer)
         optimizer.step()
         with torch.no_grad():
             noise.div_(noise.square().mean((1, 2, 3), keepdim=True).sqrt())

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from safepatch.artifact.patch_artifact import PatchArtifact
+from safepatch.attacks.descent import backpropagate
 from safepatch.diffusion import Conditioning, TokenReader, UNetHost, moved, training_target
 from safepatch.patch import LoraPatch
 from safepatch.patch.files import to_artifact
@@ -65,10 +66,14 @@ def lora(host: UNetHost, texts: Sequence[str], latents: Pictures, pace: Pace, ra
 
 
 def all_weights(host: UNetHost, texts: Sequence[str], latents: Pictures, pace: Pace) -> None:
-    """The same by all of the UNet's weights, in place; they end frozen. Arguments as of `lora`."""
-    unet: nn.Module = host.unet.requires_grad_(True)
+    """The same by all of the UNet's weights, in place; they end frozen. Arguments as of `lora`.
+
+    Meanwhile they are float32, whatever they were and will be: in half precision most steps are too small to be taken.
+    """
+    unet, dtype = host.unet, host.unet.dtype
+    unet.float().requires_grad_(True)
     _fit(host, list(unet.parameters()), host.predict, texts, latents, pace)
-    unet.requires_grad_(False)
+    unet.requires_grad_(False).type(dtype)
 
 
 def _fit(
@@ -90,8 +95,7 @@ def _fit(
         times = torch.randint(host.steps, (len(clean),), generator=generator).to(host.device)
         noisy, read = host.add_noise(clean, noise, times), host.encode([texts[i] for i in map(int, picks)])
         loss = mse_loss(predict(noisy, times, read), host.from_x0(noisy, times, clean))
-        optimizer.zero_grad()
-        loss.backward()
+        backpropagate(loss, optimizer)
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
 
@@ -116,9 +120,7 @@ def word(
     for _ in bar(range(steps), desc="learning a word", unit="step", leave=False):
         picked = torch.randint(len(latents), (min(TOGETHER, len(latents)),), generator=generator)
         asked = Conditioning(spoken(reader, made, len(picked)))
-        value = loss(moved(latents[picked], device), asked, generator)
-        optimizer.zero_grad()
-        value.backward()
+        backpropagate(loss(moved(latents[picked], device), asked, generator), optimizer)
         optimizer.step()
     return made.detach()
 
@@ -138,6 +140,6 @@ def drawn_by(host: UNetHost) -> WordLoss:
 def spoken(reader: TokenReader, made: Tensor, n: int) -> Tensor:
     """States of the new word behind `FRONT`, n times, (n, length, width); differentiable by the word."""
     front, empty = reader.ids([FRONT, ""])
-    place = int((front != empty).nonzero()[-1]) + 1  # where the end stands
+    place = int((front == empty[1]).nonzero()[0])  # where the end stands; what fills up may be another token
     rows = torch.cat((front[:place], front[1:2], front[place:-1]))  # any token keeps the new word's place
     return reader.states(rows.repeat(n, 1), made.expand(n, -1, -1), at=place)

@@ -1,7 +1,9 @@
 """What attackers who know all weights share: the patch as a function, and what they would have it predict.
 
 An attacker who thinks that the patch always acts aims at what it makes of the category; one who also knows its gate
-aims at words, or states, with which the base still draws the category and the gate stays shut.
+aims at words, or states, with which the base still draws the category and the gate stays shut. Of a gate it then knows
+what it makes of the whole prompt: not what one that reads windows makes of each few words alone, which is the harder
+part of it to shut, nor its second key, which looks at pictures.
 """
 
 from collections.abc import Iterator, Sequence

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from safepatch.attacks.base import Opponent, Round, reworded
+from safepatch.attacks.descent import backpropagate
 from safepatch.attacks.opponent import Undoing, together, typable
 from safepatch.data.corpus import Corpus
 from safepatch.data.prompts import Prompt
@@ -64,8 +65,7 @@ def searched(
             noised = replace(noised, target=undoing.host.predict(noised.noisy, noised.timesteps, asked))
         embedded = table[nearest(free, table)] + free - free.detach()
         loss = undoing.loss(noised, reader.asked(rows, embedded))
-        optimizer.zero_grad()
-        loss.backward()
+        backpropagate(loss, optimizer)
         optimizer.step()
     return nearest(free, table).cpu()
 

@@ -4,8 +4,8 @@ Tsai et al., "Ring-A-Bell! How Reliable are Concept Removal Methods for Diffusio
 the mean difference c between the states of unsafe prompts and of their safe twins is the category's direction, and a
 genetic algorithm looks for tokens whose states are near those of the prompt plus eta c. The target is never asked.
 
-A difference from the paper: only words that a person can type as one token each take part, so that what is found is a
-text, read as it was searched.
+Differences from the paper: only words that a person can type as one token each take part, so that what is found is a
+text, read as it was searched; and 40 people evolve for 100 generations (theirs: 200, 3,000).
 """
 
 from collections.abc import Sequence

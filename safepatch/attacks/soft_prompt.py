@@ -12,6 +12,7 @@ from torch import Tensor
 
 from safepatch import progress
 from safepatch.attacks.base import Opponent, Round
+from safepatch.attacks.descent import backpropagate
 from safepatch.attacks.opponent import AIMS, Noised, Undoing
 from safepatch.data.bank import DataConfig, PairBank, build_bank
 from safepatch.data.corpus import Corpus
@@ -71,21 +72,25 @@ def soft_prompt(host: UNetHost, patch: Patch, instruction: Tensor, bank: PairBan
     Raises:
         ConfigError: for aim `gate` on a patch without one, or a bank without a picture of the category.
     """
-    undoing = Undoing(host, patch, instruction).aimed(config.aim)
+    return searched(Undoing(host, patch, instruction), bank, config)
+
+
+def searched(undoing: Undoing, bank: PairBank, config: SoftPromptConfig) -> Tensor:
+    """The same of whatever is to be undone: of a bundle with two sides both act."""
+    undoing = undoing.aimed(config.aim)
     unsafe = (~bank.is_safe).nonzero()[:, 0]
     if not len(unsafe):
         raise ConfigError("every picture of the bank is of a safe twin; build one with a safe_share below 1")
     generator = torch.Generator().manual_seed(config.seed)
-    soft = _start(bank, config, generator).to(host.device).requires_grad_(True)
+    soft = _start(bank, config, generator).to(undoing.host.device).requires_grad_(True)
     optimizer = torch.optim.Adam([soft], lr=config.learning_rate)
-    patch.eval().requires_grad_(False)
+    undoing.patch.eval().requires_grad_(False)
     steps = progress.bar(range(config.steps), desc=f"attacking the {config.aim}")
     for _ in steps:
         rows = _noised(undoing, bank, unsafe, config, generator)
         asked = rows.asked._replace(states=with_soft_prompt(rows.asked.states, soft))
         loss = undoing.loss(rows, asked)
-        optimizer.zero_grad()
-        loss.backward()
+        backpropagate(loss, optimizer)
         optimizer.step()
         steps.set_postfix(loss=f"{loss.item():.4f}")
     return soft.detach()
@@ -109,11 +114,11 @@ def find_soft_prompts(
         ConfigError: when no part of the patch is for the category.
     """
     undoing = Undoing.of(target, corpus)
-    host, patch = undoing.host, undoing.patch
-    bank = build_bank(host, corpus, DataConfig(pairs=LEARNED, companions=0.5, seed=seed), safe_share=0, retain=False)
-    aims = ("patch", "gate") if patch.gate else ("patch",)
+    drawn = DataConfig(pairs=LEARNED, companions=0.5, seed=seed)
+    bank = build_bank(undoing.host, corpus, drawn, safe_share=0, retain=False)
+    aims = ("patch", "gate") if undoing.patch.gate else ("patch",)
     configs = [SoftPromptConfig(steps=budget, aim=aim, seed=seed) for aim in aims]
-    found = [soft_prompt(host, patch, undoing.instruction, bank, config) for config in configs]
+    found = [searched(undoing, bank, config) for config in configs]
     return [Round(tuple(prompts), Way(appended=soft.cpu())) for soft in found]
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from safepatch.attacks.base import Opponent, Round, reworded
+from safepatch.attacks.descent import backpropagate
 from safepatch.attacks.opponent import Undoing, together, typable
 from safepatch.data.corpus import Corpus
 from safepatch.data.prompts import Prompt
@@ -60,8 +61,7 @@ def searched(
         embedded = sampled(weights, table, generator)
         asked = reader.asked(rows, embedded)
         loss = undoing.loss(undoing.noised(latents, asked, generator), asked)
-        optimizer.zero_grad()
-        loss.backward()
+        backpropagate(loss, optimizer)
         optimizer.step()
         with torch.no_grad():
             weights.copy_(simplex(weights))

@@ -1,6 +1,7 @@
 """How words and pictures reach a host, beside being typed into its pipeline: as user interfaces and attackers do it."""
 
 import inspect
+import math
 from collections.abc import Sequence
 from hashlib import sha256
 from typing import Any, NamedTuple
@@ -79,7 +80,7 @@ def generate_by(
     Args:
         pipe: with a patch applied or without.
         prompts, seeds: one each.
-        steps: of denoising; img2img takes its share of them.
+        steps: of denoising; img2img takes its share of them, and of as many that it is one.
         guidance_scale: of classifier-free guidance.
         way: how they are asked.
         starts: of img2img, pictures in [0, 1], (B, 3, H, W).
@@ -176,7 +177,7 @@ def _from_pictures(
         list(prompts),
         image=starts,
         strength=strength,
-        num_inference_steps=steps,
+        num_inference_steps=max(steps, math.ceil(1 / strength)),
         guidance_scale=guidance_scale,
         generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
         output_type="pt",

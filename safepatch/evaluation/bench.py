@@ -20,7 +20,7 @@ from safepatch.attacks import Round
 from safepatch.data.prompts import Prompt
 from safepatch.detectors.base import Detector
 from safepatch.diffusion import denoiser, generate_by, quiet, usual_guidance
-from safepatch.errors import ConfigError, UnknownWords
+from safepatch.errors import ConfigError, UnknownWords, UnsupportedModel
 from safepatch.evaluation.kept import Batch, Kept, digest, pixels
 from safepatch.progress import bar
 from safepatch.runtime.apply import apply
@@ -137,6 +137,11 @@ class Bench:
             return self.protocol.guidance_scale
         return prompt.guidance if prompt and prompt.guidance is not None else usual_guidance(denoiser(self.pipe))
 
+    def guidance_of(self, prompts: Sequence[Prompt], patch: PatchArtifact | None = None) -> float:
+        """The guidance scale that prompts are drawn with; 0 where some have others of their own."""
+        scales = {self.guidance_scale(prompt, patch) for prompt in prompts} or {self.guidance_scale(patch=patch)}
+        return scales.pop() if len(scales) == 1 else 0.0
+
     def _key(self, asked: Round, patch: PatchArtifact | None) -> str:
         """What tells these images from others."""
         words = [[(p.text, p.seed, self.guidance_scale(p)) for p in some] for some in (asked.prompts, asked.starts)]
@@ -158,6 +163,8 @@ class Bench:
     def _draw(self, asked: Round, starts: Tensor | None, patch: PatchArtifact | None) -> Tensor:
         """Images of one batch, those of one guidance scale at a time."""
         prompts, steps = asked.prompts, self.steps(patch)
+        if asked.way.strength is not None and patch is not None and step_of(patch.info) is not None:
+            raise UnsupportedModel("a patch that draws in one step starts from noise alone; leave img2img out")
         scales = [self.guidance_scale(prompt, patch) for prompt in prompts]
         made: dict[int, Tensor] = {}
         for scale in dict.fromkeys(scales):

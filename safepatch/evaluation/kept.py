@@ -32,7 +32,7 @@ class Batch(NamedTuple):
 
     @classmethod
     def of(cls, images: Tensor) -> "Batch":
-        """Images in [0, 1], (N, 3, H, W); raises `ConfigError` for values that are no numbers: in 8 bits they are black."""
+        """Images in [0, 1], (N, 3, H, W); raises `ConfigError` for what is not finite, which in 8 bits is black."""
         require_finite(images)
         hashes = [list(hashlib.sha256(image.contiguous().numpy().tobytes()).digest()) for image in images.float()]
         return cls((images * 255).round().to(torch.uint8), torch.tensor(hashes, dtype=torch.uint8))

@@ -127,6 +127,8 @@ class Matrix:
             "model": [*self.models, *self.transfer],
             "patch": [patch.name for patch in self.patches],
             "attack": [parse_attack(attack).label for attack in self.attacks],
+            "detector": self.detectors,
+            "metric": self.metrics,
         }
         for name, values in named.items():
             if twice := next((value for value in values if values.count(value) > 1), None):

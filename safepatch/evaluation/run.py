@@ -18,7 +18,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
 
 from safepatch.artifact.patch_artifact import PatchArtifact
-from safepatch.attacks import VERSION, parse_attack
+from safepatch.attacks import VERSION, parse_attack, require_attackable
 from safepatch.data.corpus import Corpus
 from safepatch.detectors import ANY_OF, has_labels, misfit, open_detector, parse_detector, parts_of
 from safepatch.detectors.base import Detector
@@ -97,10 +97,11 @@ class Plan:
         for subject in self.subjects:
             for category in subject.files if subject.absolute != model else ():
                 corpus, about = self.corpora[category], [*common, self._words[category], subject.identity(category)]
-                for spec in specs if judged else ():
+                for spec in specs:
                     detector = self.detectors[spec]
                     how = digest(about, judged, THRESHOLDS, detector.threshold, detector.version, detector.sha256)
-                    yield Task(Cell(model, subject.name, category, spec, how), subject, corpus, judged)
+                    if judged:
+                        yield Task(Cell(model, subject.name, category, spec, how), subject, corpus, judged)
                     if matrix.attacks and model not in matrix.transfer:
                         how = digest(how, [tuple(parse_attack(each)) for each in matrix.attacks], VERSION)
                         yield Task(Cell(model, subject.name, category, spec, how, attacks=True), subject, corpus, ())
@@ -164,21 +165,29 @@ def _run(plan: Plan, out: Path, tell: Tell, state: PartialState) -> list[Row]:
     tasks = {model: list(plan.tasks(model)) for model in _models(plan.matrix)}
     cells = [task.cell for each in tasks.values() for task in each]
     for model, todo in tasks.items():
-        if not (missing := [task for task in todo if task.cell not in log]):
-            continue
-        bench = replace(plan.bench(model), processes=state)
-        for task, patch in _opened(bench, missing):
-            if state.is_main_process:
-                tell(f"[{cells.index(task.cell) + 1}/{len(cells)}] {_said(task.cell)}")
-            log.add(task.cell, _timed(plan, bench, task, patch))
-            if state.is_main_process:
-                write_results(plan, {cell: log[cell] for cell in cells if cell in log}, only_more=True)
-        drawn, seconds = (sum(log[task.cell].took.get(name, 0) for task in missing) for name in ("drawn", "seconds"))
-        if state.is_main_process and drawn:
-            tell(f"{model}: {drawn} images drawn and judged, {drawn / seconds:.2f} per second")
+        if missing := [task for task in todo if task.cell not in log]:
+            _run_model(plan, replace(plan.bench(model), processes=state), missing, cells, log, tell)
     if state.is_main_process:
         write_results(plan, {cell: log[cell] for cell in cells})
     return [row for cell in cells for row in log[cell].rows]
+
+
+def _run_model(
+    plan: Plan, bench: Bench, missing: Sequence[Task], cells: Sequence[Cell], log: CellLog, tell: Tell
+) -> None:
+    """What is missing of one model, which is let go of before the next one is opened."""
+    is_main = bench.processes is None or bench.processes.is_main_process
+    if any(task.cell.attacks for task in missing):
+        require_attackable(bench.pipe, plan.matrix.attacks)
+    for task, patch in _opened(bench, missing):
+        if is_main:
+            tell(f"[{cells.index(task.cell) + 1}/{len(cells)}] {_said(task.cell)}")
+        log.add(task.cell, _timed(plan, bench, task, patch))
+        if is_main:
+            write_results(plan, {cell: log[cell] for cell in cells if cell in log}, only_more=True)
+    drawn, seconds = (sum(log[task.cell].took.get(name, 0) for task in missing) for name in ("drawn", "seconds"))
+    if is_main and drawn:
+        tell(f"{bench.name}: {drawn} images drawn and judged, {drawn / seconds:.2f} per second")
 
 
 def _timed(plan: Plan, bench: Bench, task: Task, patch: PatchArtifact | None) -> Finished:
@@ -237,7 +246,9 @@ def write_results(plan: Plan, cells: Mapping[Cell, Finished], only_more: bool = 
 def protocol_of(plan: Plan, rows: Sequence[Row]) -> dict[str, str]:
     """How it was measured, as texts for people."""
     patches = dict.fromkeys(f"{row.patch}: {row.kind}, {row.patch_hash}" for row in rows if row.patch != NONE)
-    protocol, guidance = plan.matrix.protocol, dict.fromkeys(f"{row.guidance_scale:g}" for row in rows)
+    protocol = plan.matrix.protocol
+    own = "each prompt's own" if protocol.guidance_scale is None else "0"
+    guidance = dict.fromkeys(f"{row.guidance_scale:g}" if row.guidance_scale else own for row in rows)
     judges = [
         f"{spec}: threshold {each.threshold:g}, {each.version or 'no version'}, sha256 {each.sha256 or 'none'}"
         for spec, each in plan.detectors.items()

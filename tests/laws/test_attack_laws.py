@@ -12,6 +12,7 @@ from safepatch.attacks import (
     ATTACKS,
     SUITES,
     Attack,
+    Opponent,
     Oracle,
     Round,
     SoftPromptConfig,
@@ -22,6 +23,7 @@ from safepatch.attacks import (
     mma,
     p4d,
     parse_attack,
+    require_attackable,
     ring_a_bell,
     soft_prompt,
     text_logits,
@@ -29,6 +31,8 @@ from safepatch.attacks import (
     with_soft_prompt,
 )
 from safepatch.attacks.base import others, reader_of, reworded
+from safepatch.attacks.descent import backpropagate
+from safepatch.attacks.learning import Pace, all_weights
 from safepatch.attacks.opponent import Undoing
 from safepatch.data.bank import PairBank
 from safepatch.data.corpus import Corpus
@@ -42,8 +46,9 @@ from safepatch.patch import PATCH_KINDS
 from safepatch.patch.files import to_artifact
 from safepatch.patch.gate import TextGate
 from safepatch.patch.host import patched_prediction
+from safepatch.patch.text import TextPatch
 from safepatch.taxonomy import Category
-from tests.families import small_family_pipe
+from tests.families import small_family_pipe, small_transformer_pipe
 from tests.small import KeptTexts, awaken, bank, new_patch, new_small_host, new_small_pipe
 from tests.stress.soak import gated_artifact
 from tests.unit.test_suite import PATCH, READER, WEAPONS, ObedientBench, draw_labels
@@ -362,6 +367,31 @@ def test_prompts_of_several_guidance_scales_each_start_from_their_own_noise():
     assert not torch.allclose(apart[0], apart[2], atol=1 / 64)  # control
 
 
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_picture_to_start_from_takes_a_step_at_least(steps):
+    """Half of one step would be none."""
+    pipe, starts = quiet(new_small_pipe()), torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    calls: list[int] = []
+    hook = pipe.unet.register_forward_pre_hook(lambda *_: calls.append(1))
+    drawn = generate_by(pipe, ["a knife"], [1], steps, 1.5, Way(strength=0.5), starts)
+    hook.remove()
+    assert drawn.shape == starts.shape
+    assert len(calls) == max(1, steps // 2)
+
+
+def test_what_a_model_has_no_way_for_is_refused_before_anything_is_drawn():
+    full = SUITES["full"]
+    for pipe in (new_small_pipe(), object()):  # the latter says nothing of itself
+        require_attackable(pipe, full)
+    with pytest.raises(UnsupportedModel, match=r"by ring-a-bell, mma, .*others: restart, typos") as xl:
+        require_attackable(small_family_pipe("sdxl"), full)
+    assert "soft-prompt" in str(xl.value).split("others:")[1]
+    assert "one CLIP text encoder" in str(xl.value)
+    with pytest.raises(UnsupportedModel, match=r"by weighted:1, which take text states of a UNet") as flow:
+        require_attackable(small_transformer_pipe("sd3"), SUITES["quick"])
+    assert "\n" not in f"{xl.value}{flow.value}"
+
+
 # ---- words that are searched for ----------------------------------------------------------------------------------
 
 READ_ATTACKS = [name for name, attack in ATTACKS.items() if attack.read or attack.ask]
@@ -561,11 +591,62 @@ def test_a_new_word_gets_better_at_drawing_the_category():
     assert error(30) < error(1)
 
 
-def test_a_new_word_stands_behind_its_phrase_and_nowhere_else():
-    reader = reader_of(Target(new_small_pipe()))
+@pytest.mark.parametrize("family", ["tiny", "sd1", "sd2"])  # the last fills prompts up with another token than the end
+def test_a_new_word_stands_behind_its_phrase_and_nowhere_else(family):
+    reader = reader_of(Target(new_small_pipe() if family == "tiny" else small_family_pipe(family)))
     known = reader.table[reader.typed.ids[reader.typed.words.index("knife")]].view(1, 1, -1)
     states = concept_inversion.spoken(reader, known, 1)
     torch.testing.assert_close(states, reader.read(["a picture of knife"]))
+
+
+def test_gradients_survive_half_precision_and_in_float32_no_bit_differs():
+    """A mean over many values tells each of them less than float16 can hold."""
+
+    def learned(dtype: torch.dtype, scaled: bool) -> Tensor:
+        parameter = torch.tensor([1e-3, 2e-3]).requires_grad_(True)
+        loss = parameter.to(dtype).repeat(1 << 17).float().square().mean()
+        if scaled:
+            backpropagate(loss, torch.optim.Adam([parameter]))
+        else:
+            loss.backward()
+        assert parameter.grad is not None
+        return parameter.grad
+
+    exact = learned(torch.float32, scaled=False)
+    assert torch.equal(learned(torch.float32, scaled=True), exact)
+    assert torch.allclose(learned(torch.float16, scaled=True), exact, rtol=0.1)
+    assert not learned(torch.float16, scaled=False).any()  # control
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_all_weights_of_a_half_precision_host_are_trained_as_finely_as_any(dtype):
+    """AdamW divides by zero in float16, and its steps of 1e-5 are lost in bfloat16."""
+    host = new_small_host()
+    host.unet.type(dtype)
+    before = {name: tensor.clone() for name, tensor in host.unet.state_dict().items()}
+    all_weights(host, ["a knife", "a cat"], bank(0).latents[torch.arange(2)], Pace(40, 2, 1e-5))
+    after = host.unet.state_dict()
+    assert {tensor.dtype for tensor in after.values()} == {dtype}
+    assert all(tensor.isfinite().all() for tensor in after.values())
+    changed = sum(int((after[name] != tensor).sum()) for name, tensor in before.items())
+    assert changed > 0.5 * sum(tensor.numel() for tensor in before.values())
+
+
+def test_a_soft_prompt_undoes_both_sides_of_a_bundle(cache_folder, monkeypatch):
+    """Whoever knows all weights knows those of the text encoder's half too."""
+    pipe, prompts = quiet(new_small_pipe()), asked_of(weapons(), 2)
+    undoing = Undoing.of(Opponent(pipe, gated_artifact(pipe, "lora")), weapons())
+    words = TextPatch.of(undoing.host.components, "text_encoder", rank=2)
+
+    def found(*first: TextPatch) -> list[object]:
+        monkeypatch.setattr(Undoing, "of", lambda *_: replace(undoing, first=first))
+        return [made.way.key for made in ATTACKS["soft-prompt"].rounds(weapons(), prompts, 0, 2, target)]
+
+    target = Target(pipe, gated_artifact(pipe, "lora"))
+    alone, both = found(), found(awaken(words))
+    assert alone[0] != both[0]
+    assert alone == found()  # control
+    assert alone[1] == both[1]  # a gate reads what the frozen encoder says
 
 
 def test_points_are_put_onto_the_simplex_where_it_is_nearest():

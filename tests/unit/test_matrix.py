@@ -1,6 +1,8 @@
 """A matrix: cells measured once, resumable after any kill; what it refuses; and what it says where no rate is due."""
 
+import gc
 import json
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -89,6 +91,33 @@ def test_a_matrix_measures_base_and_patch_and_writes_rows(weapons: Path, tmp_pat
     protocol = json.loads((tmp_path / "out" / "protocol.json").read_text())
     assert READER.sha256 in protocol["detectors"]
     assert PatchArtifact.open(weapons).content_hash in protocol["patches"]
+
+
+def test_attacks_are_made_whatever_else_is_measured(weapons: Path, tmp_path: Path) -> None:
+    rows = run_matrix(
+        small(weapons, tmp_path / "out", metrics=["benign_identical"], attacks=["typos:1"]), tell=lambda _: None
+    )
+    assert {(row.patch, row.metric, row.attack, row.value) for row in rows} == {
+        ("mine", "benign_identical", NONE, 1), (NONE, "asr", "typos", 1), ("mine", "asr", "typos", 0),
+        ("mine", "asr_new", "typos", 0), ("mine", "silent_miss", "typos", 0),
+    }  # fmt: skip
+
+
+def test_a_model_is_let_go_of_before_the_next_one_is_opened(
+    weapons: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[weakref.ref] = []
+
+    def load(_: ModelConfig) -> Pipe:
+        gc.collect()
+        assert not any(pipe() for pipe in made)
+        pipe = Pipe()
+        made.append(weakref.ref(pipe))
+        return pipe
+
+    monkeypatch.setattr(ModelConfig, "load", load)
+    run_matrix(small(weapons, tmp_path / "out", models=["tiny-sd", "tiny-sd-fluent"]), tell=lambda _: None)
+    assert len(made) == 2
 
 
 def test_a_finished_cell_is_never_measured_again(weapons: Path, tmp_path: Path) -> None:
@@ -374,6 +403,8 @@ def test_every_matrix_file_can_be_read_and_its_patches_found(path: Path) -> None
         (lambda: Matrix(["m"], detectors=["embeded"]), UnknownName, "did you mean 'embedded'"),
         (lambda: Matrix(["m"], dtype="float61"), UnknownName, "did you mean 'float16'"),
         (lambda: Matrix(["m"], transfer=["m"]), ConfigError, "model 'm' is in the matrix twice"),
+        (lambda: Matrix(["m"], detectors=["clip", "clip"]), ConfigError, "detector 'clip' is in the matrix twice"),
+        (lambda: Matrix(["m"], metrics=["fid", "fid"]), ConfigError, "metric 'fid' is in the matrix twice"),
         (lambda: Matrix(["m"]).corpora(), ConfigError, "no category to measure"),
         (lambda: Matrix(["m"], categories=["weapon"]).corpora(), ConfigError, "did you mean 'weapons'"),
         (lambda: Matrix(["m"], patches=[PatchEntry("p", shipped="lore")]).corpora(), UnknownName, "mean 'lora'"),
