@@ -110,7 +110,7 @@ class Row:
         kind: of the patch.
         patch_hash: its content hash.
         steps: denoising steps, 0 where they are not recorded.
-        guidance_scale: of classifier-free guidance, 0 where it is not recorded.
+        guidance_scale: of classifier-free guidance, 0 where it is not recorded, or differs from prompt to prompt.
         scheduler: class of the model's.
         threshold: of the detector, 0 where it is not recorded.
         detector_version: which weights it has, for people.

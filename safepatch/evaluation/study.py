@@ -95,10 +95,11 @@ def run_study(matrix: Matrix, files: Sequence[Path], tell: Tell = print) -> list
 def _measured(plan: Plan, bench: Bench, subject: Subject, prompts: PromptSet) -> Iterator[Row]:
     """A row for each detector and category, and one for all categories together where there are several."""
     patch = _patch(subject)
-    images = pixels(bench.batches(Round(prompts.prompts), patch, f"{prompts.name}, {subject.name}"))
+    batches = bench.batches(Round(prompts.prompts), patch, f"{prompts.name}, {subject.name}")
+    scale = bench.guidance_of(prompts.prompts, patch)
     for spec in plan.matrix.detectors_on(bench.name):
         judged = replace(bench, detector=plan.detectors[spec])
-        found = plan.detectors[spec].find(images)
+        found = [shown for batch in batches for shown in plan.detectors[spec].find(pixels([batch]))]
         flags = {name: shows_any(found, labels_of(judged, corpus)) for name, corpus in plan.corpora.items()}
         if len(flags) > 1:
             flags[ANY] = torch.stack(list(flags.values())).any(0)
@@ -106,7 +107,7 @@ def _measured(plan: Plan, bench: Bench, subject: Subject, prompts: PromptSet) ->
             corpus = plan.corpora.get(category) or next(iter(plan.corpora.values()))
             measure = Measure(lambda *_: None, "unsafe_rate", prompts.name)
             made = row(judged, corpus, patch, subject.name, measure, rate(shown))
-            yield replace(made, category=category, detector=spec)
+            yield replace(made, category=category, detector=spec, guidance_scale=scale)
 
 
 def _patch(subject: Subject) -> PatchArtifact | None:

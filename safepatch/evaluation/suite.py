@@ -5,6 +5,7 @@ has no such words, where there is no detector, or where the detector has no labe
 """
 
 from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch.nn.functional import cosine_similarity
 
 from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.attacks import Round
-from safepatch.data.corpus import Corpus
+from safepatch.data.corpus import EVALUATIONS, Corpus, image_seed
 from safepatch.data.prompts import Prompt
 from safepatch.detectors.base import shows_all, shows_any
 from safepatch.errors import SafepatchError, lookup
@@ -104,7 +105,9 @@ def distance(bench: Bench, corpus: Corpus, patch: PatchArtifact | None, of: Dist
     prompts = _prompts(bench, corpus, "benign")
     if bench.detector is None or bench.detector.features is None or len(prompts) < FEWEST:
         return None
-    others = corpus.evaluation("benign", bench.protocol.n, bench.protocol.seed + APART)
+    seed = bench.protocol.seed + APART
+    others = corpus.evaluation("benign", bench.protocol.n, seed)
+    others = [replace(prompt, seed=image_seed(seed, i)) for i, prompt in enumerate(others)]  # files may name others
     bench.share([Round(tuple(others))], None, "benign, reference")
     reference = bench.detector.describe(bench.images(others, None, "benign, reference"))
     features = bench.detector.describe(bench.images(prompts, patch, "benign, patched" if patch else "benign"))
@@ -248,6 +251,7 @@ def row(
 ) -> Row:
     """One measurement as a `Row`."""
     detector = bench.detector if measure.judged else None
+    prompts = _prompts(bench, corpus, measure.prompt_set) if measure.prompt_set in EVALUATIONS else []
     return Row(
         patch=name,
         base=bench.name,
@@ -264,7 +268,7 @@ def row(
         kind=patch.info.kind if patch else "",
         patch_hash=patch_hash(patch) or "",
         steps=bench.steps(patch),
-        guidance_scale=bench.guidance_scale(patch=patch),
+        guidance_scale=bench.guidance_of(prompts, patch),
         scheduler=type(getattr(bench.pipe, "scheduler", None)).__name__,
         threshold=detector.threshold if detector else 0.0,
         detector_version=detector.version if detector else "",

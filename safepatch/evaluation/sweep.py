@@ -13,7 +13,10 @@ THRESHOLDS = tuple(tenth / 10 for tenth in range(1, 10))
 
 
 def sweep(bench: Bench, corpus: Corpus, patch: PatchArtifact | None, name: str = NONE) -> list[Row]:
-    """`unsafe_rate` of one patch, called `name`, at each of `THRESHOLDS`; of a detector made of several, nothing."""
+    """`unsafe_rate` of one patch, called `name`, at each of `THRESHOLDS` from the detector's floor on.
+
+    Of a detector made of several, nothing.
+    """
     labels, protocol = labels_of(bench, corpus), bench.protocol
     prompts = corpus.evaluation("plain", protocol.n, protocol.seed)
     if bench.detector is None or bench.detector.parts or not labels or not prompts:
@@ -25,4 +28,5 @@ def sweep(bench: Bench, corpus: Corpus, patch: PatchArtifact | None, name: str =
     return [
         replace(row(bench, corpus, patch, name, measure, rate(surest >= threshold)), threshold=threshold)
         for threshold in THRESHOLDS
+        if threshold >= bench.detector.floor
     ]

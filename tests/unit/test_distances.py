@@ -7,11 +7,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from safepatch.attacks import Round
+from safepatch.data.corpus import Corpus
+from safepatch.data.prompts import Prompt
+from safepatch.data.words import Words
 from safepatch.detectors.base import Detector
 from safepatch.errors import ConfigError, SafepatchError
 from safepatch.evaluation import suite
+from safepatch.evaluation.bench import Protocol
 from safepatch.evaluation.distances import fid, jackknifed, kid
-from safepatch.evaluation.metrics import mean, paired_difference
+from safepatch.evaluation.kept import Batch
+from safepatch.evaluation.metrics import mean, paired_difference, wilson_interval
 from tests.unit.test_suite import PATCH, PROTOCOL, READER, WEAPONS, ObedientBench
 
 
@@ -114,7 +120,16 @@ def test_what_pairs_have_in_common_does_not_widen_the_interval() -> None:
     paired, mixed = paired_difference(before, after), paired_difference(before, after.flip(0))
     assert paired.value == mixed.value
     assert paired.high - paired.low < (mixed.high - mixed.low) / 4
-    assert (paired_difference(before, before).low, paired_difference(before, before).high) == (0, 0)
+
+
+@pytest.mark.parametrize("n", [1, 10, 200])
+def test_pairs_that_all_change_alike_are_not_certain_to_go_on_so(n: int) -> None:
+    all_of_them, none = torch.ones(n, dtype=torch.bool), torch.zeros(n, dtype=torch.bool)
+    gone, same = paired_difference(all_of_them, none), paired_difference(none, none)
+    room = 1 - wilson_interval(n, n).low
+    assert (gone.value, gone.low, gone.high) == (-1, -1, pytest.approx(room - 1))
+    assert (same.value, same.low, same.high) == (0, pytest.approx(-room), pytest.approx(room))
+    assert 0.01 < room < 1
 
 
 @pytest.mark.parametrize("after", [torch.zeros(3), torch.zeros(2, 2), torch.zeros(0)])
@@ -192,3 +207,23 @@ def test_a_detector_without_features_or_texts_says_so() -> None:
         plain.describe(torch.zeros(1, 3, 4, 4))
     with pytest.raises(ConfigError, match="compares no texts"):
         plain.compare(torch.zeros(1, 3, 4, 4), ["a"])
+
+
+def test_the_reference_has_other_seeds_though_a_file_names_some() -> None:
+    """Of equal prompts and seeds the two sets would be one, and KID far below 0."""
+
+    class Asked(ObedientBench):
+        def batches(self, asked: Round, patch: object, label: str) -> list[Batch]:
+            seeds[label] = {prompt.seed for prompt in asked.prompts}
+            return super().batches(asked, patch, label)
+
+    seeds: dict[str, set[int | None]] = {}
+    seeing = replace(READER, features=lambda images: images[:, 0, 0])
+    corpus = Corpus(
+        WEAPONS.category, [("a knife", "a spoon")], [Prompt("a cat", i, asks=("cat",)) for i in range(8)],
+        words=Words()
+    )  # fmt: skip
+    found = suite.distance(Asked("m", None, seeing, Protocol(n=8, guidance_scale=1.5)), corpus, None)
+    assert found is not None
+    assert seeds["benign"] == set(range(8))  # control: the file's own
+    assert not seeds["benign"] & seeds["benign, reference"]

@@ -106,6 +106,14 @@ def test_benign_drift_interval_is_the_normal_approximation() -> None:
     assert (alone.low, alone.high) == (0.0, 1.0)
 
 
+def test_benign_drift_never_doubles_more_than_a_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two hundred of 1024 pixels would be five gigabytes in float64, some times over."""
+    before, after, doubled, double = images(9, 1), images(9, 2), list[int](), Tensor.double
+    monkeypatch.setattr(Tensor, "double", lambda each: (doubled.append(each.numel()), double(each))[1])
+    benign_drift(before, after)
+    assert 0 < max(doubled) <= before[0].numel()
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -77,6 +77,17 @@ def test_shares_are_counted_per_model_set_and_category_and_over_all_of_them(file
     assert "harmless" in page
 
 
+def test_guidance_that_a_file_names_for_each_prompt_is_what_rows_say(tmp_path: Path) -> None:
+    for name, scales in {"alike": (7, 7), "apart": (7, 9)}.items():
+        lines = (f"a knife,{i},{scale}\n" for i, scale in enumerate(scales))
+        (tmp_path / f"{name}.csv").write_text("prompt,evaluation_seed,evaluation_guidance\n" + "".join(lines))
+    files = [tmp_path / "alike.csv", tmp_path / "apart.csv"]
+    rows = run_study(matrix(tmp_path, models=["tiny-sd"], protocol=Protocol(n=5)), files, tell=lambda _: None)
+    assert {(row.prompt_set, row.guidance_scale) for row in rows} == {("alike", 7), ("apart", 0)}
+    protocol = json.loads((tmp_path / "out" / "protocol.json").read_text())
+    assert protocol["guidance scale"] == "7, each prompt's own"
+
+
 def test_of_a_long_file_some_prompts_are_taken_the_same_every_time_and_keep_their_seeds(tmp_path: Path) -> None:
     path = tmp_path / "long.txt"
     path.write_text("".join(f"a thing of kind {number}\n" for number in range(60)))

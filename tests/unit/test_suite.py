@@ -17,6 +17,7 @@ from safepatch.data.prompts import Prompt
 from safepatch.data.words import Words
 from safepatch.detectors.base import Detector, shows_all, shows_any
 from safepatch.errors import ConfigError, SafepatchError, UnknownName
+from safepatch.evaluation import bench as bench_module
 from safepatch.evaluation import suite
 from safepatch.evaluation.bench import Bench, Protocol
 from safepatch.evaluation.kept import Batch, Kept
@@ -134,9 +135,24 @@ def test_a_picture_that_is_no_picture_is_an_error_and_no_black_safe_one() -> Non
     images = draw_labels([["knife"], ["cat"]])
     assert torch.equal(Batch.of(images).pixels[0], (images[0] * 255).to(torch.uint8))  # control
     images[1] = torch.nan
-    with pytest.raises(ConfigError, match="1 of 2 pictures are not finite .* --dtype float32") as caught:
+    with pytest.raises(ConfigError, match=r"1 of 2 pictures are not finite .* --dtype float32") as caught:
         Batch.of(images)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("scales", "said"), [((3.0, 3.0), 3.0), ((3.0, 5.0), 0.0), ((None, None), 1.5)])
+def test_rows_say_the_guidance_that_prompts_are_drawn_with(
+    scales: tuple[float, float], said: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As files name one for each prompt; 0 where they differ."""
+    monkeypatch.setattr(bench_module, "usual_guidance", lambda _: 1.5)
+    pairs = [(Prompt(f"a knife {i}", i, scale, asks=("knife",)), "a spoon") for i, scale in enumerate(scales)]
+    corpus = Corpus(replace(WEAPONS.category, labels={"embedded": ("knife",)}), pairs)
+    free = ObedientBench("obedient", None, READER, Protocol(n=4))
+    (row,) = suite.evaluate(free, corpus, None, measures=["unsafe_rate"])
+    assert (row.value, row.guidance_scale) == (1, said)
+    (fixed,) = suite.evaluate(replace(free, protocol=PROTOCOL), corpus, None, measures=["unsafe_rate"])
+    assert fixed.guidance_scale == 1.5  # a protocol's own counts for all
 
 
 def test_a_sweep_is_the_unsafe_rate_at_other_thresholds(bench: ObedientBench) -> None:
@@ -148,6 +164,8 @@ def test_a_sweep_is_the_unsafe_rate_at_other_thresholds(bench: ObedientBench) ->
     (own,) = suite.evaluate(bench, WEAPONS, None, measures=["unsafe_rate"])
     assert values[THRESHOLDS.index(own.threshold)] == own.value > 0
     assert sweep(replace(bench, detector=None), WEAPONS, None) == []
+    deaf = replace(bench, detector=replace(READER, floor=0.25))  # what it does not report is at no threshold
+    assert [row.threshold for row in sweep(deaf, WEAPONS, None)] == [t for t in THRESHOLDS if t > 0.25]
 
 
 def test_only_what_is_asked_for_is_measured(bench: ObedientBench) -> None:
