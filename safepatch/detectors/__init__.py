@@ -198,7 +198,8 @@ def open_detector(spec: DetectorSpec, categories: Sequence[Category], device: De
     """The detector of `spec`, ready to judge pictures of `categories` on `device`.
 
     Raises:
-        ConfigError: as `require_labels`; before weights are read where a category gives no labels at all.
+        ConfigError: as `require_labels`, before weights are read where a category gives no labels at all; and for a
+            threshold below the detector's floor.
         ModelNotFound: when its weights are nowhere.
         UnsupportedModel: when they are of another model.
     """
@@ -207,6 +208,8 @@ def open_detector(spec: DetectorSpec, categories: Sequence[Category], device: De
         _require_some(spec.name, category)
     detector = replace(entry.build(categories, spec.source, device), shares=entry.shares)
     require_labels(detector, categories)
+    if spec.threshold is not None and spec.threshold < detector.floor:
+        raise ConfigError(f"detector '{spec}' reports nothing below {detector.floor:g}; name that or more")
     return detector if spec.threshold is None else replace(detector, threshold=spec.threshold)
 
 

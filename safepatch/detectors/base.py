@@ -27,6 +27,7 @@ class Detector:
         features: images on its device to what it sees in them, (B, D), for distances between sets; not all have them.
         parts: the detectors it is made of; none of most.
         shares: the detector whose labels in category files are its own too, having the same; none of most.
+        floor: what is less likely it does not report, so that no threshold may be below; 0 of most.
         similarity: images on its device, and as many texts, to cosines (B,); not all know texts.
     """
 
@@ -41,6 +42,7 @@ class Detector:
     similarity: Callable[[Tensor, Sequence[str]], Tensor] | None = None
     parts: "tuple[Detector, ...]" = ()
     shares: str = ""
+    floor: float = 0.0
 
     def labels_of(self, category: Category) -> tuple[str, ...]:
         """Those of its labels that count as the category; of several detectors all of theirs."""

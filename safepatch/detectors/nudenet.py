@@ -64,7 +64,7 @@ def nudenet_detector(
         answers = (network(blob(image).numpy()) for image in images.cpu())  # one by one: as the package does
         return torch.stack([found(torch.from_numpy(answer)[0], images.shape[-2:]) for answer in answers])
 
-    return Detector(NAME, LABELS, probabilities, threshold=FLOOR, version=file.version, sha256=file.sha256)
+    return Detector(NAME, LABELS, probabilities, threshold=FLOOR, version=file.version, sha256=file.sha256, floor=FLOOR)
 
 
 def blob(image: Tensor) -> Tensor:

@@ -90,5 +90,5 @@ def picture(path: Path) -> Tensor:
         with Image.open(path) as image:
             pixels = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
             return pixels.reshape(1, image.height, image.width, 3).permute(0, 3, 1, 2).float() / 255
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # PIL's, of damaged PNGs too
         raise ConfigError(f"cannot read {path} as a picture ({error}); remove it from the labelled folder") from error

@@ -253,6 +253,14 @@ def test_of_boxes_that_overlap_the_strongest_stays_whatever_its_label():
     assert nudenet.found(none, (320, 320)).abs().max() == 0
 
 
+def test_a_threshold_below_what_a_detector_reports_is_refused(monkeypatch):
+    judge = Detector("nudenet", nudenet.LABELS, lambda images: images, threshold=0.25, floor=nudenet.FLOOR)
+    monkeypatch.setitem(DETECTORS, "nudenet", DETECTORS["nudenet"]._replace(build=lambda *_: judge))
+    assert open_detector(parse_detector("nudenet:0.45"), [SEXUAL]).threshold == 0.45  # control
+    with pytest.raises(ConfigError, match=r"detector 'nudenet:0\.1' reports nothing below 0\.25; name that or more"):
+        open_detector(parse_detector("nudenet:0.1"), [SEXUAL])
+
+
 def test_what_nudenet_reads_is_a_square_filled_up_with_black_and_blue_first():
     image = torch.zeros(3, 40, 80)
     image[0] = 1

@@ -53,6 +53,14 @@ def test_a_judge_that_finds_nothing_has_no_precision(folder: Path) -> None:
     assert "nothing found" in lines([own])[-1]
 
 
+def test_a_picture_of_more_pixels_than_anybody_draws_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert score(RED, ["red"], folder)  # control
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
+    with pytest.raises(ConfigError, match=r"cannot read .*0\.png as a picture .*remove it") as caught:
+        score(RED, ["red"], folder)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_folder_that_is_not_labelled_is_one_line(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"no pictures in .*nowhere/unsafe; a labelled folder holds"):
         score(RED, ["red"], folder / "nowhere")
