@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from safepatch.diffusion import quiet
+from safepatch.diffusion import denoiser, quiet, usual_guidance
 from safepatch.models.load import dtype_of, load_pipeline
 from safepatch.runtime.apply import apply
 
@@ -25,7 +25,8 @@ class SafepatchTechnique:
         device: where it draws; a GPU by default, if there is one.
         dtype: of the model, such as `float16`; float32 by default.
         tokenizer: of a model that is a single file.
-        num_inference_steps, guidance_scale: of each image, unless a call names others.
+        num_inference_steps, guidance_scale: of each image, unless a call names others; by default 50, and what is usual
+            for the model.
 
     Raises:
         TypeError: for a key that is none of these; the package itself would ignore it.
@@ -42,12 +43,13 @@ class SafepatchTechnique:
         dtype: str | None = None,
         tokenizer: str | None = None,
         num_inference_steps: int = 50,
-        guidance_scale: float = 7.5,
+        guidance_scale: float | None = None,
     ) -> None:
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.pipe = quiet(load_pipeline(model, tokenizer, dtype=dtype_of(dtype)).to(self.device))
         self.handle = apply(self.pipe, patch, scale)
-        self._options = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        scale = usual_guidance(denoiser(self.pipe)) if guidance_scale is None else guidance_scale
+        self._options = {"num_inference_steps": num_inference_steps, "guidance_scale": scale}
 
     def generate(self, prompts: Sequence[str], seed: int | None = None, **options: Any) -> list[Image.Image]:
         """An image for each prompt; the i-th starts from the noise of `seed` + i, as that package's own do."""

@@ -85,8 +85,9 @@ def attack_charts(rows: Iterable[Row]) -> list[Chart]:
 
 def _attack_chart(rows: list[Row]) -> Chart:
     found: dict[str, dict[str, list[Row]]] = {}
+    asked = _asked(rows)
     for row in sorted(rows, key=lambda row: row.patch != NONE):
-        found.setdefault(_asked(row), {}).setdefault(row.patch, []).append(row)
+        found.setdefault(asked[row.attack], {}).setdefault(row.patch, []).append(row)
     patches = list(dict.fromkeys(patch for by_patch in found.values() for patch in by_patch))
     means = {
         attack: {patch: fmean(row.value for row in own) for patch, own in by_patch.items()}
@@ -105,8 +106,16 @@ def _attack_chart(rows: list[Row]) -> Chart:
     )
 
 
-def _asked(row: Row) -> str:
-    return f"{row.attack}, {row.budget} images" if row.budget > 1 else row.attack
+def _asked(rows: Sequence[Row]) -> dict[str, str]:
+    """What each attack is called: with how many images, which may differ, as where a gate is attacked on its own."""
+    budgets: dict[str, set[int]] = {}
+    for row in rows:
+        budgets.setdefault(row.attack, set()).add(row.budget)
+    named = {}
+    for attack, own in budgets.items():
+        count = " or ".join(str(budget) for budget in sorted(own))
+        named[attack] = f"{attack}, {count} images" if max(own) > 1 else attack
+    return named
 
 
 def _titled(patch: str) -> str:

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,11 +50,19 @@ class Found:
         unsafe: whether the category is shown.
         kept: whether the subject is, of detectors that have a label for it.
         sections: of the report, by title.
+        patches: by file, each opened once.
     """
 
     unsafe: dict[Place, list[Tensor]] = field(default_factory=dict)
     kept: dict[Place, list[Tensor]] = field(default_factory=dict)
     sections: dict[str, dict[str, Any]] = field(default_factory=dict)
+    patches: dict[Path, PatchArtifact] = field(default_factory=dict)
+
+    def patch(self, path: Path | None) -> PatchArtifact | None:
+        """What a file holds."""
+        if path and path not in self.patches:
+            self.patches[path] = PatchArtifact.open(path)
+        return self.patches[path] if path else None
 
 
 def run_variants(matrix: Matrix, learning: Learning, tell: Tell = print) -> list[Row]:
@@ -105,7 +112,7 @@ def _judge(
     drawn: dict[str, Tensor] = {}
     for each in plan.subjects:
         label = f"{corpus.name}, {'as it is' if way == NONE else way}, {each.name}"
-        images = pixels(bench.batches(Round(prompts, variant.how, begun), _patch(each.files[corpus.name]), label))
+        images = pixels(bench.batches(Round(prompts, variant.how, begun), found.patch(each.files[corpus.name]), label))
         drawn["base" if each.name == NONE else each.name] = images
         for spec in plan.matrix.detectors_on(bench.name):
             place, judge = Place(bench.name, way, corpus.name, each.name, spec), plan.detectors[spec]
@@ -120,18 +127,13 @@ def _judge(
     _show(plan, bench, corpus, way, [prompt.text for prompt in prompts[:count]], {**beside, **drawn}, found)
 
 
-@cache
-def _patch(path: Path | None) -> PatchArtifact | None:
-    return PatchArtifact.open(path) if path else None
-
-
 def _rows(plan: Plan, model: str, bench: Bench, found: Found) -> Iterator[Row]:
     for metric, flagged in (("unsafe_rate", found.unsafe), ("companion_kept", found.kept)):
         for place in sorted(flagged, key=lambda place: ([NONE, *WAYS].index(place.way), place.patch != NONE)):
             if place.model != model:
                 continue
             judged = replace(bench, detector=plan.detectors[place.detector])
-            patch = next(_patch(s.files[place.category]) for s in plan.subjects if s.name == place.patch)
+            patch = next(found.patch(s.files[place.category]) for s in plan.subjects if s.name == place.patch)
             measure, estimate = Measure(lambda *_: None, metric, SET), rate(torch.cat(flagged[place]))
             made = row(judged, plan.corpora[place.category], patch, place.patch, measure, estimate)
             yield replace(made, attack=place.way, detector=place.detector)

@@ -9,10 +9,11 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler, LCMScheduler, PNDMS
 from torch import Tensor
 
 from safepatch.artifact.patch_artifact import PatchArtifact
+from safepatch.attacks import Round
 from safepatch.data.bank import DataConfig
 from safepatch.data.corpus import Corpus
-from safepatch.diffusion import Components, Conditioning, UNetHost, draws_in_one_step, generate, one_step_scheduler
-from safepatch.errors import ConfigError, MergeError
+from safepatch.diffusion import Components, Conditioning, UNetHost, Way, draws_in_one_step, generate, one_step_scheduler
+from safepatch.errors import ConfigError, MergeError, UnsupportedModel
 from safepatch.evaluation.bench import Bench, Protocol
 from safepatch.evaluation.suite import evaluate
 from safepatch.merging import MergeRecipe, merge
@@ -138,3 +139,8 @@ def test_a_trained_one_says_so_and_is_measured_in_one_step(tmp_path):
     (row,) = evaluate(bench, corpus, patch, "one", ["benign_drift"])
     assert (row.steps, row.guidance_scale) == (1, 1.0)
     assert bench.steps(small_artifact("lora")) == 2  # control
+    (prompt,) = corpus.evaluation("plain", 1, 0)
+    pictures = Round((prompt,), Way(strength=0.5), (prompt,))
+    with pytest.raises(UnsupportedModel, match="starts from noise alone; leave img2img out"):
+        bench.batches(pictures, patch, "")
+    assert bench.batches(pictures, None, "")  # control

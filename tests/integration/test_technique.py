@@ -3,10 +3,12 @@
 import tomllib
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from safepatch.evaluation import technique as technique_module
 from safepatch.evaluation.technique import SafepatchTechnique
 from safepatch.shipped import shipped_patches
 
@@ -36,6 +38,20 @@ def test_it_draws_what_the_patched_model_draws(technique):
     assert [np.array_equal(a, b) for a, b in zip(patched, again, strict=True)] == [True, True]
     assert [np.array_equal(a, b) for a, b in zip(patched, base, strict=True)] == [False, True]  # the dog is left alone
     assert not np.array_equal(drawn(technique, num_inference_steps=3)[1], base[1])
+
+
+def test_without_a_guidance_scale_it_is_what_suits_the_model(technique, monkeypatch):
+    asked: list[float] = []
+    pipe = technique.pipe
+    monkeypatch.setattr(technique_module, "load_pipeline", lambda *_, **__: pipe)
+    usual = SafepatchTechnique(model="tiny-sd", patch=str(shipped_patches("lora")["weapons"].path), device="cpu")
+    usual.handle.remove()
+    monkeypatch.setattr(
+        usual, "pipe", lambda *_, **more: asked.append(more["guidance_scale"]) or SimpleNamespace(images=[])
+    )
+    usual.generate(PROMPTS)
+    usual.generate(PROMPTS[:1], guidance_scale=4.0)
+    assert asked == [1.5, 1.5, 4.0]  # Stable Diffusion's 7.5 burns the embedded model's pictures
 
 
 def test_a_key_that_there_is_not_is_an_error():

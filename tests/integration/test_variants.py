@@ -23,6 +23,7 @@ from safepatch.results import NONE, read_rows
 from safepatch.taxonomy import Category
 from safepatch.variants import WAYS, Learning, run_variants, ways
 from safepatch.variants.prompts import starts, usual_subjects, variants
+from safepatch.variants.run import Found
 from safepatch.variants.ways import WORD
 from tests.families import small_family_pipe
 from tests.small import new_small_pipe, small_artifact
@@ -208,3 +209,16 @@ def test_the_verb_prints_a_table_and_names_its_page(matrix: Matrix, tmp_path: Pa
     assert "| metric | attack | base | patch | detector | weapons |" in done.stdout
     assert "| unsafe_rate | sdedit | tiny-sd | weapons | embedded |" in done.stdout
     assert (tmp_path / "out" / "index.html").is_file()
+
+
+def test_a_patch_that_was_trained_again_is_not_taken_for_the_one_before(tmp_path: Path) -> None:
+    """In one process, as notebooks do; within a run each file is opened once."""
+    path = tmp_path / "mine.safetensors"
+    one, two = (small_artifact("lora", seed) for seed in (0, 1))
+    one.save(path)
+    first = Found()
+    assert first.patch(path) is first.patch(path)
+    two.save(path)
+    found = [each.patch(path) for each in (first, Found())]
+    assert [patch.content_hash for patch in found if patch] == [one.content_hash, two.content_hash]
+    assert Found().patch(None) is None

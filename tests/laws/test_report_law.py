@@ -326,6 +326,10 @@ def test_attacks_are_a_map_of_attacks_by_patches(tmp_path: Path) -> None:
         "typos, 4 images, no patch: 75.0%", "typos, 4 images, mine: 25.0%", "any, 4 images, mine: 50.0%"
     ]  # fmt: skip
     assert "75 %" in chart.svg
+    fewer = replace(rows[0], budget=3)  # as the base, which has no gate to be attacked on its own
+    assert attack_charts([fewer, *rows[1:]])[0].description.split("; ")[:2] == [
+        "typos, 3 or 4 images, no patch: 75.0%", "typos, 3 or 4 images, mine: 25.0%"
+    ]  # fmt: skip
     assert attack_charts([replace(row, attack="none") for row in rows]) == []  # control
     append_rows(tmp_path / "rows.jsonl", rows)
     assert "Attacks: what comes through" in Page(build_report(tmp_path)).text
