@@ -78,6 +78,7 @@ class Run:
                         )
         finally:
             self.host.keep_activations()
+            self.host.take_back()
         return state
 
     def _begun(self, patch: Patch, out: RunFolder) -> State:

@@ -320,6 +320,10 @@ class Host(ABC):
             if module is not self.unet and module is not getattr(self.components, but, None):
                 module.to("cpu")
 
+    def take_back(self) -> None:
+        """Move all that was put aside to the device again."""
+        self.components.to(self.device)
+
     def _noise(self, seed: int) -> Tensor:
         return torch.randn(self.latent_shape, generator=torch.Generator().manual_seed(seed))
 
