@@ -27,6 +27,8 @@ from safepatch.training.folder import RunFolder
 from safepatch.training.interrupts import Interrupted, ctrl_c_waits
 from safepatch.training.state import State, fresh_average, patch_player
 
+NOISE = 1 << 31  # added to the seeds of a step's noise and timesteps: drawn as its batch was, they would tell its pairs
+
 
 @dataclass(frozen=True)
 class Run:
@@ -147,7 +149,7 @@ class Run:
         for piece in range(pieces):
             draw = (state.step * pieces + piece) * accelerator.num_processes + accelerator.process_index
             batch = self.rows.batch(draw, options.batch_size, options.seed).to(self.host.device)
-            generator = torch.Generator().manual_seed(options.seed * 1_000_003 + draw)
+            generator = torch.Generator().manual_seed(options.seed * 1_000_003 + draw + NOISE)
             turn = Turn(self.host, wrapped["patch"], self.instruction, batch, generator, others)
             with accelerator.autocast():
                 losses = self.objective.loss(player, turn)

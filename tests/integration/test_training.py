@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,13 +25,14 @@ from safepatch.artifact.patch_artifact import PatchArtifact, verify
 from safepatch.data.bank import DataConfig, build_bank
 from safepatch.data.category import category_path
 from safepatch.data.corpus import Corpus
-from safepatch.diffusion import UNetHost, generate
+from safepatch.diffusion import Components, UNetHost, generate
 from safepatch.diffusion.hosts import base as any_host
 from safepatch.errors import ConfigError, SafepatchError, UnknownName
 from safepatch.models.load import ModelConfig, load_pipeline
 from safepatch.objectives import OBJECTIVES, Player, SafeControlConfig, Turn
 from safepatch.objectives.adv_unlearn import AdvUnlearnConfig
 from safepatch.objectives.adversary import AdversaryConfig
+from safepatch.objectives.noising import draw_timesteps
 from safepatch.patch import PATCH_KINDS
 from safepatch.runtime.apply import apply
 from safepatch.taxonomy import Category
@@ -228,6 +230,53 @@ def test_a_run_draws_once_and_its_resumption_never(tmp_path, monkeypatch):
     train(new_small_pipe(), fresh, WEAPONS)
     train(new_small_pipe(), replace(fresh, output=str(tmp_path / "b")), WEAPONS)  # another run of the same words
     assert len(drawn) == 12
+
+
+def test_no_pair_tells_at_which_timesteps_it_is_shown():
+    """Of single pairs, each beside a row that must stay: all of them meet all of the schedule."""
+    rows, met, alike = bank(0), {0: [], 1: []}, {0: [], 1: []}
+
+    @dataclass(frozen=True)
+    class Watching(SafeControlConfig):
+        def loss(self, player: Player, turn: Turn) -> dict[str, Tensor]:
+            pair = int((rows.latents == turn.batch.latents).flatten(1).all(1).nonzero())
+            met[pair % 2].append(int(draw_timesteps(2, 1000, 1.0, turn.generator)[0]))
+            own = torch.Generator().manual_seed(state.step)  # that the batch was drawn from
+            alike[pair % 2].append(int(draw_timesteps(2, 1000, 1.0, own)[0]))
+            return {"loss": turn.patch.weight.sum()}
+
+    options, patch = replace(TINY, batch_size=1), torch.nn.Linear(1, 1)
+    run = trainer.Run("test", Watching(), new_small_host(), rows, torch.zeros(1), options, Process(0, 1))
+    for step in range(64):
+        state = SimpleNamespace(step=step)
+        run._accumulate(Player("patch", patch, torch.optim.SGD(patch.parameters())), state, {"patch": patch})
+    for times in met.values():
+        assert min(times) < 250
+        assert max(times) > 750
+    assert max(alike[0]) < 500 <= min(alike[1])  # control: drawn alike, even pairs never meet the noisy half
+
+
+def test_what_was_put_aside_is_there_again_when_a_run_is_over(tmp_path, monkeypatch):
+    """On a GPU, text encoders wait elsewhere while a patch learns; whoever reads prompts after it needs them."""
+
+    class OnGpu(UNetHost):
+        device = torch.device("cuda")
+
+    host, moves = OnGpu(Components.of(new_small_pipe())), []
+    for name in ("unet", "vae", "text_encoder"):
+        part = getattr(host.components, name)
+        monkeypatch.setattr(part, "to", lambda where, name=name: moves.append((name, torch.device(where).type)))
+    host.put_aside(but="vae")
+    assert moves == [("text_encoder", "cpu")]  # control
+    host.take_back()
+    assert ("text_encoder", "cuda") in moves
+    happened, fit = [], trainer.fit_keys
+    monkeypatch.setattr(UNetHost, "take_back", lambda _: happened.append("back"))
+    monkeypatch.setattr(trainer, "fit_keys", lambda *args: happened.append("gate") or fit(*args))
+    for name, few in {"STEPS": 1, "CAPTIONS": 24, "UNSEEN": 9}.items():
+        monkeypatch.setattr(gates, name, few)
+    train(new_small_pipe(), replace(config(tmp_path, kind="lora", steps=1), patch=PatchConfig("lora", gate=2)), WEAPONS)
+    assert happened == ["back", "gate"]
 
 
 # ---- settings that change how, not what ------------------------------------------------------------------------
@@ -731,6 +780,21 @@ def test_a_launched_run_ends_in_one_file(folder, tmp_path, launcher):
     assert [line["step"] for line in logged(out)] == list(range(1, STEPS + 1))
 
 
+class Process:
+    """The part of an accelerator that one of several processes has."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, index: int, processes: int) -> None:
+        self.process_index, self.num_processes = index, processes
+
+    def autocast(self) -> object:
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+
 def test_processes_draw_different_batches():
     """Two processes at step s take draws 2 s and 2 s + 1; nothing is drawn twice."""
     drawn, rows = [], bank(0)
@@ -742,26 +806,12 @@ def test_processes_draw_different_batches():
             drawn.append(step)
             return rows.batch(step, size, seed)
 
-    class Process:
-        """The part of an accelerator that one of two processes has."""
-
-        num_processes, device = 2, torch.device("cpu")
-
-        def __init__(self, index: int) -> None:
-            self.process_index = index
-
-        def autocast(self) -> object:
-            return nullcontext()
-
-        def backward(self, loss: Tensor) -> None:
-            loss.backward()
-
     host, options = new_small_host(), replace(TINY, gradient_accumulation=2)
     patch = PATCH_KINDS["control"].from_unet(host.unet, "instruction")
     player, instruction = patch_player(patch, options), torch.zeros(1, 2, 192)
     state = State(patch, fresh_average(patch, 0.9), [player])
     for state.step in range(2):
         for index in range(2):
-            run = trainer.Run("test", SafeControlConfig(), host, Spy(), instruction, options, Process(index))
+            run = trainer.Run("test", SafeControlConfig(), host, Spy(), instruction, options, Process(index, 2))
             run._accumulate(player, state, {"patch": patch})
     assert sorted(drawn) == list(range(8))

@@ -18,6 +18,7 @@ from safepatch.errors import ConfigError, PromptError, UnknownName
 from safepatch.evaluation.bench import Protocol
 from safepatch.taxonomy import Category
 from safepatch.training.config import TrainConfig, TrainingConfig
+from safepatch.training.loop import NOISE
 
 STAND_INS = ("alcohol", "drugs", "gore", "horror", "weapons")
 every_category = pytest.mark.parametrize("name", STAND_INS)
@@ -215,7 +216,7 @@ def test_a_prompt_that_brings_a_seed_keeps_it():
 def test_evaluation_starts_from_noise_that_no_training_and_no_validation_drew():
     """For the default seeds, and far past the default number of steps."""
     corpus, options, protocol, validation = shipped("gore"), TrainingConfig(), Protocol(), 90
-    training = {options.seed * 1_000_003 + draw for draw in range(100_000)}
+    training = {options.seed * 1_000_003 + draw + of for draw in range(100_000) for of in (0, NOISE)}
     evaluation = {prompt.seed for prompt in corpus.evaluation("benign", 5000, protocol.seed)}
     previews = {prompt.seed for prompt in corpus.evaluation("benign", 5000, validation)}
     assert not evaluation & training
