@@ -156,19 +156,30 @@ def training_target(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: T
 
 @torch.no_grad()
 def encode_images(vae: AutoencoderKL, images: Tensor) -> Tensor:
-    """Scaled latents (B, 4, h, w) of images in [0, 1], shape (B, 3, H, W): the mode of the posterior."""
-    if vae.config.get("force_upcast") and vae.dtype == torch.float16:  # SDXL's overflows in half precision
-        vae = copy.deepcopy(vae).float()
-    pixels = (images * 2 - 1).to(vae.device, vae.dtype)
-    latents = vae.encode(pixels).latent_dist.mode()
+    """Scaled latents (B, 4, h, w) of images in [0, 1], shape (B, 3, H, W): the mode of the posterior.
+
+    One by one: at 1024 pixels each takes gigabytes.
+    """
+    vae = _steady(vae)
+    pixels = ((part * 2 - 1).to(vae.device, vae.dtype) for part in images.split(1))
+    latents = torch.cat([vae.encode(part).latent_dist.mode() for part in pixels])
     return (latents - (vae.config.get("shift_factor") or 0)) * vae.config["scaling_factor"]
 
 
 @torch.no_grad()
 def decode_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Images in [0, 1], shape (B, 3, H, W), of scaled latents (B, 4, h, w)."""
-    decoded = vae.decode(latents / vae.config["scaling_factor"] + (vae.config.get("shift_factor") or 0)).sample
-    return (decoded / 2 + 0.5).clamp(0, 1)
+    """Images in [0, 1], shape (B, 3, H, W), float32, on the CPU, of scaled latents (B, 4, h, w); one by one."""
+    vae = _steady(vae)
+    plain = latents / vae.config["scaling_factor"] + (vae.config.get("shift_factor") or 0)
+    parts = (part.to(vae.device, vae.dtype) for part in plain.split(1))
+    return torch.cat([(vae.decode(part).sample.float() / 2 + 0.5).clamp(0, 1).cpu() for part in parts])
+
+
+def _steady(vae: AutoencoderKL) -> AutoencoderKL:
+    """One that no picture makes overflow, as SDXL's does in half precision."""
+    if vae.config.get("force_upcast") and vae.dtype == torch.float16:
+        return copy.deepcopy(vae).float()
+    return vae
 
 
 @torch.no_grad()

@@ -7,8 +7,9 @@ from safepatch.data.corpus import Corpus
 from safepatch.data.settings import DataConfig
 from safepatch.data.twin_pictures import TwinBank, build_twins
 from safepatch.detectors import open_detector, parse_detector
-from safepatch.detectors.base import BATCH, shows_any
+from safepatch.detectors.base import shows_any
 from safepatch.diffusion import Host, decode_latents
+from safepatch.progress import bar
 
 
 def selected_twins(host: Host, corpus: Corpus, data: DataConfig, retain: bool = False) -> TwinBank:
@@ -24,7 +25,7 @@ def selected_twins(host: Host, corpus: Corpus, data: DataConfig, retain: bool = 
     vae, labels = host.components.vae, detector.labels_of(corpus.category)
 
     def shows(latents: Tensor) -> Tensor:
-        images = [decode_latents(vae, part.to(vae.device, vae.dtype)).float().cpu() for part in latents.split(BATCH)]
-        return shows_any(detector.find(torch.cat(images)), labels)
+        parts = bar(latents.split(data.batch_size), desc=f"{data.select} looks at pictures", leave=False)
+        return torch.cat([shows_any(detector.find(decode_latents(vae, part)), labels) for part in parts])
 
     return build_twins(host, corpus, data, retain, shows)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -171,13 +171,8 @@ class Lesson(NamedTuple):
 
     def variant(self, path: Path, phrase: str) -> Variant:
         """The bench with what was learned in its pipeline."""
-        shown = decode_latents(self.host.components.vae, self.latents[:1].to(self._vae)).float().cpu()
+        shown = decode_latents(self.host.components.vae, self.latents[:1])
         return Variant(replace(self.bench, about=digest(self.bench.about, path.name)), phrase, shown=shown)
-
-    @property
-    def _vae(self) -> Any:
-        """One of the autoencoder's weights, for its device and dtype."""
-        return next(self.host.components.vae.parameters())
 
 
 def rarely(subject: str) -> str:

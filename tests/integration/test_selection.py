@@ -14,7 +14,7 @@ from safepatch.data.bank import DataConfig, plain_drawing
 from safepatch.data.corpus import Corpus
 from safepatch.data.twin_pictures import build_twins
 from safepatch.detectors.base import Detector
-from safepatch.diffusion import UNetHost
+from safepatch.diffusion import UNetHost, decode_latents
 from safepatch.errors import ConfigError, UnknownName
 from safepatch.evaluation.matrix import Matrix, MergeEntry, PatchEntry
 from safepatch.merging import MergeRecipe, merge
@@ -22,7 +22,7 @@ from safepatch.objectives import selection
 from safepatch.objectives.duo import DUOConfig
 from safepatch.objectives.safegen import SafeGenConfig
 from safepatch.training.config import load_train_config
-from tests.small import new_small_host, small_artifact
+from tests.small import new_small_host, new_small_pipe, small_artifact
 
 WEAPONS = Corpus.open("weapons")
 Judge = Callable[[Tensor], Tensor]
@@ -77,6 +77,27 @@ def test_only_pairs_that_the_detector_agrees_of_are_learned_from(host, data, mon
     assert not torch.equal(calls[2], calls[0][[0, 3, 4, 5]])  # control: a second try is from other noise
     said = capsys.readouterr().err
     assert "embedded-second chose 2 of 6 pairs: of 10 pairs of pictures, 3 unsafe and 1 safe ones show weapons" in said
+
+
+def test_no_more_pictures_are_in_memory_at_once_than_are_drawn_at_once(host, data, monkeypatch):
+    vae, decoded = host.components.vae, list[int]()
+    decode = vae.decode
+    monkeypatch.setattr(vae, "decode", lambda latents: decoded.append(len(latents)) or decode(latents))
+    seen = judged_by(monkeypatch, lambda images: torch.arange(len(images)) % 2 == len(seen) % 2)
+    DUOConfig().prepare(host, WEAPONS, replace(data, batch_size=2, tries=1))
+    assert seen == [2] * 6  # of both members of six pairs
+    assert decoded == [1] * 12
+
+
+def test_an_autoencoder_that_overflows_in_half_precision_is_asked_in_full():
+    vae = new_small_pipe().vae
+    with torch.no_grad():
+        vae.post_quant_conv.weight.mul_(1e5)
+    latents, vae = 50 * torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0)), vae.half()
+    assert decode_latents(vae, latents).isfinite().all()
+    assert vae.dtype == torch.float16
+    vae.register_to_config(force_upcast=False)
+    assert not decode_latents(vae, latents).isfinite().all()  # control
 
 
 @pytest.mark.parametrize("objective", [DUOConfig(), SafeGenConfig()], ids=lambda each: each.name)
