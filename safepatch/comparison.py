@@ -20,6 +20,7 @@ from safepatch.files import write_text
 from safepatch.reporting.html import build_report
 from safepatch.results import NONE, Row, write_rows
 from safepatch.training.config import TrainConfig, load_train_config
+from safepatch.training.folder import RunFolder
 from safepatch.training.trainer import train
 
 MINUTES = "minutes.json"  # beside a patch: how long it took
@@ -110,7 +111,7 @@ def compare(comparison: Comparison, tell: Callable[[str], object] = print) -> li
             tell(f"training {name} for {config.category}")
             path, took = _trained(config)
             trained[name].append(str(path))
-            minutes.append(_row(comparison, name, path.stem, took))
+            minutes += [] if took is None else [_row(comparison, name, path.stem, took)]
     matrix = comparison.matrix(trained)
     rows = [*run_matrix(matrix, tell=tell), *minutes]
     write_rows(Path(matrix.out) / "rows.jsonl", rows)
@@ -118,13 +119,23 @@ def compare(comparison: Comparison, tell: Callable[[str], object] = print) -> li
     return rows
 
 
-def _trained(config: TrainConfig) -> tuple[Path, float]:
-    """The patch's file, and the minutes it took when it was trained."""
-    start, kept = time.monotonic(), Path(str(config.output)) / MINUTES
-    path = train(config.load_model(), config)
-    if not kept.is_file():
-        write_text(kept, json.dumps((time.monotonic() - start) / 60) + "\n")
-    return path, float(json.loads(kept.read_text()))
+def _trained(config: TrainConfig) -> tuple[Path, float | None]:
+    """The patch's file, and the minutes it took, those before it was stopped among them; None if some were not counted.
+
+    That is where a run was killed, or was not begun by a comparison.
+    """
+    folder = RunFolder(Path(str(config.output)))
+    kept, has_file = folder.path / MINUTES, any(folder.path.glob("*.safetensors"))
+    has_begun, is_counted = has_file or folder.checkpoint.is_file(), kept.is_file()
+    is_done = has_file and not folder.checkpoint.is_file()
+    before = float(json.loads(kept.read_text())) if is_counted else 0.0
+    pipe, start = config.load_model(), time.monotonic()
+    try:
+        path = train(pipe, config)
+    finally:
+        if folder.path.is_dir() and not is_done and (is_counted or not has_begun):
+            write_text(kept, json.dumps(before + (time.monotonic() - start) / 60) + "\n")
+    return path, float(json.loads(kept.read_text())) if kept.is_file() else None
 
 
 def _row(comparison: Comparison, name: str, category: str, minutes: float) -> Row:

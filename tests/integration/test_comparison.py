@@ -2,16 +2,20 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from safepatch import comparison
 from safepatch.comparison import Comparison, compare, load_comparison
 from safepatch.errors import ConfigError
 from safepatch.evaluation.bench import Protocol
 from safepatch.evaluation.matrix import Matrix
 from safepatch.reporting.tradeoffs import best, tradeoff_charts
 from safepatch.results import Row, read_rows
+from safepatch.training.config import TrainConfig
+from safepatch.training.interrupts import Interrupted
 
 FEW = ["patch.gate=0", "data.pairs=4", "data.steps=2", "training.steps=2", "training.batch_size=2"]
 SHIPPED = Path(__file__).parents[2] / "configs" / "compare"
@@ -45,6 +49,40 @@ def test_variants_are_trained_measured_and_kept(small: Comparison, tmp_path: Pat
     said: list[str] = []
     assert compare(small, said.append) == rows
     assert not [line for line in said if line.startswith("[")]
+
+
+def test_minutes_are_of_all_attempts_and_of_no_look_at_what_is_finished(
+    small: Comparison, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, clock = small.config("slow", "weapons"), iter(range(0, 6000, 60))  # a minute passes between two looks
+    folder = Path(config.output)
+    patch, checkpoint = folder / "weapons.safetensors", folder / "checkpoint.pt"
+    monkeypatch.setattr(comparison, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(TrainConfig, "load_model", lambda _: None)
+
+    def stopped(*_: object) -> Path:
+        folder.mkdir(parents=True)
+        checkpoint.touch()
+        raise Interrupted("stopped at step 1")
+
+    def finished(*_: object) -> Path:
+        checkpoint.unlink(missing_ok=True)
+        patch.touch()
+        return patch
+
+    monkeypatch.setattr(comparison, "train", stopped)
+    with pytest.raises(Interrupted):
+        comparison._trained(config)
+    monkeypatch.setattr(comparison, "train", finished)
+    assert comparison._trained(config) == (patch, 2.0)
+    assert comparison._trained(config) == (patch, 2.0)
+    (folder / comparison.MINUTES).unlink()
+    assert comparison._trained(config) == (patch, None)  # finished by somebody who did not count
+    patch.unlink()
+    checkpoint.touch()
+    assert comparison._trained(config) == (patch, None)  # begun by somebody who was killed
+    patch.unlink()
+    assert comparison._trained(config) == (patch, 1.0)  # control: begun anew
 
 
 def test_what_cannot_be_compared_is_said_before_anything_is_trained(small: Comparison, tmp_path: Path) -> None:
