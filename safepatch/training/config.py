@@ -20,6 +20,8 @@ from safepatch.patch.picture import KEYS, TEXT
 SHORT = {"model": "path", "objective": "name"}  # `model=x` is `model.path=x`
 PRECISIONS = ("no", "bf16", "fp16")
 OPTIMIZERS = ("adamw", "adamw8bit")
+LEAST = dict.fromkeys(("steps", "batch_size", "gradient_accumulation", "checkpoint_every", "log_every"), 1)
+LEAST |= {"warmup": 0, "validate_every": 0}
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
 
 
@@ -123,9 +125,14 @@ class TrainingConfig:
         """Refuse what cannot be run."""
         if self.mixed_precision == "False":  # what YAML makes of a bare `no`
             object.__setattr__(self, "mixed_precision", "no")
-        for name in ("steps", "batch_size", "gradient_accumulation", "checkpoint_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"training.{name} must be at least 1, not {getattr(self, name)}")
+        for name, least in LEAST.items():
+            if getattr(self, name) < least:
+                raise ConfigError(f"training.{name} must be at least {least}, not {getattr(self, name)}")
+        for name in ("learning_rate", "joint_rate", "max_grad_norm"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise ConfigError(f"training.{name} must be above 0, not {value}")
+        if not 0 <= self.ema_decay < 1:
+            raise ConfigError(f"training.ema_decay must be at least 0 and below 1, not {self.ema_decay}")
         for name in self.report_to:
             lookup(dict.fromkeys(TRACKERS), name, what="tracker for training.report_to")
         for name, allowed in (("mixed_precision", PRECISIONS), ("optimizer", OPTIMIZERS)):
@@ -167,6 +174,9 @@ class TrainConfig:
         if self.data.select and not self.objective.selects:
             names = " or ".join(name for name, schema in OBJECTIVES.items() if schema.selects)
             raise ConfigError(f"data.select chooses pairs of pictures, for objective={names}; leave it out")
+        if self.data.strength and not self.objective.selects and self.patch.keys == TEXT:
+            names = " or ".join(name for name, schema in OBJECTIVES.items() if schema.selects)
+            raise ConfigError(f"data.strength draws the second picture of a pair, for objective={names}; leave it out")
 
     def load_model(self) -> Any:
         """The base's pipeline, in the precision that it is trained in unless its own is given.
