@@ -304,6 +304,22 @@ class RealWorld(World):
         conds = ([[states, {}]] for states in (positive, negative))
         return nodes.common_ksampler(model, 0, steps, cfg, "euler", "normal", *conds, latent)[0]["samples"]
 
+    def controlnet(self, path: Path) -> Any:
+        """A ControlNet as ComfyUI's own loader reads it."""
+        import comfy.controlnet  # type: ignore[import-not-found]
+
+        return comfy.controlnet.load_controlnet(str(path))
+
+    def sample_told(self, net: Any, positive: Tensor, negative: Tensor, both: bool = False) -> Tensor:
+        """`sample`, with a ControlNet on the positive prompt, or on both, and a random hint."""
+        import nodes  # type: ignore[import-not-found]
+
+        conds = [[[states, {}]] for states in (positive, negative)]
+        told = nodes.ControlNetApplyAdvanced().apply_controlnet(*conds, net, torch.rand(1, 64, 64, 3), 1.0, 0.0, 1.0)
+        conds = [told[0], told[1] if both else conds[1]]
+        latent = {"samples": torch.zeros(1, 4, 8, 8)}
+        return nodes.common_ksampler(self.model, 0, 2, 3.0, "euler", "normal", *conds, latent)[0]["samples"]
+
     @contextmanager
     def lora(self, path: Path) -> Iterator[Any]:
         """The model with a LoRA as ComfyUI's own loader puts it on; within the block, in the weights too."""

@@ -137,7 +137,7 @@ def _attached(
     """The patch, ready to act on the model, and what it hears of CLIP."""
     check_window(window)
     host = host_of(model, with_encoder=any(part.artifact.info.kind == "control" for part in patch.parts()))
-    if clip is None and any(part.artifact.info.kind != "lora" for part in patch.parts()):
+    if clip is None and any(part.artifact.info.config["sees"] != "prompt" for part in patch.parts()):
         raise ConfigError(f"a {patch.info.kind} patch reads its instruction; connect the model's CLIP")
     text = None if clip is None else text_of(clip, host)
     active = [_active(part, host, text, compute_dtype(model)) for part in patch.parts()]

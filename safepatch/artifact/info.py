@@ -23,6 +23,7 @@ WITHOUT_LORA = 2  # is written where no part is a lora; from 3 on these are stor
 FITTING = -1  # the oldest version that holds a patch, chosen when the patch is made
 BUNDLE = "bundle"  # the merge method that keeps its sources apart, as tensors `part<index>.<name>`
 EXPORTED = "safepatch.exported"  # metadata of a LoRA that holds a patch
+CONTROLNET = "safepatch.controlnet"  # metadata of a ControlNet: the patch that it was exported from
 JSON_FIELDS = ("instructions", "fingerprint", "base", "config", "training", "recipe", "evaluation", "shapes")
 
 
@@ -146,6 +147,8 @@ def _format_version(metadata: Mapping[str, str]) -> int:
     version = metadata.get(VERSION_KEY)
     if version is None and EXPORTED in metadata:
         raise ArtifactError("is a patch that was exported as a LoRA; `safepatch import` makes it a patch again")
+    if version is None and CONTROLNET in metadata:
+        raise ArtifactError("is a ControlNet that was exported from a patch; give that patch")
     if version is None and GUARD_KEY in metadata:
         raise ArtifactError("is a guard of prompts, not a patch; give it as --guard")
     if version is None:

@@ -20,6 +20,7 @@ from safepatch.diffusion.components import (
     without_image_prompts,
 )
 from safepatch.diffusion.conditioning import Conditioning, joined, moved
+from safepatch.diffusion.controlnet import empty_controlnet
 from safepatch.diffusion.drawing import (
     Drawing,
     calling_pipeline,
@@ -112,6 +113,7 @@ __all__ = [
     "denoiser_entry",
     "drawing",
     "draws_in_one_step",
+    "empty_controlnet",
     "empty_text_encoder",
     "empty_unet",
     "encode",

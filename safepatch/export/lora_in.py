@@ -1,29 +1,18 @@
-"""A LoRA file as a patch: what `lora_out` wrote as it was, with its gate; anybody else's as a patch without one."""
+"""A LoRA file as a patch: what `lora_out` wrote as it was; anybody else's as a patch without a gate."""
 
-import base64
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from safepatch.artifact.info import EXPORTED, PatchInfo
 from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.diffusion import UNET, config_kind, empty_text_encoder, empty_unet, family, fingerprint
-from safepatch.errors import ArtifactError, ConfigError, SafepatchError, UnsupportedModel
+from safepatch.errors import ConfigError, SafepatchError, UnsupportedModel
 from safepatch.export.factors import PAIRS, Read, Side, read_factors
-from safepatch.export.joined import rows_of
-from safepatch.export.names import (
-    DIFFUSERS_FILE,
-    EXPORTED_GATE,
-    GUARD,
-    TEXT_ENCODERS,
-    layers_by_name,
-    text_layers_by_name,
-)
+from safepatch.export.lora_back import DAMAGES, exported
+from safepatch.export.names import DIFFUSERS_FILE, GUARD, TEXT_ENCODERS, layers_by_name, text_layers_by_name
 from safepatch.merging import combine
 from safepatch.merging.recipe import MergeRecipe
 from safepatch.models.checkpoint import CONFIGS
@@ -33,9 +22,6 @@ from safepatch.patch import LoraPatch
 from safepatch.patch.layers import taken_layers
 from safepatch.patch.text import TextPatch, encoder_fingerprint
 from safepatch.taxonomy import Category
-
-# What reading shapes, numbers and tables that are not what they should be ends in.
-DAMAGES = (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, ZeroDivisionError)
 
 
 def import_lora(
@@ -68,7 +54,7 @@ def import_lora(
     path = Path(path)
     weights = open_weights(path / DIFFUSERS_FILE if path.is_dir() else path)
     if EXPORTED in weights.metadata and category is None:
-        return _exported(weights)
+        return exported(weights)
     if category is None:
         raise ConfigError(f"{path} does not say what it is for; name a category: --category FILE.yaml")
     config = _config_for(weights, model)
@@ -134,46 +120,6 @@ def _part(read: Read, side: Side, told: Mapping[str, Any], about: PatchInfo) -> 
     shapes = {f"lora.{layer}.weight": list(side.shapes[layer]) for layer in read.ranks}
     title = f"{about.title}, {side.component}" if told else about.title
     return PatchArtifact(read.tensors, replace(about, config=config, shapes=shapes, title=title))
-
-
-def _unpacked(packed: Mapping[str, Any]) -> Tensor:
-    content = bytearray(base64.b64decode(packed["data"], validate=True))
-    dtype = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}[packed["dtype"]]
-    return torch.frombuffer(content, dtype=dtype).reshape(packed["shape"])
-
-
-def _exported(weights: Weights) -> PatchArtifact:
-    """The patch that `export` was given; its hash says whether it is still that one."""
-    try:
-        record = json.loads(weights.metadata[EXPORTED])
-        info = PatchInfo.from_metadata(record["metadata"])
-        gate = json.loads(weights.metadata.get(EXPORTED_GATE, "{}"))
-        tensors = {name: _unpacked(packed) for name, packed in gate.items()}
-        read = read_factors(weights, _side_of(info), None, record.get("ranks"))
-        if left := {*weights.tensors} - read.used - {GUARD}:
-            raise ValueError(f"'{min(left)}' is no part of it")
-        artifact = PatchArtifact({**tensors, **read.tensors}, info)
-    except DAMAGES as error:
-        raise ArtifactError(f"{weights.path} is damaged: what it says of its patch cannot be read ({error})") from error
-    if artifact.content_hash != record["hash"]:
-        raise ArtifactError(
-            f"{weights.path} is no longer the patch that was exported: its weights or its metadata were changed; "
-            "import it as somebody else's LoRA, with --category"
-        )
-    return artifact
-
-
-def _side_of(info: PatchInfo) -> Side:
-    """What of a pipeline an exported patch changes."""
-    shapes = {name.removeprefix("lora.").removesuffix(".weight"): shape for name, shape in info.shapes.items()}
-    if info.component != UNET.component:
-        return Side(info.component, shapes, text_layers_by_name(shapes, info.component, info.fingerprint))
-    known, whole = layers_by_name(shapes, info.fingerprint), dict(shapes)
-    for layers in (layers for layers in known.values() if len(layers) > 1):  # some of them may have no update
-        width = next(shapes[layer][1] for layer in layers if layer in shapes)
-        rows = zip(layers, rows_of(layers, info.fingerprint), strict=True)
-        whole |= {layer: [height, width] for layer, height in rows if layer not in shapes}
-    return Side(info.component, whole, known)
 
 
 def _config_for(weights: Weights, model: str | Path | None) -> Mapping[str, Any]:

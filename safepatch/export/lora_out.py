@@ -7,7 +7,7 @@ the LoRA to every prompt, negative ones too: always on, as `fuse` is.
 
 import base64
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from safepatch.artifact.container import raw_bytes
 from safepatch.artifact.info import EXPORTED
-from safepatch.artifact.patch_artifact import Factors, PatchArtifact
+from safepatch.artifact.patch_artifact import Factors, PatchArtifact, is_gate
 from safepatch.diffusion import UNET, config_kind, family
 from safepatch.errors import ConfigError, lookup
 from safepatch.export.joined import join, original_layers, rows_of
@@ -30,9 +30,8 @@ from safepatch.export.names import (
     peft_name,
     text_name,
 )
+from safepatch.export.sides import Changed, changed_by
 from safepatch.files import replacing, unwritable
-from safepatch.patch import LoraPatch
-from safepatch.patch.lora import GATE, updated_weights
 
 FORMATS = ("kohya", "diffusers")
 VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0", "flux": "flux1"}  # kohya's
@@ -54,7 +53,7 @@ def export(patch: str | Path, out: str | Path, form: str = "kohya") -> Path:
     """Write a lora patch as a LoRA that other programs load.
 
     Args:
-        patch: path of a lora patch that has factors, single or merged by cat.
+        patch: path of a lora patch that has factors, single, merged by cat, or a bundle of one for each component.
         out: of `kohya`, a .safetensors file; of `diffusers`, a folder that `load_lora_weights` takes.
         form: a member of `FORMATS`.
 
@@ -68,71 +67,37 @@ def export(patch: str | Path, out: str | Path, form: str = "kohya") -> Path:
     """
     lookup(dict.fromkeys(FORMATS), form, what="format")
     artifact = PatchArtifact.open(patch)
-    config = _config_of(artifact)
-    factors, component = _factors(artifact), _component(artifact)
-    if form == "kohya":
-        path, tensors = Path(out), _kohya_tensors(factors, component, config)
-        if path.suffix != ".safetensors":
-            raise ConfigError(f"a kohya LoRA is one .safetensors file, not {path}; choose another -o")
-    else:
-        path, tensors = Path(out) / DIFFUSERS_FILE, _peft_tensors(factors, component)
-    metadata = _metadata(artifact, path, {name: len(each.down) for name, each in factors.items()}, form)
+    sides, config = changed_by(artifact), artifact.info.fingerprint
+    path = Path(out) if form == "kohya" else Path(out) / DIFFUSERS_FILE
+    if path.suffix != ".safetensors":
+        raise ConfigError(f"a kohya LoRA is one .safetensors file, not {path}; choose another -o")
+    tensors: dict[str, Tensor] = {}
+    for side in sides:
+        tensors |= _kohya_tensors(side, config) if form == "kohya" else _peft_tensors(side)
+    if form == "kohya" and family(config) == "sd3":  # diffusers knows no such names, and would go on without them
+        tensors[GUARD] = torch.zeros(1)
+    told = _kohya_metadata(sides, config, path.stem) if form == "kohya" else _peft_metadata(sides)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:
-            file.write(save(tensors, metadata))
+            file.write(save(tensors, _metadata(artifact, sides, form) | told))
     except OSError as error:
         raise unwritable(path, error) from error
     return path
 
 
-def _config_of(artifact: PatchArtifact) -> Mapping[str, Any]:
-    """The architecture that a patch is for; raises `ConfigError` where there is no such LoRA."""
-    info = artifact.info
-    if info.is_bundle:
-        raise ConfigError("a bundle is several patches; export its parts (safepatch split), or merge them by cat")
-    if info.kind != LoraPatch.kind:
-        nor = ", nor a ControlNet, which would not read its instruction" if info.kind == "control" else ""
-        raise ConfigError(
-            f"a {info.kind} patch is a network of its own and no LoRA{nor}; train one with patch.kind=lora, or in "
-            "ComfyUI use safepatch's nodes (integrations/comfyui)"
-        )
-    if dense := [name for name in updated_weights(artifact) if artifact.rank(f"lora.{name}") is None]:
-        raise ConfigError(f"'{dense[0]}' has no factors after this merge; merge by cat, or train one patch")
-    return info.fingerprint
-
-
-def _component(artifact: PatchArtifact) -> str:
-    """What diffusers calls the part of a model that the patch changes."""
-    component = artifact.info.component
-    return config_kind(artifact.info.fingerprint).component if component == UNET.component else component
-
-
-def _factors(artifact: PatchArtifact) -> dict[str, Factors]:
-    """By layer, in the shapes that others have them in: of a convolution, both are kernels."""
-    found = {}
-    for name in updated_weights(artifact):
-        (up, down), kernel = artifact.factors(f"lora.{name}"), artifact.info.shapes[f"lora.{name}"][2:]
-        if kernel:
-            up, down = up[:, :, None, None], down.reshape(len(down), -1, *kernel)
-        found[name.removesuffix(".weight")] = Factors(up, down)
-    return found
-
-
-def _kohya_tensors(factors: Mapping[str, Factors], component: str, config: Mapping[str, Any]) -> dict[str, Tensor]:
+def _kohya_tensors(side: Changed, config: Mapping[str, Any]) -> dict[str, Tensor]:
     """Under the names of the original layout where kohya has those, in which layers of a transformer are joined."""
-    if component == UNET.component:
-        named = {kohya_name(layer, config): each for layer, each in factors.items()}
+    if side.component == UNET.component:
+        named = {kohya_name(layer, config): each for layer, each in side.factors.items()}
     elif config_kind(config) is UNET:
-        named = {text_name(layer, component, config): each for layer, each in factors.items()}
+        named = {text_name(layer, side.component, config): each for layer, each in side.factors.items()}
     else:
-        named = _joined(factors, config)
+        named = _joined(side.factors, config)
     tensors = {}
     for name, (up, down) in named.items():
         tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
-        tensors[f"{name}.alpha"] = torch.tensor(float(len(down)), dtype=down.dtype)  # its scale is alpha / rank, so 1
-    if family(config) == "sd3":  # diffusers knows no such names of its layers, and would go on without them
-        tensors[GUARD] = torch.zeros(1)
+        tensors[f"{name}.alpha"] = torch.tensor(side.weight * len(down), dtype=down.dtype)  # its scale is alpha / rank
     return tensors
 
 
@@ -144,45 +109,62 @@ def _joined(factors: Mapping[str, Factors], config: Mapping[str, Any]) -> dict[s
     return found
 
 
-def _peft_tensors(factors: Mapping[str, Factors], component: str) -> dict[str, Tensor]:
+def _peft_tensors(side: Changed) -> dict[str, Tensor]:
     tensors = {}
-    for layer, (up, down) in factors.items():
-        name = peft_name(layer, component)
+    for layer, (up, down) in side.factors.items():
+        name = peft_name(layer, side.component)
         tensors |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
     return tensors
 
 
-def _metadata(artifact: PatchArtifact, path: Path, ranks: Mapping[str, int], form: str) -> dict[str, str]:
-    """What programs show and ask for, and all of the patch that a LoRA has no place for."""
-    own, name = artifact.info.to_metadata(), family(artifact.info.fingerprint)
-    usual = max(set(ranks.values()), key=list(ranks.values()).count)
-    joined = {"ranks": ranks} if form == "kohya" and config_kind(artifact.info.fingerprint) is not UNET else {}
-    gate = {key: _packed(tensor) for key, tensor in artifact.tensors.items() if key.startswith(GATE)}
+def _metadata(artifact: PatchArtifact, sides: Sequence[Changed], form: str) -> dict[str, str]:
+    """All of the patch that a LoRA has no place for."""
+    info = artifact.info
+    is_joined = form == "kohya" and config_kind(info.fingerprint) is not UNET
+    joined = {"ranks": sides[0].ranks} if is_joined else {}
+    gate = {key: _packed(tensor) for key, tensor in artifact.tensors.items() if is_gate(key)}
+    record = {"metadata": info.to_metadata(), "hash": artifact.content_hash, **joined}
     metadata = {
         "format": "pt",
-        "modelspec.title": artifact.info.title,
-        "modelspec.license": artifact.info.license,
+        "modelspec.title": info.title,
+        "modelspec.license": info.license,
         "modelspec.description": NOTE,
-        EXPORTED: json.dumps({"metadata": own, "hash": artifact.content_hash, **joined}, sort_keys=True),
+        EXPORTED: json.dumps(record, sort_keys=True),
         EXPORTED_GATE: json.dumps(gate, sort_keys=True) if gate else "",
     }
-    if form == "kohya":
-        metadata |= {
-            "modelspec.architecture": ARCHITECTURES.get(name, ""),
-            "ss_base_model_version": VERSIONS.get(name, ""),
-            "ss_v2": str(name == "sd2"),
-            "ss_network_module": NETWORKS.get(name, "networks.lora"),
-            "ss_network_dim": str(usual),
-            "ss_network_alpha": str(usual),
-            "ss_output_name": path.stem,
-        }
-    else:
-        others = {layer: rank for layer, rank in ranks.items() if rank != usual}
-        settings = {"r": usual, "lora_alpha": usual, "rank_pattern": others, "alpha_pattern": others}
-        settings |= {"target_modules": sorted(ranks), "peft_type": "LORA"}
-        component = _component(artifact)  # of its layers the ends suffice: some classes wrap them
-        metadata[ADAPTER] = json.dumps({f"{component}.{key}": value for key, value in settings.items()}, sort_keys=True)
     return {key: value for key, value in metadata.items() if value}
+
+
+def _kohya_metadata(sides: Sequence[Changed], config: Mapping[str, Any], name: str) -> dict[str, str]:
+    """What user interfaces show and ask for."""
+    kind, usual = family(config), str(_usual([rank for side in sides for rank in side.ranks.values()]))
+    metadata = {
+        "modelspec.architecture": ARCHITECTURES.get(kind, ""),
+        "ss_base_model_version": VERSIONS.get(kind, ""),
+        "ss_v2": str(kind == "sd2"),
+        "ss_network_module": NETWORKS.get(kind, "networks.lora"),
+        "ss_network_dim": usual,
+        "ss_network_alpha": usual,
+        "ss_output_name": name,
+    }
+    return {key: value for key, value in metadata.items() if value}
+
+
+def _peft_metadata(sides: Sequence[Changed]) -> dict[str, str]:
+    """PEFT's settings of each component; of its layers the ends suffice: some classes wrap them."""
+    settings = {}
+    for component, weight, ranks in ((side.component, side.weight, side.ranks) for side in sides):
+        usual = _usual(list(ranks.values()))
+        others = {layer: rank for layer, rank in ranks.items() if rank != usual}
+        own = {"r": usual, "lora_alpha": weight * usual, "rank_pattern": others}
+        own |= {"alpha_pattern": {layer: weight * rank for layer, rank in others.items()}}
+        own |= {"target_modules": sorted(ranks), "peft_type": "LORA"}
+        settings |= {f"{component}.{key}": value for key, value in own.items()}
+    return {ADAPTER: json.dumps(settings, sort_keys=True)}
+
+
+def _usual(ranks: Sequence[int]) -> int:
+    return max(set(ranks), key=list(ranks).count)
 
 
 def _packed(tensor: Tensor) -> dict[str, Any]:

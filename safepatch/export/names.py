@@ -16,8 +16,10 @@ COMPONENTS = ("unet.", "transformer.")  # in which diffusers' LoRAs say that lay
 PEFT = (*COMPONENTS, "base_model.model.", "")
 NUMBERS = {"text_encoder": "1", "text_encoder_2": "2"}  # kohya's, of text encoders
 RESNET = {
+    "norm1": "in_layers.0",
     "conv1": "in_layers.2",
     "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
     "conv2": "out_layers.3",
     "conv_shortcut": "skip_connection",
 }  # what diffusers calls a residual block's layers -> the original layout

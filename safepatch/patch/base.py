@@ -70,7 +70,7 @@ class Patch(nn.Module, ABC):
         component: what of a pipeline it changes, `unet` for whatever denoises, or a text encoder by diffusers' name.
         learning_rate: to begin with on a model of Stable Diffusion's size; small models learn at ten times that.
         joint_rate: multiple of that for its `joints`.
-        sees: what it reads of the text: `instruction`, `instruction+prompt`, or, through the host alone, `prompt`.
+        sees: what it reads of the text: `instruction`, `instruction+prompt` or `prompt`, of a lora what its host reads.
         layout: what `from_unet` must be told, beside `sees`, to build the same module again; plain JSON values.
         gate: decides for which rows the patch acts at all, if it has one.
     """

@@ -1,7 +1,8 @@
 """What the control patches of UNets and of transformers share: a trainable clone of the host's first half.
 
 Layout after ControlNet (Zhang et al. 2023, arXiv 2302.05543) without a hint image: what steers the clone is a textual
-safety instruction that it reads, alone or together with the row's own prompt states.
+safety instruction that it reads, alone or together with the row's own prompt states. One that reads the prompt
+alone has the instruction in its weights only, and is what other programs know as a ControlNet.
 """
 
 import copy
@@ -17,7 +18,7 @@ from safepatch.diffusion import host_kind, without_image_prompts
 from safepatch.errors import ConfigError
 from safepatch.patch.base import ResidualPatch
 
-SEES = ("instruction", "instruction+prompt")
+SEES = ("instruction", "instruction+prompt", "prompt")
 
 
 class ClonePatch(ResidualPatch):
@@ -26,7 +27,7 @@ class ClonePatch(ResidualPatch):
     Args:
         clone: the copied parts by their name in the host.
         latent_channels: of what the host is given, the first ones, which the clone reads.
-        sees: `instruction`, or `instruction+prompt`.
+        sees: a member of `SEES`.
     """
 
     kind = "control"
@@ -55,6 +56,8 @@ class ClonePatch(ResidualPatch):
 
     def context(self, prompt_states: Tensor, instruction_states: Tensor) -> Tensor:
         """The text states that the clone reads, (B, tokens, width)."""
+        if self.sees == "prompt":
+            return prompt_states
         instruction = instruction_states.expand(prompt_states.shape[0], -1, -1)
         return instruction if self.sees == "instruction" else torch.cat((instruction, prompt_states), dim=1)
 

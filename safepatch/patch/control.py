@@ -20,7 +20,7 @@ class ControlPatch(ClonePatch):
         clone: the copied encoder parts by their name in the UNet.
         latent_channels: of the sample, the first ones, which the clone reads.
         channels: channels of each skip connection, in encoder order, and last of the mid block.
-        sees: `instruction`, or `instruction+prompt`.
+        sees: `instruction`, `instruction+prompt`, or `prompt`.
     """
 
     def __init__(

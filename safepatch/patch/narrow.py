@@ -17,11 +17,11 @@ from torch.nn.functional import scaled_dot_product_attention, silu
 
 from safepatch.errors import ConfigError
 from safepatch.patch.base import Patch
-from safepatch.patch.clone import SEES
 from safepatch.patch.deltas import Anchored
 from safepatch.patch.draw import TIME_WIDTH, Draw, sinusoids
 
 CONDITION_WIDTH = 64
+SEES = ("instruction", "instruction+prompt")
 
 
 class NarrowPatch(Anchored, Patch):

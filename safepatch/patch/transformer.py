@@ -25,7 +25,7 @@ class TransformerControlPatch(ClonePatch):
         latent_channels: of the sample, the first ones, which the clone reads.
         width: channels of its tokens.
         depth: how many blocks were copied.
-        sees: `instruction`, or `instruction+prompt`.
+        sees: `instruction`, `instruction+prompt`, or `prompt`.
     """
 
     def __init__(self, clone: Mapping[str, nn.Module], latent_channels: int, width: int, depth: int, sees: str) -> None:

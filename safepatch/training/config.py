@@ -33,7 +33,8 @@ class PatchConfig:
         kind: `lora`, low-rank updates of the host's own layers; `lite`, narrow branches on the host's features; or
             `control`, a trainable clone of the host's encoder.
         component: what of the pipeline it changes: `unet`, or of a lora patch `text_encoder` or `text_encoder_2`.
-        sees: what its cross-attention reads: `instruction`, or `instruction+prompt`; a lora patch has none.
+        sees: what its cross-attention reads: `instruction`, `instruction+prompt`, or, of a control patch that is to
+            be exported as a ControlNet, `prompt`; a lora patch has none.
         rank: of a lora patch, of each update (default 16); of a lite patch, channels per branch (default 64); of a
             control patch, store the deltas of layers wider than this as low-rank factors (default 0, dense).
         depth: of a lite patch, maps in each branch (default 1): 3 x 3 convolutions, of a transformer linear ones.

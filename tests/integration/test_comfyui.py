@@ -19,7 +19,7 @@ import torch
 from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.diffusion import empty_unet
 from safepatch.errors import ArtifactError, BaseMismatch, ConfigError, PatchBypassed, UnknownName, UnsupportedModel
-from safepatch.export import export
+from safepatch.export import export, export_controlnet
 from safepatch.merging import merge
 from safepatch.models.checkpoint import original_unet_config
 from safepatch.patch import PATCH_KINDS
@@ -469,6 +469,30 @@ def test_an_exported_lora_is_the_patch_without_its_gate_in_comfyui_itself(world,
         made = world.predict(model, x, t, states)
     assert (made - wanted).abs().max() < 0.01 * (wanted - base).abs().max()
     assert torch.equal(world.predict(world.model, x, t, states), base)
+
+
+@pytest.mark.skipif(not CHECKOUT, reason="the stub loads no ControlNet; set SAFEPATCH_COMFYUI")
+def test_an_exported_controlnet_is_the_patch_without_its_gate_in_comfyui_itself(world, tmp_path):
+    """Under guidance too, where it is put on the positive prompt alone."""
+    if not isinstance(world, RealWorld):
+        pytest.skip("the stub loads no ControlNet")
+    with torch.inference_mode(False), torch.no_grad():
+        patch = awaken(new_patch(world.pipe.unet, "control", "prompt", seed=None), size=0.05)
+        artifact = to_artifact(patch, world.pipe.unet, {"weapons": INSTRUCTION})
+        path = artifact.save(tmp_path / "patch.safetensors")
+        net = world.controlnet(export_controlnet(path, tmp_path / "net.safetensors", world.pipe))
+    (x, t), states = inputs(), world.states(KNIFE, DOG)
+    made = net.control_model(x=x, hint=torch.rand(2, 3, 64, 64), timesteps=t, context=states)
+    wanted = patch(x, t, states, states[:1])
+    for theirs, ours in zip((*made["output"], *made["middle"]), (*wanted.down, wanted.mid), strict=True):
+        assert ours.abs().max() > 1e-3  # control
+        assert (theirs - ours).abs().max() < 1e-4 * ours.abs().max()
+    prompt, negative = world.said(KNIFE), world.said(DOG)
+    base, corrected = (world.sample(model, prompt, negative) for model in (world.model, world.apply(artifact, "off")))
+    effect = (corrected - base).abs().max()
+    assert effect > 0.01  # control
+    assert (world.sample_told(net, prompt, negative) - corrected).abs().max() < 0.01 * effect
+    assert (world.sample_told(net, prompt, negative, both=True) - corrected).abs().max() > 0.01 * effect
 
 
 def test_the_example_workflow_fits_the_nodes():

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from safepatch.artifact.patch_artifact import PatchArtifact, verify
-from safepatch.diffusion import empty_unet, fingerprint, quiet
+from safepatch.diffusion import Components, empty_unet, fingerprint, quiet
 from safepatch.errors import ArtifactError, BaseMismatch, ConfigError, SafepatchError, UnknownName, UnsupportedModel
 from safepatch.export import FORMATS, export, import_lora
 from safepatch.export.names import original_path
@@ -21,6 +21,7 @@ from safepatch.merging import merge, split
 from safepatch.patch import ControlPatch
 from safepatch.patch.files import to_artifact
 from safepatch.patch.layers import taken_layers
+from safepatch.patch.text import TextPatch
 from safepatch.runtime.apply import apply
 from safepatch.runtime.fuse import fuse
 from safepatch.shipped import shipped
@@ -81,6 +82,39 @@ def test_what_is_exported_comes_back_bit_for_bit_and_works_in_plain_diffusers(fa
     loaded = draw(pipe, guidance_scale=1.0)
     assert (loaded - patched).abs().max() < 0.02 * (patched - base).abs().max()
     pipe.unload_lora_weights()
+
+
+@every_form
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_a_bundle_of_both_sides_is_one_lora_and_comes_back_bit_for_bit(family, form, tmp_path):
+    pipe = quiet(small_family_pipe(family))
+    sides = {"unet": gated(pipe.unet), "text_encoder": text_side(pipe, "text_encoder")}
+    if family == "sdxl":
+        sides["text_encoder_2"] = text_side(pipe, "text_encoder_2")
+    paths = [side.save(tmp_path / f"{name}.safetensors") for name, side in sides.items()]
+    both = merge(paths, tmp_path / "both.safetensors", weights=[1.0, *([0.5] * (len(paths) - 1))])
+    out = export(tmp_path / "both.safetensors", written(tmp_path, form), form)
+    back = import_lora(out if form == "kohya" else out.parent)
+    assert back.content_hash == both.content_hash
+    assert back.save(tmp_path / "back.safetensors").read_bytes() == (tmp_path / "both.safetensors").read_bytes()
+    base = draw(pipe, guidance_scale=1.0)
+    drawn = []
+    for patch in (both, split(both, "weapons", component="unet")):
+        with apply(pipe, patch, gate="off"):
+            drawn.append(draw(pipe, guidance_scale=1.0))
+    effect = (drawn[0] - base).abs().max()
+    assert min(effect, (drawn[0] - drawn[1]).abs().max()) > 0.02  # control: both sides count
+    pipe.load_lora_weights(str(out.parent), weight_name=out.name)
+    assert (draw(pipe, guidance_scale=1.0) - drawn[0]).abs().max() < 0.02 * effect
+
+
+def text_side(pipe: Any, component: str) -> PatchArtifact:
+    """`gated`, of a text encoder."""
+    components = Components.of(pipe)
+    patch = awaken(TextPatch.of(components, component, rank=4, gate=4))
+    artifact = to_artifact(patch, components, {"weapons": INSTRUCTION}, license="MIT").astype(torch.float16)
+    config = {**artifact.info.config, "gate": {"weapons": {"threshold": 0.5}}}
+    return replace(artifact, info=replace(artifact.info, config=config))
 
 
 def test_names_are_those_of_diffusers_own_converter(tmp_path):
@@ -250,7 +284,7 @@ def test_no_shipped_patch_looks_like_a_lora_to_diffusers(entry):
 
 @torch.no_grad()
 def test_a_control_patch_is_a_controlnet_only_where_it_is_told_the_instruction_too():
-    """Why none is exported: a pipeline, or a user interface, tells a ControlNet the prompt alone."""
+    """Why one that reads its instruction is not exported: others tell a ControlNet the prompt alone."""
     unet = new_small_pipe().unet
     patch = cast(ControlPatch, new_patch(unet, "control"))
     net = ControlNetModel.from_unet(unet).eval()

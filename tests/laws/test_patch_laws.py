@@ -27,7 +27,8 @@ from tests.small import (
 )
 
 every_kind = pytest.mark.parametrize("kind", RESIDUAL_KINDS)
-every_sight = pytest.mark.parametrize("sees", ["instruction", "instruction+prompt"])
+SIGHTS = [(kind, sees) for kind in RESIDUAL_KINDS for sees in ("instruction", "instruction+prompt")]
+every_sight = pytest.mark.parametrize(("kind", "sees"), [*SIGHTS, ("control", "prompt")])
 # Shapes of the skips and the mid block's output on 16 x 16 latents, for one row.
 SHAPES = [(16, 16, 16), (16, 16, 16), (16, 8, 8), (32, 8, 8), (32, 4, 4), (32, 4, 4), (32, 4, 4)]
 # Hosts of other structures.
@@ -71,7 +72,6 @@ def slot_shapes(unet: torch.nn.Module, channels: int) -> list[torch.Size]:
     return seen
 
 
-@every_kind
 @every_sight
 @pytest.mark.parametrize("host", sorted(HOSTS))
 def test_a_fresh_patch_makes_zeros_that_fit_every_slot_of_the_host(kind, sees, host):
@@ -110,7 +110,6 @@ def test_making_a_patch_changes_nothing_of_the_host(kind):
     assert all(p.requires_grad for p in PATCH_KINDS[kind].from_unet(unet, "instruction").parameters())
 
 
-@every_kind
 @every_sight
 def test_deltas_round_trip(kind, sees):
     unet = new_small_unet()
@@ -137,7 +136,6 @@ def test_a_missing_delta_counts_as_zero_and_an_unknown_one_is_refused(kind):
         less.load_deltas(unet, {**deltas, "somewhere.else": torch.ones(1)})
 
 
-@every_kind
 @every_sight
 def test_a_file_gives_the_same_residuals(tmp_path: Path, kind, sees):
     unet = new_small_unet()
@@ -237,7 +235,6 @@ def test_a_patch_cannot_see_what_is_not_there(kind):
         PATCH_KINDS[kind].from_unet(new_small_unet(), "everything")
 
 
-@every_kind
 @every_sight
 def test_each_row_is_its_own(kind, sees):
     patch = new_patch(new_small_unet(), kind, sees)
@@ -251,9 +248,8 @@ def test_each_row_is_its_own(kind, sees):
     assert not torch.allclose(whole.mid[0], whole.mid[1], atol=1e-3)  # control: rows do differ
 
 
-@every_kind
 @every_sight
-def test_a_patch_reads_time_latents_and_instruction_and_the_prompt_only_if_it_sees_it(kind, sees):
+def test_a_patch_reads_time_and_latents_and_of_instruction_and_prompt_what_it_sees(kind, sees):
     unet = new_small_unet()
     patch = new_patch(unet, kind, sees)
     sample, timesteps, states = rows()
@@ -264,9 +260,10 @@ def test_a_patch_reads_time_latents_and_instruction_and_the_prompt_only_if_it_se
     features = features_of(unet, sample, timesteps, states)
     with torch.no_grad():
         same = patch(sample, timesteps, states, instruction(), features=features)
-        assert not same_residuals(patch(sample, timesteps, states, instruction(seed=6), features=features), base)
+        told = patch(sample, timesteps, states, instruction(seed=6), features=features)
         unprompted = patch(sample, timesteps, other_states, instruction(), features=features)
     assert same_residuals(same, base)
+    assert same_residuals(told, base) == (sees == "prompt")
     assert same_residuals(unprompted, base) == (sees == "instruction")
 
 
