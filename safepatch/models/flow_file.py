@@ -16,7 +16,7 @@ from torch import Tensor
 
 from safepatch.diffusion import empty_unet
 from safepatch.errors import UnsupportedModel
-from safepatch.models.flow_layout import places
+from safepatch.models.flow_layout import Place, places
 from safepatch.models.weights import UNET, Weights
 
 CONFIGS = Path(__file__).parent.parent / "assets" / "configs"
@@ -102,19 +102,29 @@ class FlowFile:
         return config
 
     @cached_property
-    def read(self) -> Callable[[str], Tensor]:
-        """Reads a weight of the transformer by diffusers' name.
+    def places(self) -> dict[str, Place]:
+        """Of each weight of the transformer, by diffusers' name, which tensor of the file holds it.
 
         Raises:
             UnsupportedModel: when the file lacks one.
         """
-        found = places(empty_unet(self.config["transformer"]).state_dict(), self.config["transformer"])
+        config = self.config["transformer"]
+        found = {
+            name: place._replace(name=self.prefix + place.name)
+            for name, place in places(empty_unet(config).state_dict(), config).items()
+        }
         for place in found.values():
-            if self.prefix + place.name not in self.weights.tensors:
+            if place.name not in self.weights.tensors:
                 raise UnsupportedModel(
-                    f"{self.weights.path} lacks '{self.prefix}{place.name}' of its transformer; fetch the whole file"
+                    f"{self.weights.path} lacks '{place.name}' of its transformer; fetch the whole file"
                 )
-        return lambda name: found[name].take(self.weights.read(self.prefix + found[name].name))
+        return found
+
+    @cached_property
+    def read(self) -> Callable[[str], Tensor]:
+        """Reads a weight of the transformer by diffusers' name; raises as `places`."""
+        found = self.places
+        return lambda name: found[name].take(self.weights.read(found[name].name))
 
     def of_part(self, part: str) -> dict[str, Tensor]:
         """The tensors of another component, by their names in the file without what these begin with."""

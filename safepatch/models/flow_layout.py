@@ -90,6 +90,19 @@ class Place(NamedTuple):
         """The weight out of that tensor."""
         return torch.cat([stored[rows] for rows in self.rows]) if self.rows else stored
 
+    def put(self, stored: Tensor, weight: Tensor) -> Tensor:
+        """That tensor with another weight in its place."""
+        if not self.rows:
+            return weight
+        made, start = stored.clone(), 0
+        for rows in self.rows:
+            made[rows] = weight[start : (start := start + rows.stop - rows.start)]
+        return made
+
+    def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
+        """Of the weight, where that of the tensor is `stored`."""
+        return (sum(rows.stop - rows.start for rows in self.rows), *stored[1:]) if self.rows else stored
+
 
 def places(weights: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Place]:
     """Of each of a transformer's weights, by diffusers' name, where it is.

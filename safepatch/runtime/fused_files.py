@@ -7,14 +7,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from safepatch.diffusion import UNET, config_kind, denoiser, denoiser_entry, read_json
+from torch import Tensor
+
+from safepatch.diffusion import UNET, denoiser, denoiser_entry, read_json
 from safepatch.errors import BaseMismatch, ConfigError, SafepatchError, UnsupportedModel
 from safepatch.files import replacing
+from safepatch.models.flow_file import FlowFile
+from safepatch.models.flow_layout import Place
 from safepatch.models.folder import whole_name
 from safepatch.models.load import load_tiny
+from safepatch.models.text_layout import TEXT_MODEL, text_places
 from safepatch.models.weights import (
     Change,
     PickledWeights,
+    Stored,
     Weights,
     denoiser_weights,
     open_weights,
@@ -29,11 +35,28 @@ WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".
 Tell = Callable[[str], object]
 
 
+class Piece(NamedTuple):
+    """A weight that changes, in the tensor of a file.
+
+    Attributes:
+        update: of its component.
+        name: as the patch calls it.
+        place: where in the tensor it is.
+    """
+
+    update: Update
+    name: str
+    place: Place
+
+
+Changed = Mapping[str, Sequence[Piece]]  # by name of a file's tensor
+
+
 class Job(NamedTuple):
     """What is fused into the files of a model.
 
     Attributes:
-        update: what is added; while files are written, to one component.
+        update: what is added.
         config: of what denoises.
         note: what a fused model says of it.
         allow_pickle: read pickles too.
@@ -46,33 +69,35 @@ class Job(NamedTuple):
     allow_pickle: bool
     tell: Tell
 
-    def changed(self, files: Sequence[Weights]) -> dict[Path, dict[str, str]]:
-        """By file, which of its tensors change: name there -> the patch's name.
+    def changed(self, files: Sequence[Weights]) -> Mapping[Path, Changed]:
+        """By file, which of its tensors change.
 
         Raises:
             BaseMismatch: when `files`, which belong together, lack one.
             ConfigError: when one cannot take a small difference.
+            UnsupportedModel: when one is stored in few bits, or half of it is missing.
         """
-        component = self.update.components[0]
-        if component == UNET.component:
-            places = denoiser_weights(files, self.config)
-        else:
-            places = {plain_name(name, component): (file, name) for file in files for name in file.tensors}
-        self.update.require({name: file.tensors[stored] for name, (file, stored) in places.items()})
-        found: dict[Path, dict[str, str]] = {file.path: {} for file in files}
-        for name in self.update.names:
-            file, stored = places[name]
-            found[file.path][stored] = name
+        found: dict[Path, dict[str, list[Piece]]] = {file.path: {} for file in files}
+        for component in self.update.components:
+            update, places = self.update.of_component(component), self._places(files, component)
+            update.require({name: _stored(file, place) for name, (file, place) in places.items()})
+            for name in update.names:
+                file, place = places[name]
+                found[file.path].setdefault(place.name, []).append(Piece(update, name, place))
         return found
 
-    def change(self, names: Mapping[str, str]) -> Change:
-        """What becomes of the tensors of one file that change; `names` as `changed` gives them."""
-        return lambda stored, tensor: self.update.added(names[stored], tensor)
+    def _places(self, files: Sequence[Weights], component: str) -> dict[str, tuple[Weights, Place]]:
+        """Where the weights of a component are, by the patch's names."""
+        if component != UNET.component:
+            return {name: (file, place) for file in files for name, place in text_places(file, component).items()}
+        if len(files) == 1 and (flow := FlowFile.of(files[0])):
+            return {name: (files[0], place) for name, place in flow.places.items()}
+        return {name: (file, Place(stored)) for name, (file, stored) in denoiser_weights(files, self.config).items()}
 
-    def write(self, weights: Weights, out: BinaryIO, names: Mapping[str, str], metadata: Mapping[str, str]) -> None:
+    def write(self, weights: Weights, out: BinaryIO, names: Changed, metadata: Mapping[str, str]) -> None:
         """Write a file, changed, as safetensors."""
         kept = {name for name in weights.tensors if not name.startswith(AVERAGED)}
-        write_changed(weights, out, kept, names, self.change(names), metadata)
+        write_changed(weights, out, kept, names, change(names), metadata)
 
     def noted(self, notes: str) -> str:
         """The notes of what was fused so far, and this one; raises `SafepatchError` when it is among them."""
@@ -106,10 +131,6 @@ def fuse_file(model: Path, out: Path, job: Job) -> None:
     """Write a single file changed, without its averaged UNet."""
     if out.suffix != ".safetensors" or out.resolve() == model.resolve():
         raise SafepatchError(f"a single file is fused into another .safetensors file, not {out}; choose another -o")
-    if config_kind(job.config) is not UNET:
-        raise ConfigError("not supported yet: fusing into a single file of SD3 or Flux; save it as a folder, fuse that")
-    if job.update.components != (UNET.component,):
-        raise ConfigError("a text encoder's patch is fused into a folder; save the pipeline (save_pretrained) first")
     weights = open_weights(model, job.allow_pickle)
     names = job.changed([weights])[model]
     metadata = {**weights.metadata, NOTE: job.noted(weights.metadata.get(NOTE, "[]"))}
@@ -149,9 +170,26 @@ def fuse_folder(model: Path, folder: Path, job: Job) -> None:
     (folder / note.name).write_text(notes + "\n", "utf-8")
 
 
+def change(names: Changed) -> Change:
+    """What becomes of the tensors of one file that change."""
+
+    def changed(stored: str, tensor: Tensor) -> Tensor:
+        for update, name, place in names[stored]:
+            tensor = place.put(tensor, update.added(name, place.take(tensor)))
+        return tensor
+
+    return changed
+
+
 def plain_name(name: str, component: str) -> str:
     """A weight's name as patches have it: of a text encoder without the prefix that some classes and files add."""
-    return name if component == UNET.component else name.removeprefix("text_model.")
+    return name if component == UNET.component else name.removeprefix(TEXT_MODEL)
+
+
+def _stored(file: Weights, place: Place) -> Stored:
+    """A weight as it is stored, by its shape; where its own bytes are is of no use here."""
+    whole = file.tensors[place.name]
+    return whole._replace(shape=place.shape(whole.shape))
 
 
 def _fuse_group(name: str, paths: list[Path], model: Path, folder: Path, job: Job) -> bool:
@@ -166,7 +204,7 @@ def _fuse_group(name: str, paths: list[Path], model: Path, folder: Path, job: Jo
         with _target(weights.path, model, folder).open("xb") as file:
             names = changed[weights.path]
             if isinstance(weights, PickledWeights):
-                write_pickle_changed(weights, file, names, job.change(names))
+                write_pickle_changed(weights, file, names, change(names))
             else:
                 job.write(weights, file, names, weights.metadata)
     job.tell(f"fused: {name}")

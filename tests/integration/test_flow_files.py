@@ -1,6 +1,7 @@
 """SD3's and Flux's single files in their makers' layout: loaded offline, whatever they hold, patched, or refused."""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ from diffusers.loaders.single_file_utils import (
     convert_flux_transformer_checkpoint_to_diffusers,
     convert_sd3_transformer_checkpoint_to_diffusers,
 )
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from safepatch.diffusion import empty_unet, quiet
-from safepatch.errors import BaseMismatch, ConfigError, ModelNotFound, UnsupportedModel
+from safepatch.errors import BaseMismatch, ConfigError, ModelNotFound, SafepatchError, UnsupportedModel
 from safepatch.models.flow_file import CONFIGS
 from safepatch.models.flow_layout import places
 from safepatch.models.load import ModelConfig, load_pipeline
@@ -25,7 +27,7 @@ from safepatch.patch import LoraPatch
 from safepatch.patch.files import to_artifact
 from safepatch.runtime.apply import apply
 from safepatch.runtime.check import check
-from safepatch.runtime.fuse import fuse_model
+from safepatch.runtime.fuse import fuse, fuse_model
 from tests.families import draw
 from tests.flow_files import (
     CLIP_G,
@@ -215,6 +217,41 @@ def test_check_measures_how_far_a_file_is_from_a_patchs_base(flux, tmp_path):
     assert 0.05 < (check(tuned, path).drift or 0) < 0.2
 
 
+# ---- fused -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fused_file_is_the_fused_pipeline_in_the_files_layout(dtype, published, tmp_path):
+    path, told = patch_of(published.pipe).save(tmp_path / "a.safetensors"), list[str]()
+    model = write_flow_file(tmp_path / "model.safetensors", published.tensors, dtype)
+    out = fuse_model(model, path, tmp_path / "fused.safetensors", scale=0.5, tell=told.append)
+    made, wanted, base = (load_pipeline(each, tokenizer=published.folder, dtype=dtype) for each in (out, model, model))
+    fuse(wanted, path, scale=0.5)
+    assert same(made.transformer, wanted.transformer)
+    assert not same(made.transformer, base.transformer)  # control
+    with safe_open(out, "pt") as new, safe_open(model, "pt") as old:
+        assert list(new.keys()) == list(old.keys())
+        assert all(new.get_tensor(name).dtype == dtype for name in new.keys())  # noqa: SIM118 it is no dict
+        changed = {name for name in old.keys() if not torch.equal(new.get_tensor(name), old.get_tensor(name))}  # noqa: SIM118
+    assert changed
+    assert all(re.search(r"(qkv|attn2?\.proj|mlp|linear[12])[^a-z]", name) for name in changed)
+    with pytest.raises(SafepatchError, match="was fused into this model already"):
+        fuse_model(out, path, tmp_path / "again.safetensors")
+
+
+def test_what_is_taken_out_of_a_tensor_and_put_back_is_that_tensor(published):
+    tensors = transformer_layout(published.pipe.transformer)
+    found = places(published.pipe.transformer.state_dict(), published.pipe.transformer.config)
+    for place in found.values():
+        stored = tensors[place.name]
+        weight = place.take(stored)
+        assert weight.shape == place.shape(stored.shape)
+        assert torch.equal(place.put(stored, weight), stored)
+        doubled = place.put(stored, 2 * weight)
+        assert torch.equal(place.take(doubled), 2 * weight)
+        assert int((doubled != stored).sum()) == int((weight != 0).sum())  # and nothing beside it
+
+
 # ---- one line, and nothing lost ----------------------------------------------------------------------------------
 
 
@@ -315,9 +352,19 @@ def test_a_tokenizer_with_more_words_than_the_encoder_is_refused(flux, tmp_path)
         load_pipeline(path, tokenizer=folder)
 
 
-def test_fusing_into_such_a_file_is_refused_before_anything_is_written(flux, tmp_path):
+@pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_fusing_into_a_file_of_few_bits_is_refused_before_anything_is_written(stored, flux, tmp_path):
     patch = patch_of(flux.pipe).save(tmp_path / "a.safetensors")
-    with pytest.raises(ConfigError, match="not supported yet: fusing into a single file of SD3 or Flux") as caught:
+    model = write_flow_file(tmp_path / "model.safetensors", flux.tensors, stored)
+    with pytest.raises(ConfigError, match=r"is stored as F8_E.M. and cannot take a patch") as caught:
+        fuse_model(model, patch, tmp_path / "fused.safetensors")
+    one_line(caught)
+    assert not (tmp_path / "fused.safetensors").exists()
+
+
+def test_another_familys_patch_is_not_fused(flux, sd3, tmp_path):
+    patch = patch_of(sd3.pipe).save(tmp_path / "a.safetensors")
+    with pytest.raises(BaseMismatch, match="this patch is for sd3 transformers") as caught:
         fuse_model(flux.path, patch, tmp_path / "fused.safetensors")
     one_line(caught)
     assert not (tmp_path / "fused.safetensors").exists()

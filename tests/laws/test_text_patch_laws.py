@@ -22,8 +22,18 @@ from safepatch.patch.text import TextPatch
 from safepatch.runtime.apply import attach
 from safepatch.tiny.text import MAX_TOKENS
 from safepatch.training import gates
-from tests.families import draw, small_family_pipe, small_transformer_pipe
-from tests.small import INSTRUCTION, PROMPTS, SEEDS, awaken, images, new_small_pipe, small_artifact, spied
+from tests.families import draw, small_family_pipe, small_transformer_pipe, tokenizer_folder, write_original
+from tests.small import (
+    INSTRUCTION,
+    PROMPTS,
+    SEEDS,
+    awaken,
+    images,
+    new_artifact,
+    new_small_pipe,
+    small_artifact,
+    spied,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 
@@ -339,6 +349,47 @@ def test_a_folder_is_fused_on_both_sides_and_told_by_check(pipe: Any, tmp_path: 
     fused = safepatch.load_pipeline(tmp_path / "fused")
     assert torch.allclose(images(fused, guidance_scale=1.0), wanted, atol=1e-4)
     assert safepatch.check(tmp_path / "fused", text).drift > 0.01
+
+
+@pytest.mark.parametrize(
+    ("family", "component"),
+    [("sd1", "text_encoder"), ("sd2", "text_encoder"), ("sdxl", "text_encoder"), ("sdxl", "text_encoder_2")],
+)
+def test_a_single_file_is_fused_in_its_own_layout(family: str, component: str, tmp_path: Any):
+    pipe = small_family_pipe(family)
+    model = write_original(pipe, family, tmp_path / "model.safetensors")
+    path = new_text_artifact(pipe, component).save(tmp_path / "text.safetensors")
+    out = safepatch.fuse_model(model, path, tmp_path / "fused.safetensors")
+    made, wanted, base = (
+        safepatch.load_pipeline(each, tokenizer=tokenizer_folder(tmp_path / "tokenizer"))
+        for each in (out, model, model)
+    )
+    safepatch.fuse(wanted, path)
+    for part in ("text_encoder", "text_encoder_2", "unet", "vae"):
+        if (own := getattr(made, part, None)) is not None:
+            theirs, before = (getattr(each, part).state_dict() for each in (wanted, base))
+            assert all(torch.equal(weight, theirs[name]) for name, weight in own.state_dict().items())
+            is_base = all(torch.equal(weight, before[name]) for name, weight in own.state_dict().items())
+            assert is_base == (part != component)  # control: of all parts that one changed
+
+
+def test_a_single_file_is_fused_on_both_sides(tmp_path: Any):
+    pipe = small_family_pipe("sd1")
+    model = write_original(pipe, "sd1", tmp_path / "model.safetensors")
+    text = new_text_artifact(pipe).save(tmp_path / "text.safetensors")
+    unet = new_artifact(pipe.unet, "lora").save(tmp_path / "unet.safetensors")
+    both = tmp_path / "both.safetensors"
+    safepatch.merge((text, unet), both)
+    out = safepatch.fuse_model(model, both, tmp_path / "fused.safetensors")
+    made, wanted = (
+        safepatch.load_pipeline(each, tokenizer=tokenizer_folder(tmp_path / "tokenizer")) for each in (out, model)
+    )
+    base = copy.deepcopy(wanted.unet.state_dict())
+    safepatch.fuse(wanted, both)
+    for part in ("text_encoder", "unet"):
+        theirs = getattr(wanted, part).state_dict()
+        assert all(torch.equal(weight, theirs[name]) for name, weight in getattr(made, part).state_dict().items())
+    assert any(not torch.equal(weight, base[name]) for name, weight in made.unet.state_dict().items())  # control
 
 
 @pytest.mark.parametrize("form", ["kohya", "diffusers"])
