@@ -8,7 +8,7 @@ from torch import Tensor
 from safepatch.data.keys import digest
 from safepatch.data.settings import DataConfig
 from safepatch.data.shards import Shards
-from safepatch.diffusion import Conditioning, Host
+from safepatch.diffusion import Conditioning, Host, spared
 
 
 class Texts:
@@ -24,7 +24,7 @@ class Texts:
     def __init__(self, host: Host, texts: Sequence[str], config: DataConfig, words: bool = False) -> None:
         self._numbers = {text: i for i, text in enumerate(dict.fromkeys(texts))}
         distinct, dtype = list(self._numbers), host.components.compute_dtype
-        key = {"model": host.key, "texts": digest(distinct), "dtype": str(dtype)}
+        key = {"model": host.key, "texts": digest(distinct), "dtype": str(dtype), **spared(host.unet)}
         key["kept"] = "words" if words else "states, tokens"
         self._shards = Shards(config.folder / "texts" / digest(key)[:24], key, len(distinct))
 

@@ -75,6 +75,7 @@ from safepatch.diffusion.sampling import (
     quiet,
     read_tokens,
     save_image,
+    spared,
     training_target,
 )
 from safepatch.diffusion.tokens import TokenReader, Typed, teach
@@ -153,6 +154,7 @@ __all__ = [
     "read_tokens",
     "read_unet",
     "save_image",
+    "spared",
     "steps_ahead",
     "teach",
     "text_width",

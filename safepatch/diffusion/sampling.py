@@ -13,13 +13,14 @@ from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor
 
-from safepatch.diffusion.components import Components, denoiser
+from safepatch.diffusion.components import Components, denoiser, uncompiled
 from safepatch.diffusion.conditioning import Conditioning, moved
-from safepatch.diffusion.hosts.kinds import FLUX, UNET, host_kind, usual_guidance
+from safepatch.diffusion.hosts.kinds import FLUX, UNET, host_kind, is_tiny_sd3, usual_guidance
 from safepatch.errors import PromptError
 from safepatch.files import replacing, unwritable
 
-T5_TOKENS = 77  # of an instruction; a prompt has 256 or 512
+T5_TOKENS, SD3_TOKENS, FLUX_TOKENS = 77, 256, 512  # of T5: of an instruction, and of a prompt, unless told otherwise
+ZEROS = 1  # that the embedded transformer is given for the T5 that it lacks: any number draws the same (DESIGN.md, 73)
 
 
 def prediction_type(scheduler: object) -> str:
@@ -88,7 +89,7 @@ def _encode_by_pipeline(components: Components, prompts: Sequence[str], t5_token
     parts = {name: getattr(components, name) for name in ("scheduler", "vae", "text_encoder", "tokenizer")}
     parts |= {"transformer": components.unet}
     parts |= {"text_encoder_2": components.text_encoder_2, "tokenizer_2": components.tokenizer_2}
-    options: dict[str, Any] = {"max_sequence_length": t5_tokens, "device": components.text_encoder.device}
+    options = {"max_sequence_length": t5_tokens, **spared(components.unet), "device": components.text_encoder.device}
     if host_kind(components.unet) is FLUX:
         with _hushed(FluxPipeline):
             states, pooled, _ = FluxPipeline(**parts).encode_prompt(list(prompts), None, **options)
@@ -99,6 +100,11 @@ def _encode_by_pipeline(components: Components, prompts: Sequence[str], t5_token
         pipe = StableDiffusion3Pipeline(**parts)
         states, _, pooled, _ = pipe.encode_prompt(*texts, do_classifier_free_guidance=False, **options)
     return Conditioning(states, pooled)
+
+
+def spared(host: Any) -> dict[str, int]:
+    """What pipelines of the embedded transformer are told, so that four of five of its tokens are not nothing."""
+    return {"max_sequence_length": ZEROS} if is_tiny_sd3(uncompiled(host)) else {}
 
 
 @contextmanager
@@ -219,7 +225,7 @@ def generate(
         negative_prompt=list(negative_prompts) if negative_prompts else None,
         generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
         output_type="pt",
-        **more,
+        **{**spared(denoiser(pipe)), **more},
         **_nothing_to_keep(pipe, len(seeds)),
     ).images
     return images.float().cpu()

@@ -11,6 +11,7 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.models.attention_processor import JointAttnProcessor2_0
 from torch import Tensor
 
+from safepatch.diffusion import Components, encode, generate, open_host, quiet
 from safepatch.errors import ModelNotFound
 from safepatch.tiny import siblings
 from safepatch.tiny.loop import Schedule, fit
@@ -31,6 +32,7 @@ from safepatch.tiny.sd3_files import SHARED, load_sd3, save_sd3, shared_parts
 from safepatch.tiny.sd3_text import PooledReader, new_second_encoder, reading_loss
 from safepatch.tiny.unet import Pool
 from safepatch.tiny.world import CONCEPTS
+from tests.families import small_transformer_pipe
 
 PROMPTS = ["a knife next to a cat", "a dog"]
 
@@ -121,6 +123,23 @@ def test_one_token_stands_for_any_number_of_zeros(texts: Texts, n: int):
         told = plain(latents, torch.cat([states, torch.zeros(2, n, 320)], dim=1), pooled, times).sample
         torch.testing.assert_close(counted([n, n]), told, atol=1e-5, rtol=1e-4)
         assert (counted([n + 40, n]) - told)[0].abs().max() > 1e-3  # control: the number does matter
+
+
+def test_drawn_and_read_for_safepatch_it_has_one_zero_for_t5_and_plain_diffusers_gives_it_many(
+    texts: Texts, parts: Any
+):
+    pipe = quiet(assemble_sd3(small(), parts["vae"], texts))
+    components, options = Components.of(pipe), {"steps": 2, "guidance_scale": 7.0}
+    ours = generate(pipe, ["a cat"], [0], **options)
+    assert torch.equal(ours, generate(pipe, ["a cat"], [0], **options, max_sequence_length=1))
+    assert not torch.equal(ours, generate(pipe, ["a cat"], [0], **options, max_sequence_length=256))  # control
+    host = open_host(components)
+    assert host.encode(["a cat"]).states.shape == encode(components, ["a cat"]).states.shape == (1, 25, 320)
+    other = quiet(small_transformer_pipe("sd3"))
+    other.text_encoder_3 = other.tokenizer_3 = None
+    assert (
+        open_host(Components.of(other)).encode(["a cat"]).states.shape[1] == 24 + 256
+    )  # control: nobody trained it so
 
 
 def test_noise_and_velocity_are_the_schedulers(texts: Texts, pool: Pool):

@@ -20,7 +20,7 @@ from safepatch.diffusion.components import Components
 from safepatch.diffusion.conditioning import Conditioning
 from safepatch.diffusion.hosts.base import Host, Predict, Residuals
 from safepatch.diffusion.hosts.kinds import FLUX, SD3, HostKind, text_width
-from safepatch.diffusion.sampling import encode
+from safepatch.diffusion.sampling import FLUX_TOKENS, SD3_TOKENS, encode
 from safepatch.errors import ConfigError
 
 FLUX_EDGE = 128  # of the latents of 1024 pixels; Flux's configuration names no size
@@ -142,7 +142,7 @@ class SD3Host(FlowHost):
     """Stable Diffusion 3 and 3.5; T5 may be missing."""
 
     kinds: ClassVar[tuple[HostKind, ...]] = (SD3,)
-    tokens: ClassVar[int] = 256
+    tokens: ClassVar[int] = SD3_TOKENS
 
     def __init__(self, components: Components, size: int | None = None) -> None:
         super().__init__(components, size)
@@ -183,7 +183,7 @@ class FluxHost(FlowHost):
     """Flux 1; a distilled one is told the usual guidance, and none is computed by a second row."""
 
     kinds: ClassVar[tuple[HostKind, ...]] = (FLUX,)
-    tokens: ClassVar[int] = 512
+    tokens: ClassVar[int] = FLUX_TOKENS
 
     @property
     def _edge(self) -> int:

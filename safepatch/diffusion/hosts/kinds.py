@@ -174,8 +174,13 @@ def family(config: Mapping[str, Any]) -> str:
     return FAMILIES.get(width, "unknown") if isinstance(width, int) else "unknown"
 
 
+def is_tiny_sd3(host: Any) -> bool:
+    """Whether it is the embedded transformer, or a sibling of it."""
+    return host.config.get("joint_attention_dim") == TINY_SD3_WIDTH
+
+
 def usual_guidance(host: Any) -> float:
     """The classifier-free guidance scale that suits the model's family; small for the embedded ones (DESIGN.md, 10)."""
-    if host.config.get("joint_attention_dim") == TINY_SD3_WIDTH:
+    if is_tiny_sd3(host):
         return 3.0
     return 1.5 if family(host.config) == "tiny-sd" else host_kind(host).guidance_scale
