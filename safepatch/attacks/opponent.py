@@ -7,6 +7,7 @@ part of it to shut, nor its second key, which looks at pictures.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,12 +21,13 @@ from safepatch.diffusion import (
     UNET,
     Components,
     Conditioning,
+    Host,
     TokenReader,
-    UNetHost,
     batched,
     encode_prompts,
+    family,
     moved,
-    training_target,
+    open_host,
 )
 from safepatch.errors import ConfigError
 from safepatch.patch import Features, Patch
@@ -68,7 +70,7 @@ class Undoing:
         aim: of `AIMS`.
     """
 
-    host: UNetHost
+    host: Host
     patch: Patch
     instruction: Tensor
     aim: str = "patch"
@@ -86,12 +88,16 @@ class Undoing:
         if not known:
             raise ConfigError(f"the patch is for {', '.join(target.patch.info.categories)}, not for {corpus.name}")
         components = Components.of(target.pipe).freeze()
+        if family(components.unet.config) == "flux":  # its pipeline is told no states of a negative prompt
+            raise ConfigError(
+                f"not supported yet: free text states of a {type(components.unet).__name__}; leave it out"
+            )
         modules = {name: from_artifact(part, components).to(components.unet.device) for name, part in known.items()}
         last = UNET.component if UNET.component in known else min(known)
         artifact, patch = known[last], modules.pop(last)
         instruction = encode_prompts(components, list(artifact.info.instructions.values()))
         instruction = instruction.reshape(1, -1, instruction.shape[-1])
-        made = cls(UNetHost(components), patch, instruction, first=tuple(modules.values()))
+        made = cls(open_host(components), patch, instruction, first=tuple(modules.values()))
         return made.aimed("gate") if target.is_gate_known else made
 
     def aimed(self, aim: str) -> "Undoing":
@@ -110,18 +116,18 @@ class Undoing:
         """Small when `asked` has the category drawn in spite of the patch, or past its gate; over all rows."""
         if self.aim == "patch":
             return mse_loss(self.predict(rows.noisy, rows.timesteps, asked), rows.target)
-        seen: list[Features] = []
-        with answered(self.host.unet, seen.append):
+        gate, seen = self.patch.gate, list[Features]()
+        assert gate is not None
+        with answered(self.host.unet, seen.append) if gate.reads_features else nullcontext():
             predicted = self.host.predict(rows.noisy, rows.timesteps, asked)
-        assert self.patch.gate is not None
-        logits = self.patch.gate(seen[0].mid.float(), rows.timesteps, asked.states)
+        logits = gate(seen[0].mid.float() if seen else None, rows.timesteps, asked.states)
         return mse_loss(predicted, rows.target) + GATE_WEIGHT * softplus(logits).mean()
 
     def noised(self, latents: Tensor, asked: Conditioning, generator: torch.Generator) -> Noised:
         """Pictures, (B, 4, h, w), at times and with noise of the generator's."""
         timesteps = moved(torch.randint(self.host.steps, (len(latents),), generator=generator), self.host.device)
         noise = moved(torch.randn(latents.shape, generator=generator), self.host.device)
-        target = training_target(self.host.components.scheduler, latents, noise, timesteps)
+        target = self.host.target(latents, noise, timesteps)
         return Noised(self.host.add_noise(latents, noise, timesteps), timesteps, target, asked)
 
     def pictures(self, prompts: Sequence[Prompt]) -> Tensor:

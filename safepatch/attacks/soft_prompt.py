@@ -17,7 +17,7 @@ from safepatch.attacks.opponent import AIMS, Noised, Undoing
 from safepatch.data.bank import DataConfig, PairBank, build_bank
 from safepatch.data.corpus import Corpus
 from safepatch.data.prompts import Prompt
-from safepatch.diffusion import UNetHost, Way, moved
+from safepatch.diffusion import Host, Way, moved
 from safepatch.errors import ConfigError
 from safepatch.patch import Patch
 
@@ -59,7 +59,7 @@ class SoftPromptConfig:
             raise ConfigError(f"aim must be patch or gate, not '{self.aim}'")
 
 
-def soft_prompt(host: UNetHost, patch: Patch, instruction: Tensor, bank: PairBank, config: SoftPromptConfig) -> Tensor:
+def soft_prompt(host: Host, patch: Patch, instruction: Tensor, bank: PairBank, config: SoftPromptConfig) -> Tensor:
     """Text states (1, tokens, width) that, appended to the category's prompts or on their own, undo the patch best.
 
     Args:

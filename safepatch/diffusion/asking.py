@@ -10,10 +10,10 @@ import torch
 from diffusers import AutoPipelineForImage2Image, DiffusionPipeline
 from torch import Tensor
 
-from safepatch.diffusion.components import Components
+from safepatch.diffusion.components import Components, denoiser
 from safepatch.diffusion.conditioning import Conditioning, joined
-from safepatch.diffusion.hosts.kinds import UNET, host_kind
-from safepatch.diffusion.sampling import encode, generate, generate_from_states, quiet
+from safepatch.diffusion.hosts.kinds import FLUX, host_kind
+from safepatch.diffusion.sampling import SD3_TOKENS, encode, generate, generate_from_states, quiet, spared
 from safepatch.errors import UnsupportedModel
 
 
@@ -86,7 +86,7 @@ def generate_by(
         starts: of img2img, pictures in [0, 1], (B, 3, H, W).
 
     Raises:
-        UnsupportedModel: for a transformer's states, and for a pipeline without img2img, or without noise of one's own.
+        UnsupportedModel: for Flux's states, and for a pipeline without img2img, or without noise of one's own.
     """
     if way.strength is not None:
         return _from_pictures(pipe, prompts, seeds, steps, guidance_scale, way.strength, starts)
@@ -125,8 +125,8 @@ def _composed(
     so that the sum over three rows after each step is a step with the composed prediction, whatever the scheduler; and
     a patch reads the three as a user interface that has such a word would send them.
     """
-    n, components = len(seeds), Components.of(pipe)
-    other = encode(components, [beside, ""])
+    n = len(seeds)
+    other = _read(Components.of(pipe), [beside, ""])
     rows = joined([asked, other.of(slice(0, 1)).expand(n), other.of(slice(1, 2)).expand(n)])
 
     def add(_: Any, step: int, t: Any, values: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -141,22 +141,27 @@ def _composed(
 def _conditioned(pipe: Any, prompts: Sequence[str], way: Way) -> tuple[Conditioning, Conditioning]:
     """What the host reads of the prompts, and of the empty one."""
     components = Components.of(pipe)
-    if host_kind(components.unet) is not UNET:
+    if host_kind(components.unet) is FLUX:
         raise UnsupportedModel(f"states of a {type(components.unet).__name__}'s prompts are not made; ask it by text")
-    asked, empty = encode(components, prompts), encode(components, [""]).expand(len(prompts))
+    asked, empty = _read(components, prompts), _read(components, [""]).expand(len(prompts))
     said = asked.states if way.states is None else way.states.to(asked.states)
     states = empty.states + way.weight * (said - empty.states) if way.weight != 1 else said
     if way.share:
-        states = torch.lerp(states, encode(components, [way.other]).states.expand_as(states), way.share)
+        states = torch.lerp(states, _read(components, [way.other]).states.expand_as(states), way.share)
     negative = empty.states
     if way.before:
-        states = torch.cat((encode(components, [way.before]).states.expand_as(states), states), dim=1)
+        states = torch.cat((_read(components, [way.before]).states.expand_as(states), states), dim=1)
         negative = torch.cat((negative, empty.states), dim=1)
     if way.appended is not None:
         free = way.appended.to(states.device, states.dtype).expand(len(states), -1, -1)
         states = torch.cat((states, free), dim=1)
         negative = torch.cat((negative, empty.states[:, -free.shape[1] :]), dim=1)
     return asked._replace(states=states), empty._replace(states=negative)
+
+
+def _read(components: Components, prompts: Sequence[str]) -> Conditioning:
+    """What the host is given of prompts that are typed into its pipeline."""
+    return encode(components, prompts, SD3_TOKENS)
 
 
 def _from_pictures(
@@ -181,5 +186,6 @@ def _from_pictures(
         guidance_scale=guidance_scale,
         generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
         output_type="pt",
+        **spared(denoiser(pipe)),
     ).images
     return images.float().cpu()
