@@ -199,7 +199,9 @@ class SFDConfig(Attackable):
         return base + guidance * (towards - base)
 
     def _begin(self, host: Host) -> int:
-        """The timestep at which one step begins."""
+        """The timestep at which one step begins; raises `ConfigError` for a transformer, or past the schedule."""
+        if host.predicts == "flow":
+            raise ConfigError("not supported yet: one step of a transformer; set objective.one_step=false")
         if self.timestep is not None and self.timestep >= host.steps:
             raise ConfigError(f"objective.timestep must be below the model's {host.steps}, not {self.timestep}")
         usual = int(BEGIN * host.steps) if host.predicts == "epsilon" else host.steps - 1

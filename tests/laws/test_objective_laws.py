@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from itertools import product
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -1036,6 +1037,8 @@ def test_one_step_is_for_lora_patches_and_within_the_schedule(host):
     assert SFDConfig(one_step=True).recorded(host) == {"one_step": {"timestep": 999}}  # of a v-prediction
     assert SFDConfig(one_step=True, timestep=500).recorded(host) == {"one_step": {"timestep": 500}}
     assert SFDConfig().recorded(host) == {}
+    with pytest.raises(ConfigError, match=r"one step of a transformer; set objective\.one_step=false"):
+        SFDConfig(one_step=True).recorded(cast(Any, SimpleNamespace(predicts="flow", steps=1000)))
     host = new_small_host()
     host.components.scheduler.register_to_config(prediction_type="epsilon")
     assert SFDConfig(one_step=True).recorded(host) == {"one_step": {"timestep": 625}}
