@@ -140,6 +140,11 @@ class Usual:
         return 1
 
     @property
+    def held_per_pair(self) -> int:
+        """Rows of the host for each pair through which gradients reach the patch, all at once."""
+        return self.rows_per_pair
+
+    @property
     def pictures_per_pair(self) -> int:
         """Pictures that are drawn for each pair."""
         return self.rows_per_pair

@@ -112,6 +112,12 @@ class SFDConfig(Attackable):
         return 2 if self.one_step and self.regression else 0
 
     @property
+    def held_per_pair(self) -> int:
+        """What is drawn, and what both scores see in it, the base's perhaps by two rows each."""
+        is_guided = self.one_step if self.guidance is None else self.guidance > 1
+        return 2 + (2 + (4 if is_guided else 2) if self.is_scored else 0)
+
+    @property
     def calls_per_pair(self) -> int:
         """What both players draw, both scores with their backward passes, and what the fake one learns."""
         steps = 1 if self.one_step else self.denoising_steps + 1

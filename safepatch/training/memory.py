@@ -32,6 +32,7 @@ class Plan:
         kind, sees, layout: of the patch.
         batch_size: pairs per step.
         rows_per_pair: rows of the patched host for each, those that must stay as they are among them.
+        held_per_pair: rows whose activations are held at once, as many if it is 0.
         pictures_per_pair: that are drawn for each.
         calls_per_pair: of the host at each step, beside those of its rows.
         dtype: of the host.
@@ -50,6 +51,7 @@ class Plan:
     layout: Mapping[str, Any] = field(default_factory=dict)
     batch_size: int = 4
     rows_per_pair: int = 2
+    held_per_pair: int = 0
     pictures_per_pair: int = 2
     calls_per_pair: int = 0
     dtype: torch.dtype = torch.float32
@@ -73,6 +75,7 @@ class Plan:
             patch.sees,
             patch.layout,
             rows_per_pair=config.objective.rows_per_pair,
+            held_per_pair=config.objective.held_per_pair,
             pictures_per_pair=config.objective.pictures_per_pair,
             calls_per_pair=config.objective.calls_per_pair,
             dtype=dtype,
@@ -87,6 +90,11 @@ class Plan:
     def rows(self) -> int:
         """That a step's batch has."""
         return self.batch_size * self.rows_per_pair
+
+    @property
+    def held(self) -> int:
+        """Rows whose activations are held at once."""
+        return self.batch_size * (self.held_per_pair or self.rows_per_pair)
 
     @property
     def autocast(self) -> torch.dtype | None:
@@ -141,7 +149,7 @@ class Prediction:
             took = f", {_duration((self.drawing_calls + self.training_calls) / calls_per_second)}"
         return [
             f"memory: {_gib(self.needed)} of the device: host {_gib(self.weights)}, patch {_gib(self.patch)} and its "
-            f"average, optimizer {_gib(self.optimizer)}, {plan.rows} rows of {_gib(self.activations_per_row)}, the "
+            f"average, optimizer {_gib(self.optimizer)}, {plan.held} rows of {_gib(self.activations_per_row)}, the "
             f"rest {_gib(self.fixed)}; while drawing {_gib(self.drawing)}",
             f"disk: {_gib(self.disk)} in {plan.data.folder}",
             f"rows the host computes: {self.drawing_calls:,} to draw latents, {self.training_calls:,} to train{took}",
@@ -157,8 +165,8 @@ class Prediction:
         plan, room = self.plan, (total - CONTEXT) / FRAGMENTS
         if self.learning <= room:
             return f"draw fewer pictures at once, data.batch_size={max(1, plan.data.batch_size // 2)}"
-        beside = self.learning - plan.rows * self.activations_per_row
-        fitting = int((room - beside) // self.activations_per_row) * plan.batch_size // plan.rows
+        beside = self.learning - plan.held * self.activations_per_row
+        fitting = int((room - beside) // self.activations_per_row) * plan.batch_size // plan.held
         ways = {
             "training.mixed_precision=bf16": plan.mixed_precision == "no",
             "training.gradient_checkpointing=true": not plan.gradient_checkpointing,
@@ -189,7 +197,7 @@ def predict(config: Mapping[str, Any], plan: Plan) -> Prediction:
     count, row = own // 4, (all_ - one) // (rows - 1)
     state = count * STATES[plan.optimizer]
     fixed = max(0, one - row) + (own if plan.gradient_accumulation > 1 else 0)
-    at_worst = max(fixed + plan.rows * row, own + count * TRANSIENT[plan.optimizer])
+    at_worst = max(fixed + plan.held * row, own + count * TRANSIENT[plan.optimizer])
     drawn_at_once = plan.data.batch_size * (2 if plan.guided else 1)
     beside = int(SURROUNDINGS.get(name, 0)) * plan.dtype.itemsize
     return Prediction(

@@ -148,6 +148,7 @@ def test_a_run_is_predicted_from_its_configuration() -> None:
     assert found.plan.rows_per_pair == 2
     lines = found.lines(calls_per_second=100.0)
     assert len(lines) == 3
+    assert "8 rows of" in lines[0]
     assert "minutes" in lines[-1]
     assert "minutes" not in found.lines()[-1]
 
@@ -170,6 +171,17 @@ def test_what_an_objective_draws_and_asks_is_foreseen(objective: str, drawn: int
     found = predict_run(load_train_config(None, words), unet_config("tiny-sd"))
     assert found.drawing_calls == drawn * 768 * 10 * 2
     assert found.training_calls == trained * 1200 * 4
+
+
+@pytest.mark.parametrize(
+    ("objective", "rows"), [("duo", 3), ("sfd", 6), ("sfd objective.guidance=2", 8), ("sfd objective.one_step=true", 8)]
+)
+def test_all_rows_through_which_gradients_go_are_held(objective: str, rows: int) -> None:
+    """Of a generator two, and what two scores see in them."""
+    words = ["category=weapons", "model=tiny-sd", f"objective={objective.split()[0]}", *objective.split()[1:]]
+    found = predict_run(load_train_config(None, words), unet_config("tiny-sd"))
+    assert found.plan.held == 4 * rows
+    assert found.learning > small(Plan("lora")).learning  # control: that holds eight rows
 
 
 def test_a_device_that_is_too_small_is_told_with_what_to_change() -> None:
