@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from safepatch.diffusion import moved
+from safepatch.diffusion import Host, moved
 from safepatch.objectives.base import Turn
 
 
@@ -30,6 +30,18 @@ def noised(turn: Turn, latents: Tensor, power: float = 1.0, below: float = 1.0) 
     timesteps = moved(timesteps, latents.device)
     noise = moved(torch.randn(latents.shape, generator=turn.generator), latents.device)
     return Noised(turn.host.add_noise(latents, noise, timesteps), timesteps, noise)
+
+
+def clean_weights(host: Host, timesteps: Tensor) -> Tensor:
+    """The smaller of 1 and 1 / SNR at `timesteps` (B,), shape (B, 1, 1, 1).
+
+    By them the squared error of a prediction that shall end at another picture counts as that of the clean picture
+    where little is noise: there it is as far off as the picture is from its noise (Hang et al. 2023, arXiv 2303.09556,
+    with gamma = 1).
+    """
+    one = torch.ones(len(timesteps), 1, 1, 1, device=timesteps.device)
+    signal, sigma = (host.add_noise(*parts, timesteps) for parts in ((one, 0 * one), (0 * one, one)))
+    return ((sigma / signal) ** 2).clamp(max=1)
 
 
 def draw_timesteps(n: int, total: int, power: float, generator: torch.Generator) -> Tensor:

@@ -19,7 +19,7 @@ from safepatch.diffusion import Host, joined
 from safepatch.errors import ConfigError
 from safepatch.objectives.adversary import Attackable, attacked
 from safepatch.objectives.base import Losses, Player, Turn
-from safepatch.objectives.noising import noised
+from safepatch.objectives.noising import clean_weights, noised
 from safepatch.patch.host import patched_prediction
 
 SUPERVISION = ("distilled", "paired")
@@ -107,15 +107,9 @@ class SafeControlConfig(Attackable):
 
 
 def _weighted(host: Host, batch: Batch, timesteps: Tensor, predicted: Tensor, target: Tensor) -> Tensor:
-    """The mean squared error; of rows that end at another picture, that of the clean picture where little is noise.
-
-    There a prediction of noise is as far off as the picture is from its noise: the weight is the smaller of 1 and
-    1 / SNR (Hang et al. 2023, arXiv 2303.09556, with gamma = 1).
-    """
+    """The mean squared error; of rows that end at another picture by `clean_weights`."""
     if batch.twins is None:
         return mse_loss(predicted, target)
     weights, k = torch.ones(len(target), 1, 1, 1, device=target.device), len(batch.twins)
-    nothing, one = torch.zeros_like(weights[:k]), weights[:k]
-    signal, sigma = (host.add_noise(*parts, timesteps[:k]) for parts in ((one, nothing), (nothing, one)))
-    weights[:k] = ((sigma / signal) ** 2).clamp(max=1)
+    weights[:k] = clean_weights(host, timesteps[:k])
     return (weights * (predicted - target) ** 2).mean()

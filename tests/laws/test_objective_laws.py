@@ -23,7 +23,7 @@ from safepatch.data.corpus import Corpus
 from safepatch.diffusion import Components, Conditioning, UNetHost, training_target
 from safepatch.diffusion.hosts import base as any_host
 from safepatch.errors import ConfigError, PromptError
-from safepatch.objectives import OBJECTIVES, Player, Rows, SafeControlConfig, Turn, noising
+from safepatch.objectives import OBJECTIVES, Player, Rows, SafeControlConfig, Turn, noising, safegen
 from safepatch.objectives.adv_unlearn import AdvUnlearnConfig, prefixed
 from safepatch.objectives.adversary import ADVERSARY, AdversaryConfig, SoftPrompts, adversary
 from safepatch.objectives.all_but_one import AllButOneConfig
@@ -893,6 +893,32 @@ def test_safegens_targets_agree_where_signal_and_noise_are_equal(host):
         torch.testing.assert_close(exact, noise + (rows.unsafe - rows.safe) / shift, rtol=1e-3, atol=1e-3)
         found[at] = (exact - (noise + rows.unsafe - rows.safe)).abs().max()
     assert found[middle] < 0.02 * found[100]
+
+
+def test_no_few_timesteps_are_all_that_safegens_exact_target_learns_from():
+    """Of SD 1.5's schedule, with a patch that does nothing: how much of the loss is of the least noisy twentieth."""
+    host = UNetHost(Components.of(small_family_pipe("sd1")))
+    times = torch.arange(host.steps)
+    picture, twin = torch.ones(2, len(times), 1, 1, 1).unbind()
+    twin, noise = 2 * twin, torch.zeros_like(twin)
+    noisy = host.add_noise(picture, noise, times)
+    errors = (host.from_x0(noisy, times, twin) - host.from_x0(noisy, times, picture)).square()
+    plain, weighed = (each[:50].sum() / each.sum() for each in (errors, noising.clean_weights(host, times) * errors))
+    assert plain > 0.7  # control
+    assert weighed < 0.15
+    assert torch.equal(noising.clean_weights(host, times[-1:]), torch.ones(1, 1, 1, 1))
+
+
+def test_safegen_weighs_the_errors_of_its_exact_target_alone(host, monkeypatch):
+    rows, found = rows_of("safegen"), {}
+    for weight in (1.0, 0.5):
+        monkeypatch.setattr(safegen, "clean_weights", lambda _, times, w=weight: torch.full((len(times), 1, 1, 1), w))
+        for target in ("exact", "published"):
+            parts = played(SafeGenConfig(target=target), trainable(host, "lora", case="safegen"), host, rows)
+            found[target, weight] = (parts["correct"].item(), parts["preserve"].item())
+    assert found["exact", 0.5][0] == pytest.approx(found["exact", 1.0][0] / 2)
+    assert found["exact", 0.5][1] == found["exact", 1.0][1]
+    assert found["published", 0.5] == found["published", 1.0]
 
 
 def test_a_mosaic_has_the_mean_of_each_block():
