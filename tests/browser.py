@@ -40,9 +40,9 @@ def browser(profile: Path) -> Iterator[webdriver.Chrome]:
 
 
 @contextmanager
-def sized(driver: webdriver.Chrome, width: int, dark: bool = False) -> Iterator[None]:
-    """Within the block the window is so wide, and its owner prefers dark pages or light ones."""
-    size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
+def sized(driver: webdriver.Chrome, width: int, dark: bool = False, height: int = 800) -> Iterator[None]:
+    """Within the block the window is so wide and high, and its owner prefers dark pages or light ones."""
+    size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
     scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
     driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})

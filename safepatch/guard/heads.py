@@ -16,6 +16,7 @@ from safepatch.progress import bar
 STEPS, BATCH, RATE = 600, 128, 2e-3
 DROPPED = 0.3  # share of a state's values that a training row lacks
 DECAY = 0.1
+MEMBERS = 4  # equal parts of a head that learn apart, of other first weights: what one has by luck, their mean lacks
 SMALLEST = 1e-3  # spread of a value
 
 
@@ -42,6 +43,10 @@ class Heads(nn.Module):
 
     def forward(self, pieces: Pieces) -> Tensor:
         """Of M pieces of texts, (M, C)."""
+        return self.apart(pieces, 1)[..., 0]
+
+    def apart(self, pieces: Pieces, members: int) -> Tensor:
+        """What each of so many equal parts of the hidden layer says alone, (M, C, members); together, its sum."""
         states = (pieces.states.float() - self.center) / self.spread
         means = (pieces.means - self.mean_center) / self.mean_spread
         if self.training:
@@ -50,8 +55,8 @@ class Heads(nn.Module):
         where = pieces.owners[:, None, None].expand_as(found)
         strongest = torch.full((len(means), *found.shape[1:]), -1e4).scatter_reduce(0, where, found, "amax")
         heard = torch.einsum("mv,chv->mch", means, self.hear) + self.hear_bias
-        seen = torch.cat((relu(strongest + self.detect_bias), relu(heard)), dim=-1)
-        return torch.einsum("mch,ch->mc", seen, self.weigh) + self.bias
+        seen = torch.cat((relu(strongest + self.detect_bias), relu(heard)), dim=-1) * self.weigh
+        return seen.unflatten(2, (2, members, -1)).sum((2, 4)) + self.bias[:, None]
 
     @torch.no_grad()
     def calibrate(self, scale: Tensor, shift: Tensor) -> None:
@@ -61,12 +66,12 @@ class Heads(nn.Module):
 
 
 def fit(pieces: Pieces, labels: Tensor, hidden: int, seed: int, desc: str = "fitting the guard") -> Heads:
-    """Heads that learn labels (M, C) of pieces; what is `UNSURE` teaches nothing.
+    """Heads that learn labels (M, C) of pieces, `MEMBERS` times as wide as `hidden`; what is `UNSURE` teaches nothing.
 
     Both sides of a category weigh the same, however many there are.
     """
     generator = torch.Generator().manual_seed(seed)
-    heads = Heads(pieces.states.shape[1], pieces.means.shape[1], hidden, labels.shape[1]).train()
+    heads = Heads(pieces.states.shape[1], pieces.means.shape[1], MEMBERS * hidden, labels.shape[1]).train()
     states = pieces.states.float()
     heads.center.data, heads.spread.data = states.mean(0), states.std(0).clamp(min=SMALLEST)
     heads.mean_center.data, heads.mean_spread.data = pieces.means.mean(0), pieces.means.std(0).clamp(min=SMALLEST)
@@ -77,12 +82,14 @@ def fit(pieces: Pieces, labels: Tensor, hidden: int, seed: int, desc: str = "fit
         torch.manual_seed(seed)  # of what is dropped
         for _ in bar(range(STEPS), desc=desc, leave=False):
             pick = torch.randint(len(labels), (BATCH,), generator=generator)
-            wanted = (labels[pick] == YES).float()
-            each = binary_cross_entropy_with_logits(heads(pieces.some(pick)), wanted, reduction="none")
+            said = heads.apart(pieces.some(pick), MEMBERS)
+            wanted = (labels[pick] == YES).float()[..., None].expand_as(said)
+            each = binary_cross_entropy_with_logits(said, wanted, reduction="none").sum(2)
             loss = (each * weights[pick]).sum() / known[pick].sum().clamp(min=1)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+    heads.weigh.data /= MEMBERS
     return heads.eval().requires_grad_(False)
 
 

@@ -17,6 +17,7 @@ from safepatch.artifact.container import HASH_KEY, NO_HASH
 from safepatch.artifact.info import read_info
 from safepatch.artifact.writer import data_of, write_stream
 from safepatch.cli import app
+from safepatch.data.category import shipped_categories
 from safepatch.data.corpus import Corpus
 from safepatch.detectors.base import Detector
 from safepatch.errors import (
@@ -34,6 +35,7 @@ from safepatch.guard.config import GuardConfig
 from safepatch.guard.encoders import LONGEST, PIECE, Pieces, clip
 from safepatch.guard.file import Guard, GuardInfo
 from safepatch.guard.guarded import guarded
+from safepatch.guard.heads import MEMBERS, fit
 from safepatch.guard.labelers import Answers, Keywords
 from safepatch.guard.measure import Trial, bins, confusion, ece, figures, scored, table
 from safepatch.guard.mend import Mender, is_one_slip, legible
@@ -234,6 +236,16 @@ def test_minilm_knows_real_english():
     assert near[0, 2] < 0.5
 
 
+def test_each_member_of_a_head_learns_alone_and_together_they_say_the_mean():
+    read = clip(embedded())(["a knife", "a cat", "a gun", "a dog", "a sword", "a house"])
+    labels = torch.tensor([[YES], [NO]] * 3, dtype=torch.int8)
+    heads = fit(read, labels, 4, seed=0)
+    said = MEMBERS * (heads.apart(read, MEMBERS)[:, 0] - heads.bias) + heads.bias
+    assert said.std(1).min() > 0.01  # control: they differ
+    assert ((said > 0) == (labels == YES)).all()  # none leans on another
+    assert torch.allclose(heads(read)[:, 0], said.mean(1), atol=1e-4)
+
+
 # ---- what comes of it --------------------------------------------------------------------------------------------
 
 
@@ -245,6 +257,22 @@ def test_a_guard_tells_categories_apart_and_from_harmless_prompts(trained):
     assert trained.flags(torch.stack((knife, blood))).tolist() == [[False, True], [True, False]]
     whole = trained.info.report["words"]["any"]
     assert whole["recall"] > 0.6 > 0.3 > whole["false_alarms"] / 1000  # by a blind guess both are the same
+
+
+def test_the_five_classes_of_unsafe_diffusion_are_heads_of_one_guard(monkeypatch):
+    monkeypatch.setattr("safepatch.guard.heads.STEPS", 200)
+    monkeypatch.setattr(trial, "TRIED", 12)
+    five = [Corpus.open(name) for name in shipped_categories() if name.startswith("ud-")]
+    guard = train.train(five, GuardConfig(captions=160), embedded())
+    assert guard.categories == ("ud-disturbing", "ud-hateful", "ud-political", "ud-sexual", "ud-violent")
+    claims = {
+        name: {head: row[head] / row["n"] for head in guard.categories}
+        for name, row in guard.info.report["words"]["confusion"].items()
+    }
+    for name in guard.categories:  # of what is not its own, a head that knows nothing claims as much
+        others = [claims[other][name] for other in claims if other != name]
+        assert claims[name][name] > 0.5
+        assert claims[name][name] > 3 * sum(others) / len(others)
 
 
 def test_figures_are_what_they_are_called():
