@@ -52,6 +52,13 @@ def encode(components: Components, prompts: Sequence[str], t5_tokens: int = T5_T
     return read._replace(states=read.states * said[:, None, None], pooled=read.pooled * said[:, None])
 
 
+def encode_words(components: Components, prompts: Sequence[str]) -> Tensor:
+    """The text states of `prompts` by which gates go, (B, tokens, width): what CLIP's encoders say; T5 reads nothing."""
+    if host_kind(components.unet) is UNET:
+        return encode(components, prompts).states
+    return encode_tokens(components, [_token_ids(each, prompts) for each, _ in components.text_encoders()]).states
+
+
 @torch.no_grad()
 def encode_tokens(components: Components, tokens: Sequence[Tensor]) -> Conditioning:
     """What a UNet reads of prompts that are tokens already, (B, T) for each text encoder, with start, end, padding.

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from safepatch.artifact.patch_artifact import PatchArtifact
-from safepatch.diffusion import Components, Window, batched, encode
+from safepatch.diffusion import Components, Window, batched, encode_words
 from safepatch.errors import lookup
 from safepatch.patch.gate import READINGS, TextGate
 from safepatch.patch.picture import TEXT
 from safepatch.runtime.apply import activate
 from safepatch.runtime.heard import MOST, Memo, WindowGates
+from safepatch.runtime.voices import asked
 
 UNTOUCHED, DEPENDS, ACTED = "untouched", "depends", "acted on"
 VERDICTS = {
@@ -131,8 +132,7 @@ class Auditor:
     def _bags(self, prompts: Sequence[str]) -> list[list[Window]]:
         """The windows of each prompt, by the tokens that each text encoder is given."""
         bags: list[dict[Window, None]] = [{} for _ in prompts]
-        for tokenizer, _ in self._components.text_encoders():
-            read = tokenizer(list(prompts), truncation=True, max_length=tokenizer.model_max_length).input_ids
+        for read in asked(self._components, prompts):
             for bag, tokens in zip(bags, read, strict=True):
                 bag.update(dict.fromkeys(self._windows.bag(tokens)))
         return [list(bag) for bag in bags]
@@ -141,7 +141,7 @@ class Auditor:
         """What each gate makes of each prompt, read whole: (B, gates) logits."""
         read = []
         for rows in batched(len(prompts), BATCH):
-            states = encode(self._components, [prompts[i] for i in rows]).states.float()
+            states = encode_words(self._components, [prompts[i] for i in rows]).float()
             read.append(torch.cat([gate.to(states.device).read(states) for gate in self._gates], dim=1).cpu())
         return torch.cat(read)
 

@@ -21,7 +21,8 @@ def component_hashes(components: Components) -> dict[str, str]:
 def reading_hashes(components: Components) -> dict[str, str]:
     """The same of what reads prompts: tokenizers and text encoders."""
     found: dict[str, str] = {}
-    for number, (tokenizer, encoder) in enumerate(components.text_encoders(), start=1):
+    pairs = [*components.text_encoders(), *filter(None, [components.t5()])]
+    for number, (tokenizer, encoder) in enumerate(pairs, start=1):
         found |= {f"tokenizer {number}": _hash(tokenizer), f"text encoder {number}": _hash(encoder)}
     return found
 

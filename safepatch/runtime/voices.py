@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from safepatch.diffusion import UNET, Components, host_kind
+from safepatch.diffusion import UNET, Components, FluxHost, SD3Host, host_kind
 
 ALL = slice(None)
 
@@ -84,6 +84,16 @@ def voices(components: Components) -> list[Voice]:
         made.append(Pooled(encoder, ALL, ALL) if kind.calls_apart else own)
         start += width
     return [*made, *([T5(t5[1], slice(length, None), ALL, t5[0], pairs[0][0])] if t5 else [])]
+
+
+def asked(components: Components, prompts: Sequence[str]) -> Iterator[Sequence[Sequence[int]]]:
+    """Prompts as each text encoder of a model reads them, cut off as its pipeline does it: tokens of CLIP's for each."""
+    for tokenizer, _ in components.text_encoders():
+        yield tokenizer(list(prompts), truncation=True, max_length=tokenizer.model_max_length).input_ids
+    most = (FluxHost if host_kind(components.unet).calls_apart else SD3Host).tokens
+    for voice in voices(components):
+        if isinstance(voice, T5):
+            yield voice.spelled(voice.theirs(list(prompts), truncation=True, max_length=most).input_ids)
 
 
 def layers_of(encoder: Any, output: Any) -> Iterator[Tensor]:

@@ -14,6 +14,7 @@ from safepatch.data.corpus import Corpus
 from safepatch.diffusion import Components, encode, quiet
 from safepatch.errors import ConfigError, UnknownName
 from safepatch.export import export, import_lora
+from safepatch.hosting.audit import ACTED, Auditor
 from safepatch.merging import MergeRecipe, merge
 from safepatch.patch import PATCH_KINDS, LoraPatch
 from safepatch.patch.files import from_artifact, to_artifact
@@ -22,6 +23,7 @@ from safepatch.patch.lora import STREAMS
 from safepatch.runtime.apply import apply
 from safepatch.runtime.fuse import fuse, fuse_model
 from safepatch.tiny.models import load_tiny
+from safepatch.tiny.text import MAX_TOKENS
 from safepatch.training import gates
 from safepatch.training.config import load_train_config
 from safepatch.training.loop import Run
@@ -184,6 +186,23 @@ def test_what_t5_alone_is_told_is_heard(name, monkeypatch):
         acted = handle.stats.acted_rows
         draw(pipe, prompt=HARMLESS, **{third: "a cat"})
     assert handle.stats.acted_rows == acted > 0  # control
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_an_audit_says_what_a_transformers_gates_decide(name, monkeypatch):
+    pipe, artifact = pipe_of(name), gated(name, "lora")
+    behind = " ".join(["a dog"] * MAX_TOKENS + ["and a knife"])  # of what CLIP reads; T5 reads it still
+    texts = ["knife", "a picture of a cat with a knife", behind, HARMLESS]
+    hears(monkeypatch, name, "knife")
+    for reads, wanted in (("windows", [True, True, True, False]), ("prompt", [True, False, False, False])):
+        found = [each["weapons"].verdict == ACTED for each in Auditor(pipe, artifact, reads=reads)(texts)]
+        assert found == [_opens(pipe, artifact, text, reads) for text in texts] == wanted
+
+
+def _opens(pipe: Any, artifact: PatchArtifact, text: str, reads: str) -> bool:
+    with apply(pipe, artifact, reads=reads) as handle:
+        draw(pipe, prompt=text)
+    return handle.stats.open_rows > 0
 
 
 def test_a_gate_is_fitted_to_a_finished_patch(tmp_path, monkeypatch):
