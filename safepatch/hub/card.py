@@ -51,7 +51,7 @@ def card(info: PatchInfo, beside: Beside) -> str:
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["plain"] = plain
-    base = beside.base_model or stated_base(info)
+    base, gates = beside.base_model or stated_base(info), _gates(info)
     return environment.get_template("card.md.j2").render(
         front=_front(info, beside, base),
         info=info,
@@ -59,7 +59,8 @@ def card(info: PatchInfo, beside: Beside) -> str:
         base=base,
         family=family(info.fingerprint),
         is_unet=config_kind(info.fingerprint) is UNET,
-        gates=_gates(info),
+        gates=gates,
+        learned=[name for name, gate in gates.items() if gate.get("learned")],
         recipe=described(info)["recipe"],
         license=beside.license or info.license,
         patch_file=PATCH_FILE,

@@ -34,7 +34,7 @@ from safepatch.training.pictures import fit_picture_key
 
 CAPTIONS, UNSEEN = 12_288, 4000  # to learn from, and to set the threshold by, less those that were learned from
 BYTES = 1 << 30  # that what a gate learns from may take: of larger models it sees fewer captions
-STEPS, BATCH = 600, 128
+STEPS, BATCH, UNSAFE = 600, 128, 32  # of each batch so many are for the category: of a file there are few among many
 VALIDATION_SEED = 7919  # is added to the seed, far from what anybody chooses for another run
 FEW = 20  # unseen unsafe captions; with fewer, those that were learned from set the threshold
 # Where the threshold is put on the way from the most suspicious harmless logit to the median of the unsafe ones. A
@@ -95,6 +95,7 @@ class Scores(NamedTuple):
 def fit_gate(gate: TextGate, host: Host, corpus: Corpus, data: DataConfig, windows: int = WINDOWS) -> dict[str, Any]:
     """Train `gate` in place and return its record: threshold on the probability, and its ROC on unseen captions.
 
+    Where nearly all unsafe captions that there are were learned from, as of a file, it is judged by those: `learned`.
     Its half that looks at pictures, where it has one, is blinded: see DESIGN.md, 55.
 
     Args:
@@ -110,6 +111,7 @@ def fit_gate(gate: TextGate, host: Host, corpus: Corpus, data: DataConfig, windo
     _train(gate, Captions.of(host, unsafe, harmless, data, windows), generator)
     unseen = _unseen(corpus, unsafe, harmless, data.seed + VALIDATION_SEED)
     record = _record(_scores(gate, Captions.of(host, *unseen, data, windows)))
+    record |= {"learned": True} if len({*unseen[0]} - {*unsafe}) < FEW else {}
     if isinstance(gate, Gate):
         gate.blind()
     gate.to(device)
@@ -283,8 +285,9 @@ def _train(gate: TextGate, rows: Captions, generator: torch.Generator) -> None:
     """Both readings must tell: the whole caption, and its strongest window alone."""
     gate.train().requires_grad_(True)
     optimizer = torch.optim.AdamW(gate.parameters(), lr=2e-3, weight_decay=1e-2)
+    sides = [((rows.wanted == side).nonzero()[:, 0], n) for side, n in ((1, UNSAFE), (0, BATCH - UNSAFE))]
     for _ in bar(range(STEPS), desc="fitting the gate", leave=False):
-        pick = torch.randint(len(rows.wanted), (BATCH,), generator=generator)
+        pick = torch.cat([side[torch.randint(len(side), (n,), generator=generator)] for side, n in sides])
         wanted, heard = rows.wanted[pick], rows.heard(gate, pick)
         loss = binary_cross_entropy_with_logits(rows.whole(gate, pick), wanted)
         if heard is not None:

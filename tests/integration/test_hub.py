@@ -18,7 +18,7 @@ from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.cli import app
 from safepatch.cli.hub import _exported
 from safepatch.errors import ArtifactError, ConfigError, ModelNotFound, SafepatchError
-from safepatch.hub import LORA_FILE, PATCH_FILE, Reference, fetch, located
+from safepatch.hub import LORA_FILE, PATCH_FILE, Beside, Reference, card, fetch, located
 from safepatch.patch import LoraPatch
 from safepatch.patch.files import to_artifact
 from safepatch.results import Row, write_rows
@@ -252,6 +252,15 @@ def test_the_card_of_a_merge_names_its_sources_and_what_other_programs_cannot_do
     assert "cannot load it without safepatch" in card
     assert "load_lora_weights" not in card
     assert "load_lora_weights" in run("push", lora, HUB_ID, "--dry-run")  # control
+
+
+def test_a_card_says_which_gates_are_judged_by_what_they_learned_from() -> None:
+    artifact = small_artifact("lora")
+    record = {"threshold": 0.5, "unsafe_opened": 1.0, "harmless_opened": 0.0}
+    for more, said in (({}, False), ({"learned": True}, True)):
+        gates = {"gate": {"weapons": record | more}}
+        text = card(replace(artifact.info, config={**artifact.info.config, **gates}), Beside(HUB_ID, "0x0", {}))
+        assert ("the unsafe ones of weapons are those that it learned from" in text) == said
 
 
 def test_text_of_a_patch_is_text_in_its_card(tmp_path: Path) -> None:

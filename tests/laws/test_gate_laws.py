@@ -427,6 +427,37 @@ def test_fitting_tells_what_the_patch_is_for(few, kind):
     assert "certified_recall" not in gates.fit_gate(new_gate(host, kind), host, corpus, data, windows=0)
 
 
+def listed(n: int) -> Corpus:
+    """A category of a file's prompts alone."""
+    return Corpus(MINE, pairs=[(f"knife number {i}", f"spoon number {i}") for i in range(n)])
+
+
+def test_each_step_sees_what_the_gate_is_for_however_few_prompts_there_are(few, monkeypatch):
+    """Of the 60 prompts of a file there would be one among 128 captions: half of them were never learned."""
+    few(CAPTIONS=240, STEPS=3)
+    shares, among, read = list[float](), list[float](), gates.Captions.whole
+
+    def note(rows: gates.Captions, gate: TextGate, index: torch.Tensor) -> torch.Tensor:
+        if gate.training:
+            shares.append(float(rows.wanted[index].mean()))
+            among.append(float(rows.wanted.mean()))
+        return read(rows, gate, index)
+
+    monkeypatch.setattr(gates.Captions, "whole", note)
+    host = new_small_host()
+    gates.fit_gate(new_gate(host, "lora"), host, listed(4), DATA)
+    assert shares == [0.25] * 3
+    assert max(among) < 0.1  # control: they are far fewer
+
+
+def test_a_gate_that_is_judged_by_what_it_learned_from_says_so(few):
+    few(UNSEEN=96)
+    host, weapons = new_small_host(), Corpus.open("weapons")
+    assert "learned" not in gates.fit_gate(new_gate(host, "lora"), host, weapons, DATA)  # control: it makes others
+    for pairs, is_learned in ((2000, False), (4, True)):
+        assert gates.fit_gate(new_gate(host, "lora"), host, listed(pairs), DATA).get("learned", False) == is_learned
+
+
 @every_kind
 def test_a_gate_can_be_fitted_to_a_finished_patch(few, small_pipe, tmp_path, kind):
     plain, corpus = small_artifact(kind), Corpus.open("weapons")
