@@ -18,12 +18,13 @@ from safepatch.data.bank import DataConfig, Texts, build_retained
 from safepatch.data.corpus import Corpus
 from safepatch.data.prompts import EMPTY
 from safepatch.data.twin_pictures import build_twins
-from safepatch.diffusion import Host, batched
+from safepatch.diffusion import Host
 from safepatch.patch.looking import looked_at, middle
 from safepatch.patch.picture import PictureKey, added_up
-from safepatch.progress import bar
+from safepatch.progress import bar, note
 
 LOOKS = 6  # times that each picture is looked at, each time with other noise and other words
+BYTES = 1 << 32  # that what is seen may take: of larger models a key learns from fewer looks, at any of the pictures
 STEPS, BATCH = 800, 96
 CLEANER = 1.3  # exponent of the uniform draw of timesteps: above 1, pictures with little noise are seen more often
 SHARES = (0.8, 0.07, 0.07)  # of rows without words, with any harmless caption, with their own; the rest's are unsafe
@@ -140,11 +141,10 @@ class _Enough(Exception):
 
 @torch.no_grad()
 def _looked(host: Host, pool: Pictures, generator: torch.Generator) -> Looked:
-    """What the host makes of each picture `LOOKS` times."""
+    """What the host makes of each picture `LOOKS` times, as far as `BYTES` go."""
     mids, times, wanted = [], [], []
-    parts = [part for _ in range(LOOKS) for part in batched(len(pool.latents), BATCH)]
-    for part in bar(parts, desc="looking at pictures", leave=False):
-        index = torch.arange(part.start, part.stop)
+    order = torch.cat([torch.randperm(len(pool.latents), generator=generator) for _ in range(LOOKS)])
+    for index in bar(order.split(BATCH), desc="looking at pictures", leave=False):
         spread = torch.rand(len(index), generator=generator) ** CLEANER
         t = (spread * host.steps).long().to(host.device)
         clean = pool.latents[index]
@@ -157,13 +157,16 @@ def _looked(host: Host, pool: Pictures, generator: torch.Generator) -> Looked:
                 mids.append(seen[0].half().cpu())
         times.append(host.clock(t).cpu())
         wanted.append(pool.is_unsafe[index].float())
+        if sum(mid.nbytes for mid in mids) >= BYTES:
+            break
+    if (seen := sum(map(len, mids))) < len(order):
+        note(f"the picture key learns from {seen:,} of {len(order):,} looks, as many as fit into {BYTES >> 30} GiB")
     return Looked(torch.cat(mids), torch.cat(times), torch.cat(wanted))
 
 
 def _train(key: PictureKey, rows: Looked, generator: torch.Generator) -> None:
     """As many unsafe rows as harmless ones in each batch, half of them mirrored."""
-    channels = rows.mid.float().transpose(0, 1).flatten(1)
-    mean, deviation = channels.mean(1), channels.std(1).clamp(min=1e-3)
+    mean, deviation = _moments(rows.mid)
     key.train().requires_grad_(True)
     optimizer = torch.optim.AdamW(key.parameters(), lr=3e-3, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
@@ -181,6 +184,14 @@ def _train(key: PictureKey, rows: Looked, generator: torch.Generator) -> None:
         schedule.step()
     key.take_in(mean.to(device), deviation.to(device))
     key.eval().requires_grad_(False)
+
+
+def _moments(mid: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel of (N, C, h, w), (C,) each; a part is widened at a time."""
+    count = mid.numel() // mid.shape[1]
+    mean = torch.stack([part.float().sum((0, 2, 3)) for part in mid.split(BATCH)]).sum(0) / count
+    apart = [(part.float() - mean[:, None, None]).square().sum((0, 2, 3)) for part in mid.split(BATCH)]
+    return mean, (torch.stack(apart).sum(0) / max(count - 1, 1)).sqrt().clamp(min=1e-3)
 
 
 def _traced(key: PictureKey, host: Host, pool: Pictures, generator: torch.Generator) -> tuple[Traces, Traces]:

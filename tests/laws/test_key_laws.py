@@ -368,6 +368,22 @@ def test_fitting_draws_once_and_says_what_opens(monkeypatch, tmp_path):
     assert {strength: len(shares) for strength, shares in records[0]["by_step"].items()} == {"0.5": 1}
 
 
+def test_a_key_learns_from_as_many_looks_as_memory_holds_and_says_so(monkeypatch, tmp_path, capsys):
+    host, draw = new_small_host(), torch.Generator().manual_seed(0)
+    shown = pictures.pictures(host, Corpus.open("weapons"), DataConfig(pairs=4, steps=1, cache=str(tmp_path)))
+    monkeypatch.setattr(pictures, "BATCH", 4)
+    monkeypatch.setattr(pictures, "LOOKS", 2)
+    whole = pictures._looked(host, shown, draw)
+    assert len(whole.mid) == 2 * len(shown.latents)
+    assert "looks" not in capsys.readouterr().err  # control
+    monkeypatch.setattr(pictures, "BYTES", whole.mid[:6].nbytes)
+    assert len(pictures._looked(host, shown, draw).mid) == 8
+    assert f"learns from 8 of {len(whole.mid)} looks" in capsys.readouterr().err
+    mid = 3 + 2 * torch.randn(9, 5, 4, 4, generator=draw)
+    deviation, mean = torch.std_mean(mid, (0, 2, 3))
+    torch.testing.assert_close(pictures._moments(mid), (mean, deviation))
+
+
 def test_unsafe_and_harmless_pictures_stand_under_the_same_words(tmp_path):
     data = DataConfig(pairs=4, steps=1, cache=str(tmp_path))
     shown = pictures.pictures(new_small_host(), Corpus.open("weapons"), data)
