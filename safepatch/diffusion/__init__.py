@@ -32,8 +32,9 @@ from safepatch.diffusion.drawing import (
     threads_inside,
 )
 from safepatch.diffusion.hosts.base import Host, Predict, batched
-from safepatch.diffusion.hosts.flow import FLUX_EDGE, FluxHost, SD3Host
+from safepatch.diffusion.hosts.flow import FluxHost, SD3Host
 from safepatch.diffusion.hosts.kinds import (
+    FLUX_EDGE,
     UNET,
     HostKind,
     config_kind,
@@ -72,6 +73,7 @@ from safepatch.diffusion.sampling import (
     generate,
     generate_from_states,
     noise_pred,
+    own_sides,
     prediction_type,
     quiet,
     read_tokens,
@@ -149,6 +151,7 @@ __all__ = [
     "one_step_scheduler",
     "open_host",
     "original_names",
+    "own_sides",
     "part_of_folder",
     "prediction_type",
     "quiet",

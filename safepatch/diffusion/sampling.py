@@ -15,7 +15,7 @@ from torch import Tensor
 
 from safepatch.diffusion.components import Components, denoiser, uncompiled
 from safepatch.diffusion.conditioning import Conditioning, moved
-from safepatch.diffusion.hosts.kinds import FLUX, UNET, host_kind, is_tiny_sd3, usual_guidance
+from safepatch.diffusion.hosts.kinds import FLUX, FLUX_EDGE, UNET, host_kind, is_tiny_sd3, usual_guidance
 from safepatch.errors import PromptError
 from safepatch.files import replacing, unwritable
 
@@ -53,7 +53,7 @@ def encode(components: Components, prompts: Sequence[str], t5_tokens: int = T5_T
 
 
 def encode_words(components: Components, prompts: Sequence[str]) -> Tensor:
-    """The text states of `prompts` by which gates go, (B, tokens, width): what CLIP's encoders say; T5 reads nothing."""
+    """The text states of `prompts` by which gates go, (B, tokens, width): what CLIP's encoders say, not T5."""
     if host_kind(components.unet) is UNET:
         return encode(components, prompts).states
     return encode_tokens(components, [_token_ids(each, prompts) for each, _ in components.text_encoders()]).states
@@ -281,11 +281,18 @@ def _nothing_to_keep(pipe: Any, n: int) -> dict[str, Any]:
     asked = inspect.signature(type(pipe).__call__).parameters
     if "strength" not in asked:
         return {}
-    edge = denoiser(pipe).config.sample_size * pipe.vae_scale_factor
+    edge, _ = own_sides(pipe)
     gray = torch.full((n, 3, edge, edge), 0.5)
     return {"image": gray, "strength": 1.0} | (
         {"mask_image": torch.ones_like(gray[:, :1])} if "mask_image" in asked else {}
     )
+
+
+def own_sides(pipe: Any) -> tuple[int, int]:
+    """Height and width, in pixels, of what a pipeline draws unless told otherwise, and what both are multiples of."""
+    host = uncompiled(denoiser(pipe))
+    folded = 1 if host_kind(host) is UNET else 2  # transformers read 2 x 2 latents at once
+    return (host.config.get("sample_size") or FLUX_EDGE) * pipe.vae_scale_factor, folded * pipe.vae_scale_factor
 
 
 def quiet(pipe: DiffusionPipeline) -> DiffusionPipeline:

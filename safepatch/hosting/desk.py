@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 from safepatch.data.prompts import admit
-from safepatch.diffusion import denoiser, usual_guidance
+from safepatch.diffusion import denoiser, own_sides, usual_guidance
 from safepatch.errors import ConfigError, PromptBlocked, UnknownName
 from safepatch.guard.decide import Decision
 from safepatch.hosting.door import Door, Unjudged
@@ -19,7 +19,7 @@ from safepatch.hosting.metrics import Metrics
 from safepatch.hosting.worker import Answer, Job, Shape, Worker
 from safepatch.runtime.parts import Scale
 
-GRID = 8  # pixels: a picture's sides are multiples of it
+GRID = 8  # pixels: a picture's sides are multiples of it, of what transformers draw of twice as many
 
 
 class Ask(BaseModel):
@@ -142,13 +142,13 @@ class Desk:
                 raise HTTPException(400, f"{name}: {self._limits.prompt} characters at most")
         if ask.steps > self._limits.steps:
             raise HTTPException(400, f"steps: {self._limits.steps} at most")
-        host = denoiser(self.worker.pipe)
-        own = host.config.sample_size * self.worker.pipe.vae_scale_factor
+        own, unit = own_sides(self.worker.pipe)
+        most, unit = max(self._limits.edge, own), max(GRID, unit)
         sides = {"width": ask.width or own, "height": ask.height or own}
         for name, value in sides.items():
-            if value > max(self._limits.edge, own) or value % GRID:
-                raise HTTPException(400, f"{name}: a multiple of {GRID}, {max(self._limits.edge, own)} at most")
-        guidance = usual_guidance(host) if ask.guidance_scale is None else ask.guidance_scale
+            if value > most or value % unit:
+                raise HTTPException(400, f"{name}: a multiple of {unit}, {most} at most")
+        guidance = usual_guidance(denoiser(self.worker.pipe)) if ask.guidance_scale is None else ask.guidance_scale
         negative, scale = bool(ask.negative_prompt), self._scale(ask.scale)
         return Shape(ask.steps, guidance, sides["width"], sides["height"], negative, scale)
 

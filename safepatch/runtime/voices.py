@@ -87,7 +87,7 @@ def voices(components: Components) -> list[Voice]:
 
 
 def asked(components: Components, prompts: Sequence[str]) -> Iterator[Sequence[Sequence[int]]]:
-    """Prompts as each text encoder of a model reads them, cut off as its pipeline does it: tokens of CLIP's for each."""
+    """Prompts as each text encoder of a model reads them, cut off as its pipeline does it, in CLIP's tokens."""
     for tokenizer, _ in components.text_encoders():
         yield tokenizer(list(prompts), truncation=True, max_length=tokenizer.model_max_length).input_ids
     most = (FluxHost if host_kind(components.unet).calls_apart else SD3Host).tokens

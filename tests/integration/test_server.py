@@ -22,9 +22,12 @@ from safepatch.hosting.serve import listening as taken
 from safepatch.hosting.service import create_app
 from safepatch.hosting.stamp import Receipts, Stamp
 from safepatch.hosting.worker import Worker
+from safepatch.patch import LoraPatch
+from safepatch.patch.files import to_artifact
 from safepatch.runtime.apply import apply
+from tests.families import small_transformer_pipe
 from tests.laws.test_window_laws import listening
-from tests.small import new_small_pipe
+from tests.small import awaken, new_small_pipe
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 OPENS = ("a knife", "cat knife dog", "red knife", "knife and cat")
@@ -111,6 +114,18 @@ def test_requests_of_other_shapes_are_not_mixed(served):
         assert pixels(answer["image"]).shape[1] == body.get("width", 64)
         assert len(answer["acted_steps"]) == body["steps"]
     assert apart(pixels(answers[-1]["image"]), pixels(answers[0]["image"])) > 0  # the negative prompt counts
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_a_transformer_is_served(name):
+    pipe = small_transformer_pipe(name)
+    artifact = to_artifact(awaken(LoraPatch.from_unet(pipe.transformer, rank=4)), pipe.transformer, {"weapons": "none"})
+    with apply(pipe, artifact) as handle, Worker(pipe, handle) as worker:
+        ask = Asked(create_app(worker, "0xhash", Keys()))
+        done, odd = ask(*({"prompt": "a knife", **STEPS, "width": 64, "height": height} for height in (32, 40)))
+    assert pixels(done.json()["image"]).shape == (32, 64, 3)
+    assert odd.status_code == 400  # of a pipeline an error, or a picture of another size
+    assert odd.json()["error"]["message"].startswith("height: a multiple of 16, ")
 
 
 def test_a_strength_may_be_asked_for_where_the_operator_allows_it_and_nobody_elses_changes(small_pipe, tmp_path):

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 TINY_SD3_WIDTH = 320  # of its text states; SD3's are 4096 wide
+FLUX_EDGE = 128  # of the latents of 1024 pixels; Flux's configuration names no size
 FAMILIES: dict[int, str] = {192: "tiny-sd", 768: "sd1", 1024: "sd2", 1280: "sdxl-refiner", 2048: "sdxl"}
 
 
