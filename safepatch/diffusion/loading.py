@@ -2,9 +2,9 @@
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import diffusers
 import torch
@@ -18,6 +18,9 @@ from safepatch.diffusion.components import UNCHECKED, Components, not_supported
 from safepatch.diffusion.hosts.kinds import TRANSFORMERS, config_kind
 from safepatch.errors import ModelNotFound, UnsupportedModel
 
+T = TypeVar("T")
+
+HALF = "fp16"  # as variants of weights are called
 CLIP = "openai/clip-vit-large-patch14"
 
 
@@ -92,7 +95,19 @@ def load_single_file(
 def read_unet(source: str) -> Any:
     """What denoises alone, of a Hub id."""
     component, name = denoiser_entry(DiffusionPipeline.load_config(source))
-    return getattr(diffusers, name).from_pretrained(source, subfolder=component)
+    load = getattr(diffusers, name).from_pretrained
+    return _of_a_variant(lambda variant: load(source, subfolder=component, variant=variant))
+
+
+def _of_a_variant(load: Callable[[str | None], T]) -> T:
+    """What `load` makes of plain weights, or of those in half precision, as many repositories hold no others."""
+    try:
+        return load(None)
+    except (OSError, ValueError) as error:
+        try:
+            return load(HALF)
+        except (OSError, ValueError):
+            raise error from None
 
 
 def empty_unet(config: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> Any:
@@ -133,8 +148,8 @@ def original_names(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> 
 def load_from_hub(name: str, dtype: torch.dtype | None) -> DiffusionPipeline:
     """The pipeline of a Hub id, from the cache or the network; raises `ModelNotFound` when neither has it."""
     try:
-        index = DiffusionPipeline.load_config(name)
-        return DiffusionPipeline.from_pretrained(name, dtype=dtype or torch.float32, **_unchecked(index))
+        options = {"dtype": dtype or torch.float32, **_unchecked(DiffusionPipeline.load_config(name))}
+        return _of_a_variant(lambda variant: DiffusionPipeline.from_pretrained(name, variant=variant, **options))
     except (OSError, ValueError) as error:
         raise ModelNotFound(
             f"no model '{name}' here, nor on the Hub, if that is reached ({_first_line(error)}); "

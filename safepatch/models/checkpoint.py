@@ -103,6 +103,8 @@ def open_checkpoint(path: Path, allow_pickle: bool = False, prediction_type: str
     stated = prediction_type or PREDICTION_TYPES.get(metadata.get("modelspec.prediction_type", ""))
     stated = stated or ("v_prediction" if "v_pred" in shapes else None)  # a marker in v-prediction SDXL files
     config["scheduler"]["prediction_type"] = stated or config["scheduler"]["prediction_type"]
+    if "ztsnr" in shapes and stated == "v_prediction":  # another: its schedule ends in noise alone (arXiv 2305.08891)
+        config["scheduler"] |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     return Checkpoint(path, family, config)
 
 

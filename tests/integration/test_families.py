@@ -9,12 +9,13 @@ import diffusers
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 
 from safepatch.artifact.info import PatchInfo
 from safepatch.diffusion import Components, encode_prompts, fingerprint, quiet
 from safepatch.errors import BaseMismatch, ConfigError, ModelNotFound, UnsupportedModel
 from safepatch.models.checkpoint import CONFIGS, open_checkpoint
-from safepatch.models.load import ModelConfig, load_pipeline
+from safepatch.models.load import ModelConfig, load_pipeline, load_unet
 from safepatch.patch.drift import drift, sketch
 from safepatch.patch.files import check_fits, to_artifact
 from safepatch.runtime.apply import apply
@@ -192,8 +193,6 @@ def test_what_a_file_states_about_its_prediction_wins_over_the_family(sd1, tmp_p
     path = tmp_path / "v.safetensors"
 
     def found(metadata: dict[str, str], given: str | None = None) -> str:
-        from safetensors.torch import save_file
-
         save_file(shapes, path, metadata)
         return open_checkpoint(path, prediction_type=given).config["scheduler"]["prediction_type"]
 
@@ -202,6 +201,38 @@ def test_what_a_file_states_about_its_prediction_wins_over_the_family(sd1, tmp_p
     assert found({"modelspec.prediction_type": "v"}, given="epsilon") == "epsilon"
     with pytest.raises(ConfigError, match="choose epsilon or v_prediction"):
         open_checkpoint(path, prediction_type="v")
+
+
+def test_a_schedule_that_ends_in_noise_alone_is_told_by_its_mark(tmp_path):
+    """As SDXL files with v-prediction have it: empty tensors of these names."""
+    tensors, marks = original_layout(small_family_pipe("sdxl"), "sdxl"), {"v_pred": torch.zeros(0)}
+    path, says = tmp_path / "model.safetensors", "rescale_betas_zero_snr"
+    save_file(tensors | marks, path)
+    assert not open_checkpoint(path).config["scheduler"].get(says)  # control
+    save_file(tensors | marks | {"ztsnr": torch.zeros(0)}, path)
+    scheduler = load_pipeline(path, tokenizer=tokenizer_folder(tmp_path / "tokenizer")).scheduler
+    assert scheduler.config.prediction_type == "v_prediction"
+    assert float(scheduler.alphas_cumprod[-1]) < 1e-6
+    scheduler.set_timesteps(4)
+    assert int(scheduler.timesteps[0]) == 999
+    assert not open_checkpoint(path, prediction_type="epsilon").config["scheduler"].get(says)
+
+
+@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning")  # diffusers 0.42.1 gives it
+def test_a_hub_id_with_weights_in_half_precision_alone_is_loaded(small_pipe, tmp_path, monkeypatch):
+    commit = "c0ffee" * 6 + "c0ff"
+    repository = tmp_path / "models--me--model"
+    small_pipe.save_pretrained(repository / "snapshots" / commit, variant="fp16")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(OSError, match="no file named"):
+        diffusers.DiffusionPipeline.from_pretrained("me/model")  # control
+    for unet in (load_pipeline("me/model").unet, load_unet("me/model")):
+        assert all(torch.equal(unet.get_parameter(name), own) for name, own in small_pipe.unet.named_parameters())
+    with pytest.raises(ModelNotFound, match="no model 'me/other' here"):
+        load_pipeline("me/other")
 
 
 UNET, CLIP = "model.diffusion_model.input_blocks.0.0.weight", "cond_stage_model.transformer.text_model."
@@ -223,8 +254,6 @@ STRANGERS: dict[str, tuple[dict[str, tuple[int, ...]], str]] = {
 
 @pytest.mark.parametrize("stranger", sorted(STRANGERS))
 def test_a_file_of_another_kind_is_named_from_its_header(stranger, tmp_path):
-    from safetensors.torch import save_file
-
     shapes, says = STRANGERS[stranger]
     save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, tmp_path / "x.safetensors")
     with pytest.raises(UnsupportedModel, match=says) as caught:
@@ -240,8 +269,6 @@ def test_a_patch_is_no_model(small_pipe, tmp_path):
 
 @pytest.mark.parametrize("channels", [5, 8])
 def test_depth_and_instruction_models_are_not_supported_yet(sd1, tmp_path, channels):
-    from safetensors.torch import save_file
-
     tensors = original_layout(sd1.pipe, "sd1")
     save_file({**tensors, UNET: torch.zeros(32, channels, 3, 3)}, tmp_path / "x.safetensors")
     with pytest.raises(UnsupportedModel, match=f"a UNet with {channels} input channels"):
@@ -256,8 +283,6 @@ def test_depth_and_instruction_models_are_not_supported_yet(sd1, tmp_path, chann
     ],
 )
 def test_a_file_that_lacks_weights_is_refused(sd1, tmp_path, absent, says):
-    from safetensors.torch import save_file
-
     tensors = original_layout(sd1.pipe, "sd1")
     del tensors[absent]
     save_file(tensors, tmp_path / "x.safetensors")
