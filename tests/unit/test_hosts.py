@@ -4,11 +4,19 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler
+from diffusers import DDIMScheduler, EDMEulerScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from safepatch.diffusion import Components, Conditioning, UNetHost, joined, training_target
-from safepatch.errors import ConfigError
+from safepatch.diffusion import (
+    Components,
+    Conditioning,
+    UNetHost,
+    decode_latents,
+    joined,
+    open_host,
+    training_target,
+)
+from safepatch.errors import ConfigError, UnsupportedModel
 from tests.families import small_transformer_pipe
 from tests.small import new_small_host, new_small_pipe, rows, spied
 
@@ -160,6 +168,31 @@ def test_sizes_that_the_model_cannot_draw_are_refused(size):
 def test_a_transformer_is_refused():
     with pytest.raises(ConfigError, match="not supported yet: training for a SD3Transformer2DModel"):
         UNetHost(Components.of(small_transformer_pipe("sd3")))
+
+
+@pytest.mark.parametrize("scheduler", [EDMEulerScheduler, FlowMatchEulerDiscreteScheduler])
+def test_a_unet_of_another_noise_schedule_is_refused_in_a_line(scheduler):
+    pipe = new_small_pipe()
+    UNetHost(Components.of(pipe))  # control
+    pipe.scheduler = scheduler()
+    with pytest.raises(UnsupportedModel, match=f"noise schedule is that of {scheduler.__name__}; ") as caught:
+        open_host(Components.of(pipe))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_autoencoder_that_overflows_in_half_precision_decodes_in_float32():
+    vae = new_small_pipe().vae
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        vae.post_quant_conv.weight *= 1e4
+        vae.decoder.conv_in.weight *= 1e2
+    wanted = decode_latents(vae, latents)
+    vae.half()
+    vae.register_to_config(force_upcast=False)
+    assert not decode_latents(vae, latents).isfinite().all()  # control
+    vae.register_to_config(force_upcast=True)
+    torch.testing.assert_close(decode_latents(vae, latents.half()), wanted, rtol=0.1, atol=0.1)
+    assert vae.dtype == torch.float16
 
 
 def test_conditionings_are_joined_picked_and_spread_row_by_row():

@@ -8,11 +8,14 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
+from safepatch.diffusion.components import Components
 from safepatch.diffusion.conditioning import Conditioning, moved
 from safepatch.diffusion.hosts.base import Host, Residuals
 from safepatch.diffusion.hosts.kinds import UNET, HostKind
 from safepatch.diffusion.sampling import alphas, encode, prediction_type, training_target
+from safepatch.errors import UnsupportedModel
 
+PREDICTED = ("epsilon", "v_prediction", "sample")
 INPAINTING = 9  # channels of a UNet that is given a mask and what is around it beside the latents
 SCORE, EMPTY_SCORE = 6.0, 2.5  # aesthetic ones of the refiner's prompts and of negative ones, its pipeline's defaults
 
@@ -21,9 +24,21 @@ class UNetHost(Host):
     """A frozen UNet with its text encoders, autoencoder and noise schedule.
 
     It draws by DDIM (Song et al. 2021, arXiv 2010.02502). An inpainting UNet is asked to paint the whole picture.
+
+    Raises:
+        UnsupportedModel: for another noise schedule, such as EDM's or a flow model's.
     """
 
     kinds: ClassVar[tuple[HostKind, ...]] = (UNET,)
+
+    def __init__(self, components: Components, size: int | None = None) -> None:
+        super().__init__(components, size)
+        scheduler = components.scheduler
+        if not hasattr(scheduler, "alphas_cumprod") or scheduler.config.get("prediction_type") not in PREDICTED:
+            raise UnsupportedModel(
+                f"not supported yet: training for a UNet whose noise schedule is that of {type(scheduler).__name__}; "
+                "patches know those of Stable Diffusion, DDIM's for instance"
+            )
 
     @property
     def _edge(self) -> int:
