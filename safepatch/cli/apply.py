@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from safepatch.cli import app, say
-from safepatch.cli.options import AllowPickle, Device, Dtype, Model, PatchFile, Tokenizer, opened
+from safepatch.cli.options import AllowPickle, Device, Dtype, Model, PatchFile, PredictionType, Tokenizer, opened
 from safepatch.errors import SafepatchError
 
 if TYPE_CHECKING:
@@ -46,9 +46,7 @@ def generate(
     dtype: Dtype = None,
     tokenizer: Tokenizer = None,
     allow_pickle: AllowPickle = False,
-    prediction_type: Annotated[
-        str | None, typer.Option(help="Of a single file's UNet: epsilon or v_prediction; default: what its family has.")
-    ] = None,
+    prediction_type: PredictionType = None,
     guard: Annotated[Path | None, typer.Option(help="A guard's file, which judges the prompt first.")] = None,
     guard_action: Annotated[
         str, typer.Option(help="block what the guard claims, rewrite it with harmless words, or only score it.")

@@ -17,6 +17,7 @@ from safepatch.cli.options import (
     Model,
     ModelDtype,
     PatchFile,
+    PredictionType,
     Tokenizer,
     opened,
 )
@@ -51,6 +52,7 @@ def merge(
     model_dtype: ModelDtype = None,
     tokenizer: Tokenizer = None,
     allow_pickle: AllowPickle = False,
+    prediction_type: PredictionType = None,
 ) -> None:
     """Merge patches into one file; an option given here overrides the recipe's."""
     given = {"method": method, "density": density, "seed": seed, "dtype": dtype, "rank": rank, "conflicts": conflicts}
@@ -74,7 +76,7 @@ def merge(
         from safepatch.training.healing import heal as run_healing
 
         require_fit(model, recipe.sources[0], allow_pickle)  # before gigabytes of weights are read
-        pipe = opened(model, device, model_dtype, tokenizer, allow_pickle)
+        pipe = opened(model, device, model_dtype, tokenizer, allow_pickle, prediction_type)
         corpora = [Corpus.open(name) for name in category or []]
         options_of_healing = replace(OPTIONS, mixed_precision=mixed_precision)
         info = run_healing(pipe, recipe, target, corpora, options_of_healing).info
@@ -87,7 +89,7 @@ def merge(
         from safepatch.cli.evaluate import measure_merge
 
         opening = {"device": device, "dtype": model_dtype, "allow_pickle": allow_pickle}
-        opening |= {"tokenizer": str(tokenizer) if tokenizer else None}
+        opening |= {"tokenizer": str(tokenizer) if tokenizer else None, "prediction_type": prediction_type}
         measure_merge(recipe.sources, target, model, category, n, opening)
 
 
@@ -164,6 +166,7 @@ def verify(
     dtype: Dtype = None,
     tokenizer: Tokenizer = None,
     allow_pickle: AllowPickle = False,
+    prediction_type: PredictionType = None,
 ) -> None:
     """Check a patch or a guard (structure, hash, that it can act) or an image's receipt; with --key, whose it is."""
     from safepatch.hosting.receipt import is_png, verify_image
@@ -180,7 +183,7 @@ def verify(
     if replay:
         from safepatch.hosting.replay import replay as draw_again
 
-        pipe = opened(model, device, dtype, tokenizer, allow_pickle)
+        pipe = opened(model, device, dtype, tokenizer, allow_pickle, prediction_type)
         say(*draw_again(file, verified, pipe, patch, prompt, negative_prompt))
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from safepatch.cli import app, say
-from safepatch.cli.options import AllowPickle, Device, Dtype, Model, Tokenizer, opened
+from safepatch.cli.options import AllowPickle, Device, Dtype, Model, PredictionType, Tokenizer, opened
 from safepatch.errors import SafepatchError
 
 
@@ -94,6 +94,7 @@ def serve(
     dtype: Dtype = None,
     tokenizer: Tokenizer = None,
     allow_pickle: AllowPickle = False,
+    prediction_type: PredictionType = None,
 ) -> None:
     """Serve images over HTTP, each drawn with the patch or not at all."""
     from safepatch.hosting.limits import Keys, Limits
@@ -111,4 +112,4 @@ def serve(
     require_fit(model, patch, allow_pickle)
     with listening(host, port, known) as ours:
         say(f"serving {model} with {patch} on http://{host}:{port}, once it is loaded")
-        run(ours, lambda: opened(model, device, dtype, tokenizer, allow_pickle), known, service)
+        run(ours, lambda: opened(model, device, dtype, tokenizer, allow_pickle, prediction_type), known, service)

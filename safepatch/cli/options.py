@@ -21,6 +21,12 @@ AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Open a .ckpt,
 Device = Annotated[str, typer.Option("--device", help="Where to draw: cpu, cuda, cuda:1, mps.")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="Of the model: float32 (default), float16, bfloat16.")]
 ModelDtype = Annotated[str | None, typer.Option("--model-dtype", help="Of the model, where --dtype is the patch's.")]
+PredictionType = Annotated[
+    str | None,
+    typer.Option(
+        "--prediction-type", help="Of a single file's UNet: epsilon or v_prediction; default: what its family has."
+    ),
+]
 Category = Annotated[
     list[str] | None, typer.Option("--category", help="A shipped category, or a category file; may be given again.")
 ]

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from safepatch.cli import app, say
-from safepatch.cli.options import AllowPickle, Device, Dtype, Model, Tokenizer, opened
+from safepatch.cli.options import AllowPickle, Device, Dtype, Model, PredictionType, Tokenizer, opened
 
 START = "weapons"  # the category whose shipped patch is ticked where nobody names one
 
@@ -29,6 +29,7 @@ def studio(
     dtype: Dtype = None,
     tokenizer: Tokenizer = None,
     allow_pickle: AllowPickle = False,
+    prediction_type: PredictionType = None,
 ) -> None:
     """Show a page on this machine: base and patched side by side, gates, strengths, attacks, merging."""
     from safepatch.hosting.limits import Keys
@@ -45,8 +46,9 @@ def studio(
 
         start = Settings(model, tuple(patches or _shipped(model)))
         chosen.infos(start)  # a file that is no patch is told now
-        desk = Desk(lambda name: opened(name, device, dtype, tokenizer, allow_pickle), start, detector, device)
-        desk.allow_pickle, desk.opening = allow_pickle, _opening(device, dtype, tokenizer, allow_pickle)
+        given = (device, dtype, tokenizer, allow_pickle, prediction_type)
+        desk = Desk(lambda name: opened(name, *given), start, detector, device)
+        desk.allow_pickle, desk.opening = allow_pickle, _opening(*given)
         say(f"studio: http://{f'[{host}]' if ':' in host else host}:{ours.getsockname()[1]} (Ctrl+C ends it)")
         run(ours, desk, known, host)
 
@@ -60,8 +62,11 @@ def _shipped(model: str) -> list[str]:
     return named if model in MODELS else []
 
 
-def _opening(device: str, dtype: str | None, tokenizer: Path | None, allow_pickle: bool) -> list[str]:
+def _opening(
+    device: str, dtype: str | None, tokenizer: Path | None, allow_pickle: bool, prediction_type: str | None
+) -> list[str]:
     words = [] if device == "cpu" else ["--device", device]
     words += ["--dtype", dtype] if dtype else []
     words += ["--tokenizer", str(tokenizer)] if tokenizer else []
+    words += ["--prediction-type", prediction_type] if prediction_type else []
     return words + (["--allow-pickle"] if allow_pickle else [])

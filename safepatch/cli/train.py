@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from safepatch.cli import app
-from safepatch.cli.options import AllowPickle, Category, Device, Dtype, Model, PatchFile, Tokenizer, opened
+from safepatch.cli.options import (
+    AllowPickle,
+    Category,
+    Device,
+    Dtype,
+    Model,
+    PatchFile,
+    PredictionType,
+    Tokenizer,
+    opened,
+)
 from safepatch.errors import SafepatchError
 
 if TYPE_CHECKING:
@@ -104,11 +114,14 @@ def gate(
     dtype: Dtype = None,
     tokenizer: Tokenizer = None,
     allow_pickle: AllowPickle = False,
+    prediction_type: PredictionType = None,
 ) -> None:
     """Fit a gate to a patch: it acts where it is for, and leaves every other image as it was, bit for bit."""
     from safepatch.artifact.patch_artifact import PatchArtifact
     from safepatch.data.bank import DataConfig
     from safepatch.data.corpus import Corpus
+    from safepatch.files import require_writable
+    from safepatch.runtime.check import require_fit
     from safepatch.training.gates import add_gate, without_gate
 
     artifact = PatchArtifact.open(patch)
@@ -119,19 +132,25 @@ def gate(
     if len(category or []) > 1:
         raise SafepatchError("a gate is fitted for one category; give --category once")
     corpus = Corpus.open((category or artifact.info.categories)[0])
-    pipe = opened(model, device, dtype, tokenizer, allow_pickle)
+    require_writable(out)
+    require_fit(model, patch, allow_pickle)  # before gigabytes of weights are read
+    pipe = opened(model, device, dtype, tokenizer, allow_pickle, prediction_type)
     data = DataConfig(pairs=pairs, steps=draw_steps, cache=cache, seed=seed)
     gated = add_gate(artifact, pipe, corpus, width, data, windows, keys)
     gated.save(out)
     records = [part.artifact.info.config["gate"] for part in gated.parts()]
     for name, record in {name: record for each in records for name, record in each.items()}.items():
-        typer.echo(
-            f"gate for {name}: opens at {record['threshold']:.3f}; on unseen captions it opened for "
-            f"{record['unsafe_opened']:.1%} of unsafe and {record['harmless_opened']:.1%} of harmless ones"
-            f"{_certified(record)}: {out}"
-        )
+        typer.echo(f"gate for {name}: opens at {record['threshold']:.3f}; {_shares(record)}{_certified(record)}: {out}")
         for line in _pictured(record):
             typer.echo(line)
+
+
+def _shares(record: Mapping[str, Any]) -> str:
+    """For how many captions a gate opened, and of which."""
+    unsafe, harmless = f"{record['unsafe_opened']:.1%} of unsafe", f"{record['harmless_opened']:.1%} of harmless ones"
+    if record.get("learned"):
+        return f"it opened for {unsafe} captions, of those that it learned from, and on unseen ones for {harmless}"
+    return f"on unseen captions it opened for {unsafe} and {harmless}"
 
 
 def _pictured(record: Mapping[str, Any]) -> list[str]:

@@ -5,8 +5,11 @@ from typing import Any
 
 import pytest
 from typer.main import get_command
+from typer.testing import CliRunner
 
 from safepatch.cli import app
+from safepatch.errors import BaseMismatch
+from tests.small import small_artifact
 
 DRAW_OR_FIT = ("generate", "gate", "merge", "evaluate", "attack", "study", "train", "demo")
 OF_ITS_OWN_MODEL = ("demo",)
@@ -35,6 +38,26 @@ def test_what_draws_or_fits_takes_device_and_dtype(verb: str) -> None:
 @pytest.mark.parametrize("verb", OPENING)
 def test_what_opens_a_model_takes_a_dtype(verb: str) -> None:
     assert "--dtype" in OPTIONS[verb]
+
+
+@pytest.mark.parametrize("verb", ["generate", "gate", "merge", "serve", "studio", "verify"])
+def test_what_draws_with_a_single_file_can_be_told_its_prediction_type(verb: str) -> None:
+    assert "--prediction-type" in OPTIONS[verb]
+    assert "--prediction-type" not in OPTIONS["audit"]  # control: that draws nothing
+
+
+def test_a_gate_is_not_fitted_to_a_patch_of_another_family(tmp_path, monkeypatch) -> None:
+    def never(*_: Any) -> None:
+        raise AssertionError("read a model's weights")
+
+    monkeypatch.setattr("safepatch.cli.train.opened", never)
+    patch = small_artifact("lora").save(tmp_path / "patch.safetensors")
+    fingerprint = {**small_artifact("lora").info.fingerprint}
+    words = ["gate", str(patch), "-o", str(tmp_path / "gated.safetensors")]
+    for config, raised in (({**fingerprint, "cross_attention_dim": 7}, BaseMismatch), (fingerprint, AssertionError)):
+        monkeypatch.setattr("safepatch.runtime.check.unet_config", lambda *_, config=config: config)
+        with pytest.raises(raised):
+            CliRunner().invoke(app, words, catch_exceptions=False, standalone_mode=False)
 
 
 def test_verbs_of_groups_are_looked_at_too() -> None:
