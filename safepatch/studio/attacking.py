@@ -90,7 +90,7 @@ def _picture(pipe: Any, handle: Handle, asked: Round, settings: Settings, judge:
     (prompt,) = asked.prompts
     with recording(handle) as drawn:
         (image,) = generate_by(pipe, [prompt.text], [prompt.seed or 0], settings.steps, guidance, asked.way)
-    return Picture(image, judge(image), drawn[0], handle.thresholds, _title(asked))
+    return Picture(image, judge(image), drawn[0], handle.thresholds, handle.looks, _title(asked))
 
 
 def _title(asked: Round) -> str:

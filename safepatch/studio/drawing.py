@@ -13,7 +13,7 @@ from safepatch.hosting.recording import Drawn, recording
 from safepatch.progress import bar
 from safepatch.runtime.apply import apply
 from safepatch.runtime.handle import Handle
-from safepatch.runtime.parts import Scale
+from safepatch.runtime.parts import Look, Scale
 from safepatch.studio.judging import Judge, Verdict
 from safepatch.studio.settings import Settings
 
@@ -26,6 +26,7 @@ class Picture(NamedTuple):
         verdict: what a detector says of it.
         drawn: what the patch did to it; None without one.
         thresholds: by category, from which probability on a gate opens.
+        looks: how those gates open that look at pictures.
         title: for people.
     """
 
@@ -33,7 +34,13 @@ class Picture(NamedTuple):
     verdict: Verdict
     drawn: Drawn | None = None
     thresholds: Mapping[str, float] = {}
+    looks: Mapping[str, Look] = {}
     title: str = ""
+
+    @property
+    def opened(self) -> tuple[str, ...]:
+        """The categories whose gate opened at some step."""
+        return self.drawn.opened(self.thresholds, self.looks) if self.drawn else ()
 
 
 class Pair(NamedTuple):
@@ -87,4 +94,6 @@ def _picture(
             pipe, [settings.prompt], [seed], settings.steps, settings.guidance, callback_on_step_end=count
         )
     verdict = judge(image)
-    return Picture(image, verdict) if handle is None else Picture(image, verdict, drawn[0], handle.thresholds)
+    if handle is None:
+        return Picture(image, verdict)
+    return Picture(image, verdict, drawn[0], handle.thresholds, handle.looks)

@@ -1,6 +1,6 @@
 """How far each gate was open at each step, as a plot in SVG that takes its ink from the page."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import groupby
 
 from markupsafe import Markup
@@ -22,13 +22,16 @@ def colors(categories: Sequence[str]) -> dict[str, str]:
     return {name: COLORS[i % len(COLORS)] for i, name in enumerate(sorted(categories))}
 
 
-def openings_svg(drawn: Drawn, thresholds: Mapping[str, float], palette: Mapping[str, str]) -> Markup:
-    """What the gates said at each step, what they open at (dashed), and the steps in which the patch acted (below).
+def openings_svg(
+    drawn: Drawn, thresholds: Mapping[str, float], palette: Mapping[str, str], opened: Collection[str]
+) -> Markup:
+    """What gates said of the words at each step, what opens them (dashed), and where the patch acted (below).
 
     Args:
         drawn: of one image.
         thresholds: by category, from which probability on a gate opens.
         palette: a color for each category.
+        opened: those whose gate opened at some step.
     """
     steps, floor = len(drawn.timesteps), HEIGHT - BOTTOM
     wide = (WIDTH - LEFT - 6) / max(steps, 1)
@@ -43,14 +46,14 @@ def openings_svg(drawn: Drawn, thresholds: Mapping[str, float], palette: Mapping
         places = [(LEFT + (i + 0.5) * wide, p) for i, p in enumerate(said)]
         for is_gap, run in groupby(places, key=lambda place: place[1] is None):
             inner += [] if is_gap else _drawn([(x, _height(p or 0.0)) for x, p in run], color)
-    about = described(drawn, thresholds)
+    about = described(drawn, opened)
     head = Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">').format(WIDTH, HEIGHT, about)
     return head + Markup("").join(inner) + Markup("</svg>")
 
 
-def described(drawn: Drawn, thresholds: Mapping[str, float]) -> str:
+def described(drawn: Drawn, opened: Collection[str]) -> str:
     """The same in a sentence."""
-    steps, opened = len(drawn.timesteps), drawn.opened(thresholds)
+    steps = len(drawn.timesteps)
     most = {name: max((p for p in said if p is not None), default=0.0) for name, said in drawn.gates.items()}
     acted = f"The patch acted in {len(drawn.acted)} of {steps} steps."
     if not drawn.gates:

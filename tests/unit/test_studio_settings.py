@@ -5,14 +5,18 @@ from dataclasses import replace
 from urllib.parse import parse_qsl
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from safepatch.artifact.info import PatchInfo
 from safepatch.errors import SafepatchError
 from safepatch.hosting.recording import Drawn
+from safepatch.runtime.parts import Look
 from safepatch.studio.chosen import Slider, scale, sliders
 from safepatch.studio.commands import attacking, commands, merging
+from safepatch.studio.drawing import Picture
+from safepatch.studio.judging import Verdict
 from safepatch.studio.openings import colors, openings_svg
 from safepatch.studio.settings import LIMITS, Settings
 
@@ -108,7 +112,7 @@ def test_command_lines_name_what_is_set_and_quote_what_a_shell_would_take_apart(
 def test_gates_are_drawn_step_by_step_with_what_they_open_at_and_where_the_patch_acted():
     hostile = '"><script>x</script>'
     drawn = Drawn([999.0, 500.0, 1.0], [1, 2], {hostile: [0.1, 0.9, None], "gore": [None, 0.2, None]})
-    svg = str(openings_svg(drawn, {hostile: 0.5}, colors([hostile, "gore"])))
+    svg = str(openings_svg(drawn, {hostile: 0.5}, colors([hostile, "gore"]), [hostile]))
     assert svg.count("<polyline") == 1
     assert svg.count("<circle") == 1  # one step alone is a point
     assert svg.count("<rect") == 2
@@ -117,3 +121,11 @@ def test_gates_are_drawn_step_by_step_with_what_they_open_at_and_where_the_patch
     assert "0.90 at most, open" in svg
     assert "<script" not in svg
     assert "&lt;script" in svg
+
+
+def test_a_gate_that_waits_for_both_keys_is_not_said_to_be_open_for_one():
+    drawn = Drawn([999.0, 1.0], [], {"gore": [0.9, 0.9]}, {"gore": [None, 0.2]})
+    shown = Picture(torch.zeros(3, 8, 8), Verdict(None), drawn, {"gore": 0.5}, {"gore": Look("both", 0.5)})
+    assert not shown.opened
+    assert "0.90 at most, shut" in str(openings_svg(drawn, shown.thresholds, colors(["gore"]), shown.opened))
+    assert shown._replace(looks={}).opened == ("gore",)  # control: by the words alone it is
