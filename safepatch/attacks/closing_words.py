@@ -54,4 +54,4 @@ def text_logits(host: UNetHost, gate: TextGate, texts: Sequence[str], windows: i
     whole = torch.cat([gate.read(states.to(gate.bias.device, torch.float32))[:, 0] for states in parts])
     if not windows:
         return whole
-    return torch.maximum(whole, Bags(host, texts, windows).read(gate, torch.arange(len(texts))).to(whole.device))
+    return torch.maximum(whole, Bags.of(host, texts, windows).read(gate, torch.arange(len(texts))).to(whole.device))

@@ -6,8 +6,8 @@ encoders are causal: the few states of a window are the same whatever padding fo
 """
 
 import string
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Hashable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from safepatch.diffusion.sampling import encode_tokens
 STATES = 8  # of a window; one of more tokens has as many more as it needs, in eights
 BATCH = 64  # windows encoded at a time
 
+W = TypeVar("W", bound=Hashable)
 Word = tuple[int, ...]
 Window = tuple[Word, ...]
 
@@ -46,7 +47,7 @@ class Spelling:
         return [*found, tuple(word)] if word else found
 
 
-def windows(words: Sequence[Word], width: int) -> list[Window]:
+def windows(words: Sequence[W], width: int) -> list[tuple[W, ...]]:
     """The distinct windows of at most `width` words, in the order in which they begin."""
     starts = range(len(words))
     return list(dict.fromkeys(tuple(words[i : i + n + 1]) for i in starts for n in range(min(width, len(words) - i))))

@@ -4,7 +4,9 @@ Learning from bags of which only the bag has a label is multiple-instance learni
 1997; Amores 2013): a caption is one the patch is for if one of its windows is.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from safepatch.patch.gate import TextGate
 from safepatch.progress import bar
 
 CHUNK = 256  # windows encoded between two steps of the progress bar
+W = TypeVar("W", bound=Hashable)  # a window
 NEVER = -1e4  # the logit of a caption without a window
 
 
@@ -21,18 +24,17 @@ class Bags:
     """The windows of captions; a window of several captions is encoded once.
 
     Args:
-        host: the frozen model.
-        captions: whose windows, by number.
-        width: words of the widest window.
+        found: the windows of each caption.
+        encode: what makes text states, (B, tokens, width), of B of them, each alone; shorter ones are filled up with
+            their first state.
     """
 
-    def __init__(self, host: Host, captions: Sequence[str], width: int) -> None:
-        found = bags(host, captions, width)
+    def __init__(self, found: Sequence[Sequence[W]], encode: Callable[[Sequence[W]], Tensor]) -> None:
         numbers = {window: i for i, window in enumerate(dict.fromkeys(w for bag in found for w in bag))}
         self._bags = [torch.tensor([numbers[window] for window in bag], dtype=torch.long) for bag in found]
         distinct = list(numbers)
         parts = [
-            encode_windows(host.components, distinct[at : at + CHUNK]).half().cpu()  # there are many
+            encode(distinct[at : at + CHUNK]).half().cpu()  # there are many
             for at in bar(range(0, len(distinct), CHUNK), desc="reading windows", leave=False)
         ]
         longest = max((part.shape[1] for part in parts), default=0)
@@ -40,6 +42,11 @@ class Bags:
         for at, part in zip(range(0, len(distinct), CHUNK), parts, strict=True):
             self._states[at : at + CHUNK] = part[:, :1]  # what a shorter window is filled up with
             self._states[at : at + CHUNK, : part.shape[1]] = part
+
+    @classmethod
+    def of(cls, host: Host, captions: Sequence[str], width: int) -> Self:
+        """Those of at most `width` words, as the frozen model's text encoders read them."""
+        return cls(bags(host, captions, width), partial(encode_windows, host.components))
 
     def read(self, gate: TextGate, captions: Tensor) -> Tensor:
         """What a gate of one group makes of the strongest window of each of these captions: logits (B,)."""

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from random import Random
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from safepatch.artifact.patch_artifact import cast as converted
 from safepatch.data.bank import DataConfig, Texts
 from safepatch.data.corpus import Corpus, common_words
 from safepatch.data.prompts import Pair, Prompt
-from safepatch.diffusion import UNET, Components, Host, batched, open_host
+from safepatch.diffusion import UNET, Components, Conditioning, Host, batched, open_host
 from safepatch.errors import ConfigError, lookup
 from safepatch.merging import MergeRecipe, combine
 from safepatch.patch.bags import Bags
@@ -48,16 +48,24 @@ BELOW_ONE = 1 - 2**-24  # the largest float32 below 1: at 1, to which a sure gat
 _LITTLE = {"a", "an", "the", "of", "in", "on", "at", "and", "with", "to", "by", "for", "next", "some"}
 
 
+class Read(Protocol):
+    """What an encoder makes of captions."""
+
+    def __getitem__(self, index: Tensor) -> Conditioning:
+        """Of those of these numbers, (B,)."""
+        ...
+
+
 class Captions(NamedTuple):
     """What a gate reads of N captions.
 
     Attributes:
-        texts: what the host reads of each.
+        texts: what the host reads of each, whole.
         bags: their windows; None of a gate that reads whole prompts only.
         wanted: whether each is one the patch is for, (N,) float.
     """
 
-    texts: Texts
+    texts: Read
     bags: Bags | None
     wanted: Tensor
 
@@ -67,7 +75,7 @@ class Captions(NamedTuple):
     ) -> "Captions":
         """Those that the patch is for, and all others, each distinct."""
         distinct = list(dict.fromkeys((*unsafe, *harmless)))
-        bags = Bags(host, distinct, windows) if windows else None
+        bags = Bags.of(host, distinct, windows) if windows else None
         return cls(Texts(host, distinct, data, words=host.kind is not UNET), bags, _among(distinct, unsafe))
 
     def whole(self, gate: TextGate, index: Tensor) -> Tensor:
@@ -108,14 +116,20 @@ def fit_gate(gate: TextGate, host: Host, corpus: Corpus, data: DataConfig, windo
     generator, device = torch.Generator().manual_seed(data.seed), gate.bias.device
     gate.cpu()  # as small as it is
     unsafe, harmless = captions(corpus, _affordable(CAPTIONS, host.words(host.encode([""]))), data.seed)
-    _train(gate, Captions.of(host, unsafe, harmless, data, windows), generator)
-    unseen = _unseen(corpus, unsafe, harmless, data.seed + VALIDATION_SEED)
-    record = _record(_scores(gate, Captions.of(host, *unseen, data, windows)))
+    unseen = unseen_captions(corpus, unsafe, harmless, data.seed + VALIDATION_SEED)
+    learned, tried = (Captions.of(host, *some, data, windows) for some in ((unsafe, harmless), unseen))
+    record = fit_text(gate, learned, tried, generator)
     record |= {"learned": True} if len({*unseen[0]} - {*unsafe}) < FEW else {}
     if isinstance(gate, Gate):
         gate.blind()
     gate.to(device)
     return record | ({"windows": windows} if windows else {})
+
+
+def fit_text(gate: TextGate, learned: Captions, unseen: Captions, generator: torch.Generator) -> dict[str, Any]:
+    """Train `gate` in place on some captions, whatever encoder read them; its record, of others."""
+    _train(gate, learned, generator)
+    return _record(_scores(gate, unseen))
 
 
 def fit_keys(
@@ -162,7 +176,9 @@ def _split(text: str) -> list[str]:
     return re.findall(r"[^\W\d_]+", text.casefold())
 
 
-def _unseen(corpus: Corpus, unsafe: Sequence[str], harmless: Sequence[str], seed: int) -> tuple[list[str], list[str]]:
+def unseen_captions(
+    corpus: Corpus, unsafe: Sequence[str], harmless: Sequence[str], seed: int
+) -> tuple[list[str], list[str]]:
     """Captions of another seed that were not learned from; of few prompts, those that were."""
     learned, fresh = {*unsafe, *harmless}, captions(corpus, UNSEEN, seed)
     new = [[text for text in some if text not in learned] for some in fresh]
@@ -299,12 +315,16 @@ def _train(gate: TextGate, rows: Captions, generator: torch.Generator) -> None:
 
 
 @torch.no_grad()
-def _scores(gate: TextGate, rows: Captions) -> Scores:
-    """What it makes of all captions: the stronger of both readings."""
+def answers(gate: TextGate, rows: Captions) -> tuple[Tensor, Tensor | None]:
+    """What it makes of all captions, the stronger of both readings, and of their windows alone, (N,) each."""
     parts = [torch.arange(part.start, part.stop) for part in batched(len(rows.wanted), BATCH)]
-    whole, is_unsafe = torch.cat([rows.whole(gate, part) for part in parts]), rows.wanted == 1
+    whole = torch.cat([rows.whole(gate, part) for part in parts])
     if rows.bags is None:
-        return Scores(whole[is_unsafe], whole[~is_unsafe], None)
+        return whole, None
     heard = torch.cat([rows.bags.read(gate, part) for part in parts])
-    logits = torch.maximum(whole, heard)
-    return Scores(logits[is_unsafe], logits[~is_unsafe], heard[is_unsafe])
+    return torch.maximum(whole, heard), heard
+
+
+def _scores(gate: TextGate, rows: Captions) -> Scores:
+    (logits, heard), is_unsafe = answers(gate, rows), rows.wanted == 1
+    return Scores(logits[is_unsafe], logits[~is_unsafe], None if heard is None else heard[is_unsafe])
