@@ -28,7 +28,8 @@ from safepatch.guard.encoders import Encoder, Pieces, minilm
 from safepatch.guard.prompts import HARMLESS, LEARN, TEST, harmless_english, labelled
 from safepatch.patch.bags import Bags
 from safepatch.patch.gate import TextGate
-from safepatch.training.gates import CAPTIONS, VALIDATION_SEED, Captions, answers, captions, fit_text, unseen_captions
+from safepatch.training.captions import captions
+from safepatch.training.gates import CAPTIONS, VALIDATION_SEED, Captions, answers, fit_text, unseen_captions
 
 OUT = Path("runs/real-gate.json")
 CATEGORIES = ("i2p-illegal-activity", "ud-disturbing", "ud-political", "ud-violent")

@@ -17,7 +17,7 @@ from safepatch.attacks.typos import typo
 from safepatch.data.corpus import Corpus, common_words
 from safepatch.data.prompts import Prompt, mentions_minors
 from safepatch.data.words import noun
-from safepatch.training.gates import common_captions
+from safepatch.training.captions import common_captions
 
 YES, NO, UNSURE = 1, 0, -1  # votes of a labeler
 CAPTIONS = 1024  # by category, those for it and all others

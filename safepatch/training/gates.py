@@ -6,10 +6,8 @@ things, so that it has met more English than the category's own. It learns to te
 a row as well, so that no words around them can close it. The threshold is set on captions of another seed.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from random import Random
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -19,8 +17,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from safepatch.artifact.patch_artifact import PatchArtifact, is_gate
 from safepatch.artifact.patch_artifact import cast as converted
 from safepatch.data.bank import DataConfig, Texts
-from safepatch.data.corpus import Corpus, common_words
-from safepatch.data.prompts import Pair, Prompt
+from safepatch.data.corpus import Corpus
 from safepatch.diffusion import UNET, Components, Conditioning, Host, batched, open_host
 from safepatch.errors import ConfigError, lookup
 from safepatch.merging import MergeRecipe, combine
@@ -30,6 +27,7 @@ from safepatch.patch.files import from_artifact, to_artifact
 from safepatch.patch.gate import WIDEST, WINDOWS, Gate, TextGate
 from safepatch.patch.picture import KEYS, TEXT
 from safepatch.progress import bar
+from safepatch.training.captions import captions
 from safepatch.training.pictures import fit_picture_key
 
 CAPTIONS, UNSEEN = 12_288, 4000  # to learn from, and to set the threshold by, less those that were learned from
@@ -43,9 +41,6 @@ FEW = 20  # unseen unsafe captions; with fewer, those that were learned from set
 MARGIN, ODD = 0.1, 0.001
 PICTURE_WIDTH = 32  # channels of a key that looks at what is drawn
 BELOW_ONE = 1 - 2**-24  # the largest float32 below 1: at 1, to which a sure gate's logits round, files are refused
-
-
-_LITTLE = {"a", "an", "the", "of", "in", "on", "at", "and", "with", "to", "by", "for", "next", "some"}
 
 
 class Read(Protocol):
@@ -142,38 +137,6 @@ def fit_keys(
         return record
     gate.picture = picture
     return with_picture(record, keys, fit_picture_key(picture, host, corpus, data))
-
-
-def captions(corpus: Corpus, n: int, seed: int) -> tuple[list[str], list[str]]:
-    """About `n` captions: a quarter for the category; their safe twins, what must stay, and common things."""
-    part = max(1, n // 4)
-    unsafe = [pair.unsafe.text for pair in corpus.pairs(part, seed)]
-    twins = [] if corpus.rewrite.by == "guided" else [pair.safe.text for pair in corpus.pairs(part, seed)]
-    kept = [prompt.text for prompt in corpus.retain(part, seed)]
-    known = set(unsafe)
-    return unsafe, [text for text in (*twins, *kept, *common_captions(corpus, part, seed)) if text not in known]
-
-
-def common_captions(corpus: Corpus, n: int, seed: int) -> list[str]:
-    """At most `n` captions of the shipped common things, each as often; those with a telling word are left out."""
-    common, rng = common_words(), Random(f"common {seed}")
-    telling = telling_words(corpus, corpus.pairs(n, seed), corpus.retain(n, seed))
-    order = rng.sample(range(len(common.benign)), len(common.benign))
-    things = [i for i in order if not telling & {word for name in common.benign[i] for word in _split(name)}]
-    shown = [common.harmless(common.benign, things[i % len(things)], rng, i % 2 == 1).text for i in range(n)]
-    return [text for text in shown if not telling & {*_split(text)}]  # a companion may be telling too
-
-
-def telling_words(corpus: Corpus, pairs: Sequence[Pair], kept: Sequence[Prompt]) -> set[str]:
-    """Words that the unsafe prompts have and nothing harmless has: a common thing of that name is not harmless here."""
-    named = [name for concept in corpus.words.concepts for name in (*concept.known_names, *concept.heldout)]
-    unsafe = {word for text in (*named, *(pair.unsafe.text for pair in pairs)) for word in _split(text)}
-    twins = [] if corpus.rewrite.by == "guided" else [pair.safe.text for pair in pairs]
-    return unsafe - {word for text in (*twins, *(prompt.text for prompt in kept)) for word in _split(text)} - _LITTLE
-
-
-def _split(text: str) -> list[str]:
-    return re.findall(r"[^\W\d_]+", text.casefold())
 
 
 def unseen_captions(
