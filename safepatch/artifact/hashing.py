@@ -75,6 +75,26 @@ def flat_hash(header: Header, data: Iterable[bytes | memoryview]) -> str:
     return f"0x{sha.hexdigest()}"
 
 
+class Hashed(NamedTuple):
+    """Bytes that are whole blocks of one tensor.
+
+    Attributes:
+        data: the bytes.
+        digests: of their blocks.
+    """
+
+    data: memoryview
+    digests: list[bytes]
+
+    @classmethod
+    def of(cls, data: memoryview) -> "Hashed":
+        """Hash them, in whatever thread."""
+        return cls(data, [sha256(data[at : at + BLOCK]).digest() for at in range(0, len(data), BLOCK)])
+
+
+Data = bytes | memoryview | Hashed
+
+
 class Hashing:
     """Hashes data as they are written, in pieces of any size.
 
@@ -89,22 +109,31 @@ class Hashing:
         self._flat = sha256(header.prefix + header.text) if is_flat(header) else None
         self._next()
 
-    def update(self, data: bytes | memoryview) -> None:
+    def update(self, piece: Data) -> None:
         """The next bytes of the file's data."""
+        data = piece.data if isinstance(piece, Hashed) else piece
         if self._flat:
             self._flat.update(data)
+        if isinstance(piece, Hashed):
+            for digest in piece.digests:
+                self._end_block(digest)
+            return
         left = memoryview(data)
         while left and self._block:
-            piece, left = left[: self._missing], left[self._missing :]
-            self._sha.update(piece)
-            self._missing -= len(piece)
+            some, left = left[: self._missing], left[self._missing :]
+            self._sha.update(some)
+            self._missing -= len(some)
             if not self._missing:
-                self.digests[self._block.tensor].append(self._sha.digest())
-                self._next()
+                self._end_block(self._sha.digest())
 
     def content_hash(self) -> str:
         """The hash of the file, once all data have passed."""
         return f"0x{self._flat.hexdigest()}" if self._flat else tree_hash(self._header, self.digests)
+
+    def _end_block(self, digest: bytes) -> None:
+        assert self._block, "no data behind the last block"
+        self.digests[self._block.tensor].append(digest)
+        self._next()
 
     def _next(self) -> None:
         self._block = next(self._blocks, None)

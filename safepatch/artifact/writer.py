@@ -3,21 +3,22 @@
 import errno
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from torch import Tensor
 
 from safepatch.artifact.container import NO_HASH, Header, check_bound, in_file_order, raw_bytes
-from safepatch.artifact.hashing import Hashing, slot
+from safepatch.artifact.hashing import Data, Hashed, Hashing, slot
 from safepatch.errors import ArtifactError
 from safepatch.files import replacing
 
-RUN = 1 << 25  # bytes after which the disk is set to work, so that little is left to wait for at the end
+RUN = 1 << 26  # bytes after which the disk is set to work, so that little is left to wait for at the end
 
-Pieces = Iterable[bytes | memoryview]
+Pieces = Iterable[Data]
 
 
 def write_stream(
@@ -77,20 +78,34 @@ def _write(file: BinaryIO, header: Header, data: Pieces) -> dict[str, list[bytes
     """The header with its hash's slot open, the data, then the hash into the slot."""
     hashing = Hashing(header)
     file.write(header.prefix + header.text)
-    sent = 0
-    for piece in data:
-        hashing.update(piece)
-        file.write(piece)
-        if (end := file.tell()) - sent >= RUN:
-            _begin_writeback(file.fileno(), sent, end)
-            sent = end
+    with _syncing(file) as begin_sync:
+        for piece in data:
+            hashing.update(piece)
+            file.write(piece.data if isinstance(piece, Hashed) else piece)
+            begin_sync()
     file.seek(8 + header.text.index(slot(NO_HASH)))
     file.write(slot(hashing.content_hash()))
     return hashing.digests
 
 
-def _begin_writeback(descriptor: int, start: int, end: int) -> None:
-    """Have the kernel write these bytes to the disk by and by, where it can be asked to."""
-    if hasattr(os, "posix_fadvise"):  # Linux writes what it is told will not be needed; pages still dirty stay cached
-        with suppress(OSError):  # a hint that cannot be given is no failure
-            os.posix_fadvise(descriptor, start, end - start, os.POSIX_FADV_DONTNEED)
+@contextmanager
+def _syncing(file: BinaryIO) -> Iterator[Callable[[], None]]:
+    """A function that puts on the disk, beside other work, what `file` was given, whenever that is much.
+
+    Raises:
+        OSError: the disk's, once the block has ended.
+    """
+    syncs: list[Future[None]] = []
+    synced = 0
+
+    def begin() -> None:
+        nonlocal synced
+        if file.tell() - synced >= RUN and all(sync.done() for sync in syncs):
+            file.flush()
+            synced = file.tell()
+            syncs.append(disk.submit(os.fsync, file.fileno()))
+
+    with ThreadPoolExecutor(1) as disk:
+        yield begin
+        for sync in syncs:
+            sync.result()

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pickle
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from safepatch.artifact import writer
 from safepatch.artifact.info import FORMAT_VERSION, PatchInfo, read_info
 from safepatch.artifact.patch_artifact import PatchArtifact, verify
 from safepatch.errors import ArtifactError, UnknownName
@@ -222,3 +224,27 @@ def test_full_disk_leaves_the_old_file_and_no_partial(
         other.save(tmp_path / "patch.safetensors")
     assert os.listdir(tmp_path) == ["patch.safetensors"]
     assert (tmp_path / "patch.safetensors").read_bytes() == before
+
+
+def test_a_disk_that_fails_while_there_is_more_to_write_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was written so far is put on the disk beside other work, and the disk tells of a failure only once."""
+    monkeypatch.setattr(writer, "RUN", 8)
+    calls: list[str] = []
+
+    def fail_once(_: int) -> None:
+        calls.append(threading.current_thread().name)
+        if len(calls) == failing:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", fail_once)
+    patch = PatchArtifact({"a.delta": torch.ones(3), "b.delta": torch.ones(3)}, INFO)
+    failing = 0
+    patch.save(tmp_path / "a.safetensors")  # control
+    assert len({*calls}) == 2  # at the end too
+    calls.clear()
+    failing = 1
+    with pytest.raises(ArtifactError, match=r"cannot write .*Input/output"):
+        patch.save(tmp_path / "b.safetensors")
+    assert os.listdir(tmp_path) == ["a.safetensors"]
