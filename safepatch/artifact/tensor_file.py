@@ -12,6 +12,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -79,20 +80,21 @@ class TensorFile(Mapping[str, Tensor]):
         part.layout = {name: self.layout[f"{prefix}{name}"] for name in part._names}
         return part
 
-    def read(self, name: str, run: slice | None = None, room: Tensor | None = None) -> Tensor:
-        """A tensor, or some of its values, flat; in `room`, bytes (N,), if there is any and they suffice."""
+    def read(self, name: str, run: slice | None = None, room: memoryview | None = None) -> Tensor:
+        """A tensor, or some of its values, flat; in `room`, bytes, if there is any and they suffice."""
         own, dtype = self._names[name], self.layout[name].dtype
         entry = self.header.tensors[own]
         begin, end = entry.begin, entry.end
         if run:
             begin, end = (entry.begin + place * dtype.itemsize for place in (run.start, run.stop))
+        if begin == end:
+            return torch.empty(entry.shape, dtype=dtype)
         blocks = list(blocks_of(own, entry, begin, end))
-        first = blocks[0].begin if blocks else begin
-        size = blocks[-1].end - first if blocks else 0
-        held = torch.empty(size, dtype=torch.uint8) if room is None or len(room) < size else room[:size]
+        first, size = blocks[0].begin, blocks[-1].end - blocks[0].begin
+        held = np.empty(size, np.uint8).data if room is None or len(room) < size else room
         for block in blocks:
-            self._fill(block, held.numpy().data[block.begin - first : block.end - first])
-        values = held[begin - first : end - first].view(dtype)
+            self._fill(block, held[block.begin - first : block.end - first])
+        values = torch.frombuffer(held, dtype=dtype, count=(end - begin) // dtype.itemsize, offset=begin - first)
         return values if run else values.reshape(entry.shape)
 
     def load(self) -> dict[str, Tensor]:
@@ -132,11 +134,14 @@ class TensorFile(Mapping[str, Tensor]):
 
     def _fill(self, block: Block, buffer: memoryview) -> None:
         """Read a block into `buffer`, which has its size."""
-        with naming(self.path):
+        try:
             read_at(self._file.number, buffer, self.header.start + block.begin)
             digest = sha256(buffer).digest()
             if self._seen.setdefault(block[:2], digest) != digest:
                 raise ArtifactError("altered while it was read; see who writes to it, and start again")
+        except (OSError, ArtifactError):
+            with naming(self.path):
+                raise
 
 
 class _Descriptor:

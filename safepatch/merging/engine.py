@@ -1,18 +1,13 @@
-"""Merging: open the sources, compare them, write piece after piece; memory holds a few pieces at a time."""
+"""Merging: open the sources, compare them, and write what they make together, which says what it was made of."""
 
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from safepatch.artifact.container import raw_bytes
 from safepatch.artifact.info import BUNDLE, PatchInfo
 from safepatch.artifact.patch_artifact import PatchArtifact, is_gate
 from safepatch.artifact.tensor_file import TensorFile
@@ -20,17 +15,11 @@ from safepatch.artifact.writer import write_stream
 from safepatch.errors import MergeError
 from safepatch.merging.conflicts import Comparison, compare, report
 from safepatch.merging.groups import has_gate, is_grouped, merged_layout
-from safepatch.merging.job import BundleJob, GroupedJob, IdentityJob, Job, Piece
+from safepatch.merging.job import BundleJob, GroupedJob, IdentityJob, Job
 from safepatch.merging.recipe import DTYPE_NAMES, DTYPES, EXACT, MergeRecipe, load_recipe
 from safepatch.merging.sources import Source, agreed, check_agreement, in_order, open_source, widest_dtype
+from safepatch.merging.streaming import Pool, ahead, in_memory, stream, workers
 from safepatch.merging.sums import SumJob
-
-T = TypeVar("T")
-R = TypeVar("R")
-Pool = ThreadPoolExecutor | None  # None: the work is done on the spot
-
-BUDGET = 300_000_000  # bytes that merging ahead may take; a larger piece is merged alone
-AHEAD = 4  # pieces that may be merged ahead of the one that is written
 
 
 def merge(
@@ -62,23 +51,23 @@ def merge(
     target = Path(out) if out is not None else Path(recipe.out) if recipe.out else None
     if target is not None:
         check_target(target, recipe)
-    with _workers() as pool:
+    with workers() as pool:
         opened = list((pool.map if pool else map)(open_source, recipe.sources, recipe.weights))
         job = _prepare(opened, recipe)
         info = _merged_info(job, pool)
         if target is None:
-            return PatchArtifact(_in_memory(job), info)
-        digests = write_stream(target, info.to_metadata(), job.layout, _stream(job, pool))
+            return PatchArtifact(in_memory(job), info)
+        digests = write_stream(target, info.to_metadata(), job.layout, stream(job, pool))
     return PatchArtifact(TensorFile.open(target, digests), info)
 
 
 def combine(artifacts: Sequence[PatchArtifact], recipe: MergeRecipe) -> PatchArtifact:
     """The patch that `recipe` makes of `artifacts`, given in the order of `recipe.sources`."""
     parts = zip(recipe.sources, artifacts, recipe.weights, strict=True)
-    with _workers() as pool:
+    with workers() as pool:
         sources = [Source(name, _detached(item), weight, item.content_hash) for name, item, weight in parts]
         job = _prepare(sources, recipe)
-        return PatchArtifact(_in_memory(job), _merged_info(job, pool))
+        return PatchArtifact(in_memory(job), _merged_info(job, pool))
 
 
 def _detached(artifact: PatchArtifact) -> PatchArtifact:
@@ -140,67 +129,6 @@ def _prepare(sources: Sequence[Source], recipe: MergeRecipe) -> Job:
             "task-arithmetic (one open gate then opens all), or take the gates off (safepatch gate --width 0)"
         )
     return (IdentityJob if recipe.is_identity else SumJob)(ordered, recipe, dtype)
-
-
-@contextmanager
-def _workers() -> Iterator[ThreadPoolExecutor | None]:
-    """As many workers as torch had threads, or None for one; torch's own are off inside.
-
-    So the work is shared at one place only, and no matrix product depends on the number of threads.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        if threads == 1:
-            yield None
-        else:
-            with ThreadPoolExecutor(threads) as pool:
-                yield pool
-    finally:
-        torch.set_num_threads(threads)
-
-
-# Running
-
-
-def _stream(job: Job, pool: Pool) -> Iterator[memoryview]:
-    """The bytes of the merged file's tensors, in its order; it ends well only if the sources were what they state."""
-    for _, values in _ahead(pool, job.values, job.pieces(), job.cost):
-        yield raw_bytes(values)
-    _confirm(job)
-
-
-def _in_memory(job: Job) -> dict[str, Tensor]:
-    """The merged tensors by name."""
-    whole = {name: Piece(name, 0, meta.numel()) for name, meta in job.layout.items()}
-    merged = {name: job.values(piece).reshape(job.layout[name].shape) for name, piece in whole.items()}
-    _confirm(job)
-    return merged
-
-
-def _confirm(job: Job) -> None:
-    for source in job.sources:
-        source.confirm()
-
-
-def _ahead(pool: Pool, work: Callable[[T], R], items: Iterable[T], cost: Callable[[T], int]) -> Iterator[tuple[T, R]]:
-    """Each item with what `work` makes of it, in order, at most `AHEAD` in progress, costing at most `BUDGET`."""
-    if pool is None:
-        yield from ((item, work(item)) for item in items)
-        return
-    waiting: deque[tuple[T, Future[R]]] = deque()
-    try:
-        for item in items:
-            while waiting and (len(waiting) == AHEAD or sum(cost(other) for other, _ in waiting) + cost(item) > BUDGET):
-                done, future = waiting.popleft()
-                yield done, future.result()
-            waiting.append((item, pool.submit(work, item)))
-        while waiting:
-            done, future = waiting.popleft()
-            yield done, future.result()
-    finally:
-        for _, future in waiting:
-            future.cancel()
 
 
 # What the merged file says about itself
@@ -272,7 +200,7 @@ def _conflicts(job: Job, names: Sequence[str], pool: Pool) -> list[dict[str, Any
     def cost(name: str) -> int:
         return 4 * torch.Size(job.shape(name)).numel() * len(job.sources)
 
-    return report(_ahead(pool, compared, names, cost))
+    return report(ahead(pool, compared, names, cost))
 
 
 def _united_instructions(job: Job) -> dict[str, str]:

@@ -79,7 +79,7 @@ class Job(ABC):
         """All merged values in the order of the file."""
         for tensor, meta in in_file_order(self.layout):
             size = self.run_length(tensor)
-            for start in range(0, meta.numel(), size):
+            for start in range(0, max(meta.numel(), 1), size):
                 yield Piece(tensor, start, min(start + size, meta.numel()))
 
     def cost(self, piece: Piece) -> int:

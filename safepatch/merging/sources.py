@@ -42,8 +42,8 @@ class Source:
         """What the patch is."""
         return self.artifact.info
 
-    def values(self, tensor: str, run: slice | None = None, room: Tensor | None = None) -> Tensor:
-        """A tensor, or a run of its values, flat; what is read from a file, in `room`, bytes (N,), if that suffices."""
+    def values(self, tensor: str, run: slice | None = None, room: memoryview | None = None) -> Tensor:
+        """A tensor, or a run of its values, flat; what is read from a file, in `room`, bytes, if they suffice."""
         held = self.artifact.tensors
         if isinstance(held, TensorFile):
             return held.read(tensor, run, room)

@@ -8,10 +8,12 @@ from functools import cached_property, lru_cache
 from hashlib import sha256
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from safepatch.artifact.acting import is_finite
+from safepatch.artifact.hashing import BLOCK
 from safepatch.artifact.patch_artifact import Factors, factorize, is_gate
 from safepatch.errors import ArtifactError, MergeError
 from safepatch.merging.groups import PICTURE, gate_records, gates_layout, is_grouped, joined_shape, side_by_side
@@ -20,8 +22,9 @@ from safepatch.merging.methods import METHODS, SUM_WEIGHTS, Options
 from safepatch.merging.sources import Source, agreed
 
 OF_GATES = ("gate", "gates", PICTURE)  # of a layout
-PIECE = 1 << 19  # values of a dense tensor that the elementwise methods merge at once
+PIECE = BLOCK // 2  # values of a dense tensor that are merged at once: of every dtype, whole blocks
 WIDEST = 8  # bytes of a value at most
+EXACT = {2.0**power for power in range(-16, 17)}  # weights times which a float16 needs no rounding in float32
 
 
 class Compressed(NamedTuple):
@@ -36,17 +39,15 @@ class Room(threading.local):
 
     Attributes:
         read: bytes of a piece, as they stand in a source's file.
-        wide: the piece as float32, times the source's weight.
+        wide: the piece as float32.
         total: the sum.
+        nothing: what a sum begins with, (1,).
     """
 
     def __init__(self) -> None:
-        self.hold(PIECE)
-
-    def hold(self, size: int) -> None:
-        """Make room for pieces of so many values."""
-        self.read = torch.empty(WIDEST * size, dtype=torch.uint8)
-        self.wide, self.total = torch.empty(2, size)
+        self.read = np.empty(WIDEST * PIECE, np.uint8).data
+        self.wide, self.total = torch.empty(2, PIECE)
+        self.nothing = torch.zeros(1)
 
 
 class SumJob(Job):
@@ -132,12 +133,17 @@ class SumJob(Job):
 
     def values(self, piece: Piece) -> Tensor:
         """The merged values of a piece, flat, as they are stored; raises `ArtifactError` where they are not finite."""
-        stored = self._merged(piece).to(self.layout[piece.tensor].dtype, copy=True)
+        is_elementwise, dtype = self._is_elementwise(piece.tensor), self.layout[piece.tensor].dtype
+        stored = self._weighted_sum(piece, dtype) if is_elementwise else self._merged(piece).to(dtype).reshape(-1)
         if not is_finite(stored):
-            if self._is_elementwise(piece.tensor):  # says whose values are not
+            if is_elementwise:  # says whose values are not
                 self.stack(piece.tensor.rpartition(".")[0], slice(piece.start, piece.stop))
             raise ArtifactError(f"'{piece.tensor}' overflows {stored.dtype}; keep it as float32 or use smaller weights")
-        return stored.reshape(-1)
+        return stored
+
+    @cached_property
+    def _weights_of_sum(self) -> list[float]:
+        return SUM_WEIGHTS[self.recipe.method](self.weights).tolist()
 
     @cached_property
     def _room(self) -> Room:
@@ -150,21 +156,17 @@ class SumJob(Job):
             return getattr(self.compressed(name).factors if self.recipe.rank else self._side_by_side(name), form)
         if is_gate(name):
             return side_by_side(self.sources, name, self.shape(name))
-        if self._is_elementwise(piece.tensor):
-            return self._weighted_sum(name, slice(piece.start, piece.stop))
         return self._merge(name, self.stack(name))
 
-    def _weighted_sum(self, name: str, run: slice) -> Tensor:
-        """Σ w_k δ_k of a run of values, as the method and `stack` make it; it holds until this thread asks again."""
-        weights = SUM_WEIGHTS[self.recipe.method](self.weights).tolist()
-        room, size = self._room, run.stop - run.start
-        if size > len(room.total):  # a merge in memory makes whole tensors
-            room.hold(size)
-        total, wide = room.total[:size].zero_(), room.wide[:size]
-        for source, weight in zip(self.sources, weights, strict=True):
-            if source.shape(name) is not None:
-                total += wide.copy_(source.values(f"{name}.delta", run, room.read)).mul_(weight)
-        return total
+    def _weighted_sum(self, piece: Piece, dtype: torch.dtype) -> Tensor:
+        """Σ w_k δ_k of a piece, as the method and `stack` make it."""
+        run, room, size = slice(piece.start, piece.stop), self._room, piece.stop - piece.start
+        before, total = room.nothing, room.total[:size]
+        for source, weight in zip(self.sources, self._weights_of_sum, strict=True):
+            if piece.tensor in source.artifact.layout:
+                values = source.values(piece.tensor, run, room.read)
+                before = add_weighted(before, values, weight, room.wide[:size], out=total)
+        return total.to(dtype, copy=True)
 
     def _merge(self, name: str, stack: Tensor) -> Tensor:
         """One delta of parameter `name` from the deltas of all sources, (K, *)."""
@@ -196,6 +198,14 @@ class SumJob(Job):
             missed = torch.linalg.vector_norm(delta.flatten(1) - factors.up @ factors.down)
             return Compressed(factors, _ratio(float(missed), float(torch.linalg.vector_norm(delta))))
         return recompress(self._side_by_side(name), self.rank(name) or 1)
+
+
+def add_weighted(total: Tensor, values: Tensor, weight: float, wide: Tensor, out: Tensor) -> Tensor:
+    """total + weight * values, (N,), both operations rounded to float32; `wide` is memory for float32 values."""
+    wide.copy_(values)
+    if weight in EXACT and values.dtype == torch.float16:
+        return torch.add(total, wide, alpha=weight, out=out)  # in one pass, whether or not the processor fuses both
+    return torch.add(total, wide.mul_(weight), out=out)
 
 
 def recompress(factors: Factors, rank: int) -> Compressed:

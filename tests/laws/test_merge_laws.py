@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from safepatch.artifact import hashing
 from safepatch.artifact.info import BUNDLE, PatchInfo
 from safepatch.artifact.patch_artifact import PatchArtifact, verify
 from safepatch.errors import ArtifactError
-from safepatch.merging import METHODS, Options, merge, sums
+from safepatch.merging import METHODS, Options, merge, streaming, sums
 from safepatch.merging.methods import SUM_WEIGHTS, USES
 
 CATEGORIES = ("weapons", "gore", "drugs")
@@ -50,6 +51,13 @@ def same_tensors(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
     return left.keys() == right.keys() and all(
         left[n].dtype == right[n].dtype and torch.equal(left[n], right[n]) for n in left
     )
+
+
+def in_pieces_of(values: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Merges make so many values at once, in float16 a block of the hash, and hand each from thread to thread."""
+    monkeypatch.setattr(sums, "PIECE", values)
+    monkeypatch.setattr(streaming, "BATCH", 1)
+    monkeypatch.setattr(hashing, "BLOCK", 2 * values)
 
 
 def merged_bytes(paths: Sequence[Path], method: str, **options: Any) -> bytes:
@@ -152,9 +160,9 @@ def test_a_merged_file_survives_opening_and_no_byte_of_it_can_change(
 def test_streamed_equals_in_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, rank: int | None, dtype: torch.dtype
 ) -> None:
+    in_pieces_of(5, monkeypatch)
     paths = save_patches(tmp_path, method, rank, dtype=dtype)
     in_memory = merge(paths, method=method).save(tmp_path / "in-memory.safetensors").read_bytes()
-    monkeypatch.setattr(sums, "PIECE", 5)
     assert merged_bytes(paths, method) == in_memory
     assert merge(paths, method=method).save(tmp_path / "again.safetensors").read_bytes() == in_memory
     assert merged_bytes(paths[:1], method) != in_memory  # control
@@ -165,7 +173,7 @@ def test_streamed_equals_in_memory(
 def test_any_number_of_threads_gives_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, rank: int | None
 ) -> None:
-    monkeypatch.setattr(sums, "PIECE", 5000)  # many pieces of a tensor are on their way at once
+    in_pieces_of(5000, monkeypatch)  # many pieces of a tensor are on their way at once
     generator = torch.Generator().manual_seed(0)
     info = PatchInfo("control", {"gore": "no gore"}, {"layers": 2}, {"family": "tiny"}, {"sees": "prompt"})
     paths = []

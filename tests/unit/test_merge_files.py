@@ -442,16 +442,16 @@ def test_a_recipe_that_cannot_run_is_refused_before_any_file_is_read(
 
 SLOW_MERGE = """
 import sys, time
-from safepatch.merging import engine
-fast = engine.raw_bytes
+from safepatch.merging import merge, streaming
+fast = streaming.raw_bytes
 def slow(tensor):
     print("writing", flush=True)
     time.sleep(600 if slow.calls else 0)
     slow.calls += 1
     return fast(tensor)
 slow.calls = 0
-engine.raw_bytes = slow
-engine.merge(sys.argv[2:], sys.argv[1])
+streaming.raw_bytes = slow
+merge(sys.argv[2:], sys.argv[1])
 """
 
 
