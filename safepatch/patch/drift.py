@@ -6,7 +6,8 @@ Szegedy 1996, "The Space Complexity of Approximating the Frequency Moments", sec
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -51,14 +52,31 @@ def text_sketch(names: Iterable[str], read: Callable[[str], Tensor]) -> str:
 
 def _sums(parts: Iterable[Tensor]) -> str:
     """`SUMS` signed sums of all values, one tensor after the other."""
-    generator = torch.Generator().manual_seed(0)
     sums = torch.zeros(SUMS, dtype=torch.float64)
-    for weights in parts:
-        for run in weights.detach().float().cpu().flatten().split(RUN):
-            signs = torch.empty(run.shape, dtype=torch.bool).random_(generator=generator).float().mul_(2).sub_(1)
-            signed = torch.nn.functional.pad(signs.mul_(run), (0, -len(run) % SUMS))
+    for weights, signs in _signed(parts):
+        for run, positive in zip(weights.split(RUN), signs.split(RUN), strict=True):
+            signed = torch.nn.functional.pad(positive.float().mul_(2).sub_(1).mul_(run.float()), (0, -len(run) % SUMS))
             sums += signed.double().view(-1, SUMS).sum(0)
     return " ".join(f"{value:.6g}" for value in sums.tolist())
+
+
+def _signed(parts: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Every tensor, flat, and which of its values count as they are; drawn while the one before is summed."""
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(count: int) -> Tensor:
+        return torch.empty(count, dtype=torch.bool).random_(generator=generator)
+
+    with ThreadPoolExecutor(1) as beside:
+        waiting: list[tuple[Tensor, Future[Tensor]]] = []
+        for part in parts:
+            weights = part.detach().cpu().flatten()
+            waiting.append((weights, beside.submit(drawn, len(weights))))
+            if len(waiting) > 1:
+                weights, signs = waiting.pop(0)
+                yield weights, signs.result()
+        for weights, signs in waiting:
+            yield weights, signs.result()
 
 
 def drift(ours: str, theirs: str) -> float:

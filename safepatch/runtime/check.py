@@ -77,7 +77,7 @@ def _sketch_of(model: str | Path, component: str, config: Mapping[str, Any], all
 
 
 def _sketch(model: str | Path, config: Mapping[str, Any], allow_pickle: bool) -> str:
-    """Of the model's encoder, of which only one weight at a time is in memory where it is in files."""
+    """Of the model's encoder, of which two weights at a time are in memory where they are in files."""
     if flow := flow_file(model, allow_pickle):
         return sketch(empty_unet(config), flow.read)
     files = unet_files(model, allow_pickle)

@@ -5,9 +5,13 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
+import torch
 
 from safepatch import shipped as module
+from safepatch.artifact.info import read_info
 from safepatch.errors import ArtifactError, UnknownName
+from safepatch.models.load import load_unet
+from safepatch.patch.drift import ENCODER, sketch
 from safepatch.shipped import Shipped, shipped, shipped_kinds, shipped_patch, shipped_patches
 
 RECIPES = Path(__file__).parents[2] / "configs" / "patches"
@@ -44,6 +48,15 @@ def test_every_shipped_patch_has_a_recipe_and_every_recipe_a_patch() -> None:
 def test_a_shipped_file_lies_under_its_kind_and_is_the_one_in_the_index(entry: Shipped) -> None:
     assert entry.file == f"{entry.kind}/{entry.category}.safetensors"
     assert sha256(shipped_patch(entry.category, entry.kind).read_bytes()).hexdigest() == entry.sha256
+
+
+def test_a_shipped_patch_says_of_the_embedded_model_what_is_measured_today() -> None:
+    """The random signs are part of what files keep, however they are drawn."""
+    unet, base = load_unet("tiny-sd"), read_info(shipped_patch("weapons", "lora")).base[ENCODER]
+    assert sketch(unet) == base
+    with torch.no_grad():
+        unet.mid_block.resnets[0].conv1.weight.add_(0.01)
+    assert sketch(unet) != base  # control
 
 
 def test_no_kind_is_special_and_the_order_is_the_indexs(folder: Path) -> None:
