@@ -51,6 +51,7 @@ COMPONENTS: dict[str, str] = {
     "text_model.": "a text encoder",
 }
 WHOLE = "use the whole checkpoint, or a diffusers folder"
+SD2_READ = 23  # layers of its text encoder that are read: some files, converted from diffusers, hold these alone
 PREDICTION_TYPES = {"v": "v_prediction", "epsilon": "epsilon"}  # ModelSpec's names
 
 
@@ -172,7 +173,7 @@ def _config(family: str, shapes: Shapes) -> dict[str, dict[str, Any]]:
         config[name] |= _clip_sizes(prefix, shapes)
     for name, prefix in OPEN_CLIP.get(family, {}).items():
         config[name] |= _open_clip_sizes(prefix, shapes)
-    if family == "sd2":
+    if family == "sd2" and config["text_encoder"]["num_hidden_layers"] != SD2_READ:  # of files that hold no more
         config["text_encoder"]["num_hidden_layers"] -= 1  # it was trained on the last layer but one
     if config["unet"]["in_channels"] == 9:
         name = config["model_index"]["_class_name"]

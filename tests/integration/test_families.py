@@ -203,6 +203,16 @@ def test_what_a_file_states_about_its_prediction_wins_over_the_family(sd1, tmp_p
         open_checkpoint(path, prediction_type="v")
 
 
+@pytest.mark.parametrize("held", [23, 24])
+def test_of_sd2s_text_encoder_23_layers_are_read_whether_a_file_holds_more(held, tmp_path):
+    tensors, first = original_layout(small_family_pipe("sd2"), "sd2"), "transformer.resblocks.0."
+    shapes = {name: torch.zeros(tensor.shape, dtype=torch.uint8) for name, tensor in tensors.items()}
+    for name in [name for name in shapes if first in name]:
+        shapes |= {name.replace(first, f"transformer.resblocks.{i}."): shapes[name].clone() for i in range(held)}
+    save_file(shapes, tmp_path / "model.safetensors")
+    assert open_checkpoint(tmp_path / "model.safetensors").config["text_encoder"]["num_hidden_layers"] == 23
+
+
 def test_a_schedule_that_ends_in_noise_alone_is_told_by_its_mark(tmp_path):
     """As SDXL files with v-prediction have it: empty tensors of these names."""
     tensors, marks = original_layout(small_family_pipe("sdxl"), "sdxl"), {"v_pred": torch.zeros(0)}
