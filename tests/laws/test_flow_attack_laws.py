@@ -32,8 +32,8 @@ def pipe_of(name: str) -> Any:
 
 
 def patch_on(pipe: Any, kind: str) -> Any:
-    patch = PATCH_KINDS[kind].from_unet(pipe.transformer, gate=4, **LAYOUTS.get(kind, {}))
-    return awaken(patch, size=0.2)
+    layout: Any = LAYOUTS.get(kind, {})
+    return awaken(PATCH_KINDS[kind].from_unet(pipe.transformer, gate=4, **layout), size=0.2)
 
 
 def test_states_of_a_prompt_at_full_weight_are_the_prompt_typed() -> None:
