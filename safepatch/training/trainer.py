@@ -91,7 +91,6 @@ def _train(pipe: Any, host: Host, patch: Patch, config: TrainConfig, corpus: Cor
         trained, steps = run.solved(patch, out), 0
     gates = {}
     if config.patch.gate:
-        host.components.to(accelerator.device)  # the text encoders were put aside
         trained.add_gate(host.unet, config.patch.gate, picture=0 if config.patch.keys == TEXT else PICTURE_WIDTH)
         trained.to(host.device)
         gate = cast(TextGate, trained.gate)

@@ -38,7 +38,7 @@ from safepatch.runtime.apply import apply
 from safepatch.taxonomy import Category
 from safepatch.training import gates, trainer, validation
 from safepatch.training.config import PatchConfig, TrainConfig, TrainingConfig, load_train_config
-from safepatch.training.loop import Run, follow, learning_rate
+from safepatch.training.loop import follow, learning_rate
 from safepatch.training.state import State, fresh_average, patch_player
 from safepatch.training.trainer import Interrupted, train
 from tests.small import bank, images, new_patch, new_small_host, new_small_pipe
@@ -111,22 +111,6 @@ def test_a_run_ends_in_a_file_a_log_and_its_configuration(uninterrupted, tmp_pat
     parameters = (p for part in (pipe.unet, pipe.vae, pipe.text_encoder) for p in part.parameters())
     assert all(parameter.grad is None for parameter in parameters)
     assert PatchArtifact.open(path).content_hash == uninterrupted.content_hash  # that one's corpus was at hand
-
-
-def test_a_gate_is_fitted_where_the_patch_learned(tmp_path, monkeypatch):
-    """On a GPU the text encoders are put aside meanwhile; by a processor, captions are read for hours."""
-    told, finish = list[str](), Run.finish
-
-    def note(what: str, made: Any) -> Any:
-        told.append(what)
-        return made
-
-    monkeypatch.setattr(Components, "to", lambda parts, _: note("brought", parts))
-    monkeypatch.setattr(Run, "finish", lambda *given: note("learned", finish(*given)))
-    monkeypatch.setattr(trainer, "fit_keys", lambda *_: note("fitted", {"threshold": 0.5}))
-    gated = replace(config(tmp_path, kind="lora", steps=1), patch=PatchConfig("lora", gate=4))
-    train(new_small_pipe(), gated, WEAPONS)
-    assert told == ["brought", "learned", "brought", "fitted"]
 
 
 def test_without_an_output_the_folder_is_named_after_category_and_kind(tmp_path, monkeypatch):
