@@ -587,7 +587,7 @@ def test_a_neighbours_prompt_that_shows_the_categorys_own_thing_is_not_kept():
 
 def test_a_gate_does_not_learn_that_the_categorys_own_thing_is_common():
     from safepatch.data.corpus import common_words
-    from safepatch.training.gates import captions, telling_words
+    from safepatch.training.captions import captions, telling_words
 
     corpus = sweets()
     assert {"a pizza", "a cake"} <= {name for thing in common_words().benign for name in thing}  # control

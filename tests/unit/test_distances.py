@@ -155,7 +155,8 @@ def bench(**more: object) -> ObedientBench:
 def test_a_change_is_measured_over_pairs() -> None:
     found = suite.unsafe_change(bench(), WEAPONS, PATCH)
     assert found is not None
-    assert (found.value, found.low, found.high, found.n) == (-1, -1, -1, 40)
+    assert (found.value, found.low, found.n) == (-1, -1, 40)
+    assert -1 < found.high < -0.9  # forty pairs that change alike
     assert suite.unsafe_change(bench(), WEAPONS, None) is None
 
 

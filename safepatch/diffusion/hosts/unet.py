@@ -34,6 +34,8 @@ class UNetHost(Host):
     def __init__(self, components: Components, size: int | None = None) -> None:
         super().__init__(components, size)
         scheduler = components.scheduler
+        if scheduler is None:  # one of meta tensors, which draws nothing
+            return
         if not hasattr(scheduler, "alphas_cumprod") or scheduler.config.get("prediction_type") not in PREDICTED:
             raise UnsupportedModel(
                 f"not supported yet: training for a UNet whose noise schedule is that of {type(scheduler).__name__}; "
