@@ -93,8 +93,8 @@ def generate(
     options |= {"reads": reads, "trusted": trust[0] if trust and len(trust) == 1 else trust}
     info = read_info(located(patch)) if patch else None
     judged = None
-    if guard and judge:
-        prompt, judged = _judged(pipe, judge, guard, guard_action, prompt, info)
+    if judge:
+        prompt, judged = _judged(pipe, judge, guard_action, prompt, info)
     if info and step_of(info) is not None:
         steps, guidance_scale = 1, 1.0
     with one_step(pipe, info), apply(pipe, patch, scales, **options) if patch else nullcontext() as handle:
@@ -118,12 +118,11 @@ def _guard(path: Path, action: str) -> "Guard":
 
 
 def _judged(
-    pipe: Any, judge: "Guard", path: Path, action: str, prompt: str, patch: "PatchInfo | None"
+    pipe: Any, judge: "Guard", action: str, prompt: str, patch: "PatchInfo | None"
 ) -> tuple[str, dict[str, Any]]:
     """What is drawn of a prompt, and what a receipt says of the guard; raises `PromptBlocked`."""
     from safepatch.data.prompts import admit
     from safepatch.guard.decide import admitted, lacking
-    from safepatch.guard.file import stated_hash
     from safepatch.hosting.making import guard_record
 
     for line in lacking(judge.categories, patch.categories) if patch else ():
@@ -134,7 +133,7 @@ def _judged(
     if decision.is_claimed:
         what = f"drawn in other words, '{drawn}'" if decision.is_rewritten else "drawn nevertheless"
         say(f"guard: {decision.category} with probability {decision.probability:.2f}; {what}")
-    return drawn, guard_record(stated_hash(path), action, decision)
+    return drawn, guard_record(judge.content_hash, action, decision)
 
 
 @app.command()

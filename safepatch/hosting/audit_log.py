@@ -15,7 +15,7 @@ from safepatch.data.stream import stream_prompts
 from safepatch.diffusion import Components
 from safepatch.errors import SafepatchError
 from safepatch.files import claimed, write_text
-from safepatch.guard.file import Guard, stated_hash
+from safepatch.guard.file import Guard
 from safepatch.guard.score import PASS, UNREAD
 from safepatch.hosting.audit import ACTED, VERDICTS, Auditor
 from safepatch.hosting.audit_csv import AuditLog
@@ -92,7 +92,8 @@ def audit(
         SafepatchError: when `out` holds another audit, is in use, or cannot be written.
     """
     artifact, folder = PatchArtifact.open(patch), Path(out)
-    columns = None if guard is None else GuardColumns(Guard.open(guard).bind(pipe))
+    judge = None if guard is None else Guard.open(guard).bind(pipe)
+    columns = None if judge is None else GuardColumns(judge)
     file, auditor = stream_prompts(prompts, column), Auditor(pipe, artifact, gate_threshold, reads)
     settings = {
         "prompts": file_hash(file.path),
@@ -101,7 +102,7 @@ def audit(
         "column": file.took["prompt"],
         "gate_threshold": gate_threshold,
         "reads": reads,
-        "guard": None if guard is None else stated_hash(guard),
+        "guard": None if judge is None else judge.content_hash,
     }
     with claimed(folder):
         _require_same(folder, settings)
@@ -111,7 +112,7 @@ def audit(
         seconds = time.monotonic() - started
         about = {"prompts": file.described(), "patch": f"{Path(patch).name}, {artifact.info.title}"}
         about |= {"hash of the patch": artifact.content_hash, "a gate reads": reads}
-        about |= {"hash of the guard": stated_hash(guard)} if guard else {}
+        about |= {"hash of the guard": judge.content_hash} if judge else {}
         return _reported(log, about, earlier, seconds)
 
 

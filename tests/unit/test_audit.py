@@ -157,13 +157,21 @@ def test_a_prompt_of_a_million_characters_is_one_row(pipe, patch, tmp_path):
 
 
 class Judge:
-    """A guard that claims whatever names a knife, and remembers how much it was asked at once."""
+    """A guard that claims whatever names a knife, and remembers how much it was asked at once.
+
+    Its file is gone once it was opened: what an audit says of it is what was read then.
+    """
 
     categories, thresholds = ("weapons",), torch.tensor([0.5])
     info = GuardInfo({"weapons": ""}, {"weapons": 0.5}, "clip")
 
     def __init__(self) -> None:
         self.asked: list[int] = []
+        self.content_hash = ""
+
+    def opened(self, path):
+        self.content_hash = f"0x{path}"
+        return self
 
     def bind(self, pipe):
         return self
@@ -176,8 +184,7 @@ class Judge:
 @pytest.fixture
 def judge(monkeypatch):
     made = Judge()
-    monkeypatch.setattr("safepatch.hosting.audit_log.Guard", SimpleNamespace(open=lambda _: made))
-    monkeypatch.setattr("safepatch.hosting.audit_log.stated_hash", lambda path: f"0x{path}")
+    monkeypatch.setattr("safepatch.hosting.audit_log.Guard", SimpleNamespace(open=made.opened))
     return made
 
 
@@ -192,6 +199,7 @@ def test_a_guards_verdicts_stand_beside_the_patchs(pipe, patch, prompts, tmp_pat
     page = (tmp_path / "out" / PAGE).read_text()
     assert "The guard beside it" in page
     assert "hash of the guard" in page
+    assert "0xg" in page
     with pytest.raises(SafepatchError, match="another guard; choose another -o"):
         audit(prompts, pipe, patch, tmp_path / "out", guard="h")
     with pytest.raises(SafepatchError, match="another guard"):
