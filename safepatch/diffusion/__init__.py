@@ -41,6 +41,7 @@ from safepatch.diffusion.hosts.kinds import (
     family,
     fingerprint,
     host_kind,
+    states_width,
     text_width,
     usual_guidance,
 )
@@ -160,6 +161,7 @@ __all__ = [
     "read_unet",
     "save_image",
     "spared",
+    "states_width",
     "steps_ahead",
     "teach",
     "text_width",

@@ -199,7 +199,7 @@ class ResidualPatch(Anchored, Patch):
         """Fresh gates that read the text and, of a UNet, the mid block's output."""
         if host_kind(unet) is not UNET:
             return TextGate(text_width(unet), width, gates)
-        sizes = (middle_channels(unet), unet.config["cross_attention_dim"], unet.config["norm_num_groups"])
+        sizes = (middle_channels(unet), text_width(unet), unet.config["norm_num_groups"])
         return Gate(*sizes, width, gates)
 
     @abstractmethod

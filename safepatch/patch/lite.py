@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, group_norm, interpolate, silu
 from torch.utils.checkpoint import checkpoint
 
-from safepatch.diffusion import UNET, host_kind
+from safepatch.diffusion import UNET, host_kind, text_width
 from safepatch.errors import ConfigError
 from safepatch.patch.base import Features, ResidualPatch, Residuals, row_timesteps
 from safepatch.patch.control import skip_channels
@@ -61,7 +61,7 @@ class LitePatch(NarrowPatch, ResidualPatch):
         """
         if host_kind(unet) is not UNET:
             return TokenLitePatch.ungated(unet, sees, empty, **layout)
-        width, norm_groups = unet.config["cross_attention_dim"], unet.config["norm_num_groups"]
+        width, norm_groups = text_width(unet), unet.config["norm_num_groups"]
         return cls(skip_channels(unet), width, norm_groups, sees, **layout)
 
     def forward(

@@ -30,6 +30,7 @@ from safepatch.diffusion import (
     family,
     host_kind,
     open_host,
+    states_width,
 )
 from safepatch.patch import Patch
 from safepatch.patch.host import patched_prediction
@@ -66,7 +67,7 @@ def meta_host(config: Mapping[str, Any], edge: int, dtype: torch.dtype) -> Host:
 def told(config: Mapping[str, Any]) -> tuple[int, int]:
     """How many text states a host of this configuration is given of a prompt by default, and how wide they are."""
     if "cross_attention_dim" in config:
-        return TOKENS, config["cross_attention_dim"]
+        return TOKENS, states_width(config)
     flow = FluxHost.tokens if family(config) == "flux" else TOKENS + SD3Host.tokens
     return flow, config["joint_attention_dim"]
 

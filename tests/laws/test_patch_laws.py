@@ -15,6 +15,7 @@ from safepatch.patch.drift import ENCODER, sketch
 from safepatch.patch.files import from_artifact, to_artifact
 from tests.small import (
     INSTRUCTION,
+    LAYOUTS,
     RESIDUAL_KINDS,
     corrections,
     features_of,
@@ -44,6 +45,7 @@ HOSTS = {
     "consistency": {"time_cond_proj_dim": 8},
     "eight heads": {"attention_head_dim": 8},
 }
+PROJECTS = {"encoder_hid_dim_type": "text_proj", "encoder_hid_dim": 192, "cross_attention_dim": 24}
 
 
 def instruction(tokens: int = 6, seed: int = 5) -> Tensor:
@@ -83,6 +85,22 @@ def test_a_fresh_patch_makes_zeros_that_fit_every_slot_of_the_host(kind, sees, h
     assert [r.shape for r in each(made)] == slot_shapes(unet, channels)
     assert not any(r.any() for r in each(made))
     assert all(r.any() for r in each(awake))  # control
+
+
+@pytest.mark.parametrize("kind", sorted(PATCH_KINDS))
+def test_a_gate_reads_text_states_as_the_host_is_handed_them(kind):
+    unet = new_small_unet(**PROJECTS)
+    _, _, states = rows()
+    assert unet.encoder_hid_proj(states).shape[-1] == unet.config["cross_attention_dim"] != states.shape[-1]  # control
+    patch = PATCH_KINDS[kind].from_unet(unet, gate=4, **LAYOUTS.get(kind, {}))
+    assert patch.gate.read(states).shape == (len(states), 1)
+
+
+@every_sight
+def test_a_lite_patch_reads_text_states_as_the_host_is_handed_them(sees):
+    unet = new_small_unet(**PROJECTS)
+    assert all(made.any() for made in each(residuals(new_patch(unet, "lite", sees), *rows(), unet=unet)))
+    assert not any(made.any() for made in each(residuals(new_patch(unet, "lite", sees, seed=None), *rows(), unet=unet)))
 
 
 def test_the_shapes_of_the_embedded_layout_are_these():

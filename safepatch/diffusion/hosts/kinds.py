@@ -137,6 +137,7 @@ FLUX = _TRANSFORMER._replace(
     calls_apart=True,
 )
 UNSAID: dict[str, Any] = {"dual_attention_layers": (), "guidance_embeds": False}  # of files that do not say
+PROJECTED = "text_proj"  # what the configuration of a UNet says that projects its text states
 IP_ADAPTER = "ip_image_proj"  # what an adapter writes into a UNet's configuration
 TRANSFORMERS: dict[str, HostKind] = {"SD3Transformer2DModel": SD3, "FluxTransformer2DModel": FLUX}
 
@@ -163,7 +164,13 @@ def fingerprint(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def text_width(host: Any) -> int:
     """How wide the text states are by which gates go: of a transformer, those of its CLIP encoders."""
-    return host.config[host_kind(host).text_width]
+    kind = host_kind(host)
+    return states_width(host.config) if kind is UNET else host.config[kind.text_width]
+
+
+def states_width(config: Mapping[str, Any]) -> int:
+    """How wide the text states are that a UNet is handed, which some project before they attend to them."""
+    return config["encoder_hid_dim" if config.get("encoder_hid_dim_type") == PROJECTED else UNET.text_width]
 
 
 def family(config: Mapping[str, Any]) -> str:
