@@ -642,7 +642,7 @@ def test_a_soft_prompt_undoes_both_sides_of_a_bundle(cache_folder, monkeypatch):
     undoing = Undoing.of(Opponent(pipe, gated_artifact(pipe, "lora")), weapons())
     words = TextPatch.of(undoing.host.components, "text_encoder", rank=2)
 
-    def found(*first: TextPatch) -> list[object]:
+    def found(*first: Any) -> list[object]:
         monkeypatch.setattr(Undoing, "of", lambda *_: replace(undoing, first=first))
         return [made.way.key for made in ATTACKS["soft-prompt"].rounds(weapons(), prompts, 0, 2, target)]
 
