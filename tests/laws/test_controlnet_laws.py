@@ -25,6 +25,7 @@ from safepatch.runtime.apply import apply
 from tests.families import PHOTO, draw, small_family_pipe, small_transformer_pipe, unet_name
 from tests.small import INSTRUCTION, awaken, new_artifact, new_patch, new_small_pipe, new_small_unet, rows
 
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 ANOTHER = Image.new("RGB", (64, 64), "blue")  # hint
 
 
@@ -54,7 +55,7 @@ def test_it_draws_in_diffusers_what_the_patch_draws_here(family, tmp_path):
     base = draw(pipe, guidance_scale=1.0)
     with apply(pipe, path, gate="off"):
         wanted = draw(pipe, guidance_scale=1.0)
-    made = draw(net, guidance_scale=1.0, **{hint: PHOTO})
+    made = draw(net, guidance_scale=1.0, controlnet_conditioning_scale=1.0, **{hint: PHOTO})
     assert (wanted - base).abs().max() > 0.02  # control
     assert (made - wanted).abs().max() < 0.02 * (wanted - base).abs().max()
 

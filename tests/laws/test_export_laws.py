@@ -84,8 +84,7 @@ def test_what_is_exported_comes_back_bit_for_bit_and_works_in_plain_diffusers(fa
     pipe.unload_lora_weights()
 
 
-@every_form
-@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+@pytest.mark.parametrize(("family", "form"), [("sd1", "kohya"), ("sdxl", "diffusers")])
 def test_a_bundle_of_both_sides_is_one_lora_and_comes_back_bit_for_bit(family, form, tmp_path):
     pipe = quiet(small_family_pipe(family))
     sides = {"unet": gated(pipe.unet), "text_encoder": text_side(pipe, "text_encoder")}
