@@ -1,6 +1,7 @@
 """Where a run's losses are shown beside its log: tensorboard, wandb, trackio, mlflow, all through accelerate."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -35,3 +36,15 @@ def begin_tracking(accelerator: Accelerator, options: TrainingConfig, folder: Pa
         raise ConfigError(
             f"cannot report to {', '.join(options.report_to)} ({first}); set it up, or leave training.report_to out"
         ) from error
+
+
+@contextmanager
+def tracked(accelerator: Accelerator) -> Iterator[None]:
+    """Within the block a run is open in its trackers; what ends it by an error closes them: some hold one at a time."""
+    try:
+        yield
+    except BaseException:
+        for tracker in accelerator.trackers:
+            with suppress(Exception):  # whatever a tracker raises, the run's own error is what is to be told
+                tracker.finish()
+        raise

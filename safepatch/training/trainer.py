@@ -28,7 +28,7 @@ from safepatch.training.folder import RunFolder
 from safepatch.training.gates import PICTURE_WIDTH, fit_keys
 from safepatch.training.interrupts import Interrupted
 from safepatch.training.loop import Run
-from safepatch.training.trackers import begin_tracking, require_trackers
+from safepatch.training.trackers import begin_tracking, require_trackers, tracked
 from safepatch.training.validation import save_validation_grid
 
 __all__ = ["Interrupted", "Run", "new_accelerator", "train"]
@@ -76,30 +76,31 @@ def _fresh(host: Host, config: PatchConfig) -> Patch:
 
 def _train(pipe: Any, host: Host, patch: Patch, config: TrainConfig, corpus: Corpus, out: RunFolder) -> Path:
     accelerator = new_accelerator(config.training, out.path)
-    host.components.to(accelerator.device)
-    if config.objective.start == "closed_form" and config.objective.has_steps:
-        begin(host, patch, corpus, config.data)
-    rows = config.objective.prepare(host, corpus, config.data)
-    instruction = encode_prompts(host.components, [corpus.category.instruction]).to(host.device).float()
-    run = Run(corpus.name, config.objective, host, rows, instruction, config.training, accelerator)
-    if config.training.validate_every:
-        run = replace(run, show=lambda patch, path: save_validation_grid(pipe, patch, corpus, path))
-    if config.objective.has_steps:
-        state = run.finish(patch, out)
-        trained, steps = state.averaged, state.step
-    else:
-        trained, steps = run.solved(patch, out), 0
-    gates = {}
-    if config.patch.gate:
-        trained.add_gate(host.unet, config.patch.gate, picture=0 if config.patch.keys == TEXT else PICTURE_WIDTH)
-        trained.to(host.device)
-        gate = cast(TextGate, trained.gate)
-        gates = {corpus.name: fit_keys(gate, host, corpus, config.data, config.patch.windows, config.patch.keys)}
-    path = out.path / f"{corpus.name}.safetensors"
-    if accelerator.is_main_process:
-        _packed(trained, host, corpus, config, run.record(steps), gates).save(path)
-        out.checkpoint.unlink(missing_ok=True)
-    accelerator.wait_for_everyone()
+    with tracked(accelerator):
+        host.components.to(accelerator.device)
+        if config.objective.start == "closed_form" and config.objective.has_steps:
+            begin(host, patch, corpus, config.data)
+        rows = config.objective.prepare(host, corpus, config.data)
+        instruction = encode_prompts(host.components, [corpus.category.instruction]).to(host.device).float()
+        run = Run(corpus.name, config.objective, host, rows, instruction, config.training, accelerator)
+        if config.training.validate_every:
+            run = replace(run, show=lambda patch, path: save_validation_grid(pipe, patch, corpus, path))
+        if config.objective.has_steps:
+            state = run.finish(patch, out)
+            trained, steps = state.averaged, state.step
+        else:
+            trained, steps = run.solved(patch, out), 0
+        gates = {}
+        if config.patch.gate:
+            trained.add_gate(host.unet, config.patch.gate, picture=0 if config.patch.keys == TEXT else PICTURE_WIDTH)
+            trained.to(host.device)
+            gate = cast(TextGate, trained.gate)
+            gates = {corpus.name: fit_keys(gate, host, corpus, config.data, config.patch.windows, config.patch.keys)}
+        path = out.path / f"{corpus.name}.safetensors"
+        if accelerator.is_main_process:
+            _packed(trained, host, corpus, config, run.record(steps), gates).save(path)
+            out.checkpoint.unlink(missing_ok=True)
+        accelerator.wait_for_everyone()
     accelerator.end_training()
     return path
 

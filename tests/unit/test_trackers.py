@@ -8,6 +8,7 @@ from accelerate import tracking
 
 from safepatch.errors import ConfigError, UnknownName
 from safepatch.training.config import load_train_config
+from safepatch.training.trackers import tracked
 from safepatch.training.trainer import _recorded, new_accelerator
 
 
@@ -32,6 +33,9 @@ class Noting(tracking.GeneralTracker):
 
     def log(self, values: dict, step: int | None = None, **_: Any) -> None:
         self.told.append((step, values))
+
+    def finish(self) -> None:
+        self.told.append("finished")
 
 
 def options(*words: str):
@@ -73,6 +77,17 @@ def test_a_tracker_that_fails_is_one_line(noting: list[Any], tmp_path: Path, mon
     monkeypatch.setattr(Noting, "store_init_configuration", fail)
     with pytest.raises(ConfigError, match=r"cannot report to trackio \(no key\); set it up"):
         new_accelerator(options("training.report_to=[trackio]"), tmp_path)
+
+
+def test_a_run_that_ends_by_an_error_closes_its_trackers(noting: list[Any], tmp_path: Path) -> None:
+    """mlflow begins no run while another is open in the process."""
+    accelerator = new_accelerator(options("training.report_to=[trackio]"), tmp_path)
+    with tracked(accelerator):
+        pass
+    assert "finished" not in noting  # control
+    with pytest.raises(KeyboardInterrupt), tracked(accelerator):
+        raise KeyboardInterrupt
+    assert noting[-1] == "finished"
 
 
 def test_a_misspelt_tracker_is_told() -> None:
