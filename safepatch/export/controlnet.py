@@ -96,7 +96,9 @@ def _controlnet(artifact: PatchArtifact, components: Components) -> tuple[Any, d
     halvings = len(uncompiled(components.vae).config.block_out_channels) - 1
     net = empty_controlnet(unet.config, latent_channels(unet), halvings)
     module = from_artifact(artifact, unet, components.compute_dtype)
-    tensors = {_name(name): weight for name, weight in module.named_parameters() if not name.startswith("gate.")}
+    tensors: dict[str, Tensor] = {
+        _name(name): weight for name, weight in module.named_parameters() if not name.startswith("gate.")
+    }
     shapes = {name: weight.shape for name, weight in net.named_parameters()}
     tensors |= {
         name: torch.zeros(shape, dtype=components.compute_dtype)
