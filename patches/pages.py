@@ -79,6 +79,13 @@ BENCHMARKS = {  # figures of other programs, by their name in figures.json: titl
         "Harmless English that opens a gate",
         "`python benchmarks/english.py`: shares of harmless texts that no gate learned from.",
     ),
+    "real-gate": (
+        "Gates on a real encoder, in real English",
+        "`python benchmarks/real_gate.py --categories ud-violent i2p-illegal-activity`: gates fitted from a category "
+        "file alone, on minilm's reading, and tried on all hand-labelled prompts and on 2000 harmless ones of a "
+        "grammar. Shares of the category's prompts; of others, how many per thousand open it. An encoder that is no "
+        "CLIP, labels of one hand, and no image.",
+    ),
     "windows": (
         "How many words a gate reads alone",
         "`python benchmarks/windows.py`: a gate for weapons at each width; shares of captions, texts and prompts. "
