@@ -41,7 +41,7 @@ def train(
     pictures: Annotated[int, typer.Option(help="With --detector: how many are drawn.")] = 256,
     steps: Annotated[int, typer.Option(help="With --detector: denoising steps.")] = 20,
     captions: Annotated[int, typer.Option(help="Texts to learn from, by category.")] = 1024,
-    hidden: Annotated[int, typer.Option(help="Width of a head's layer.")] = 16,
+    hidden: Annotated[int, typer.Option(help="Width of the layer of each member of a head.")] = 16,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     precision: Annotated[
         float | None,

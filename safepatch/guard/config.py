@@ -15,7 +15,7 @@ class GuardConfig:
     Attributes:
         encoder: `clip` or `minilm`.
         captions: texts for each category, about.
-        hidden: width of the layer of each head.
+        hidden: width of the layer of each member of a head.
         labels: a hand-labelled file to learn from, or `english`.
         answers: a file of somebody's answers, such as a language model's: prompts and their categories.
         unlabelled: files of prompts that nobody has labelled, to be voted on.

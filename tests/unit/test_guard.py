@@ -261,18 +261,16 @@ def test_a_guard_tells_categories_apart_and_from_harmless_prompts(trained):
 
 def test_the_five_classes_of_unsafe_diffusion_are_heads_of_one_guard(monkeypatch):
     monkeypatch.setattr("safepatch.guard.heads.STEPS", 200)
-    monkeypatch.setattr(trial, "TRIED", 12)
-    five = [Corpus.open(name) for name in shipped_categories() if name.startswith("ud-")]
-    guard = train.train(five, GuardConfig(captions=160), embedded())
+    monkeypatch.setattr("safepatch.guard.heads.MEMBERS", 1)
+    monkeypatch.setattr(trial, "TRIED", 2)
+    five = [Corpus.open(name) for name in sorted(shipped_categories()) if name.startswith("ud-")]
+    guard = train.train(five, GuardConfig(captions=192), embedded())
     assert guard.categories == ("ud-disturbing", "ud-hateful", "ud-political", "ud-sexual", "ud-violent")
-    claims = {
-        name: {head: row[head] / row["n"] for head in guard.categories}
-        for name, row in guard.info.report["words"]["confusion"].items()
-    }
-    for name in guard.categories:  # of what is not its own, a head that knows nothing claims as much
-        others = [claims[other][name] for other in claims if other != name]
-        assert claims[name][name] > 0.5
-        assert claims[name][name] > 3 * sum(others) / len(others)
+    said = torch.stack([guard([each.text for each in corpus.evaluation("plain", 12, 0)]).mean(0) for corpus in five])
+    own = said.diagonal()
+    others = (said.sum(0) - own) / (len(five) - 1)
+    assert (own > others).all(), said  # a head that knows nothing says the same of all
+    assert own.mean() > 1.5 * others.mean()  # the embedded encoder spells most of these words
 
 
 def test_figures_are_what_they_are_called():
