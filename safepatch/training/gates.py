@@ -46,7 +46,7 @@ BELOW_ONE = 1 - 2**-24  # the largest float32 below 1: at 1, to which a sure gat
 class Read(Protocol):
     """What an encoder makes of captions."""
 
-    def __getitem__(self, index: Tensor) -> Conditioning:
+    def __getitem__(self, index: Tensor, /) -> Conditioning:
         """Of those of these numbers, (B,)."""
         ...
 
