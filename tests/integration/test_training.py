@@ -547,7 +547,7 @@ def test_adversaries_learn_beside_the_patch_and_stay_out_of_its_file(uninterrupt
 
     def attacked(out: Path, disturbed: bool = False, **settings: int) -> PatchArtifact:
         made = Disturbed if disturbed else SafeControlConfig
-        return run(out, made(adversary=AdversaryConfig(count=2, tokens=3, **settings)))
+        return run(out, made(adversary=AdversaryConfig(count=2, tokens=3, share=1.0, **settings)))
 
     whole = attacked(tmp_path / "whole")
     patch, adversary = seen[0].players
