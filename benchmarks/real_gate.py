@@ -29,7 +29,7 @@ from safepatch.guard.prompts import HARMLESS, LEARN, TEST, harmless_english, lab
 from safepatch.patch.bags import Bags
 from safepatch.patch.gate import TextGate
 from safepatch.training.captions import captions
-from safepatch.training.gates import CAPTIONS, VALIDATION_SEED, Captions, answers, fit_text, unseen_captions
+from safepatch.training.gates import CAPTIONS, VALIDATION_SEED, Captions, answers, judged, learn, unseen_captions
 
 OUT = Path("runs/real-gate.json")
 CATEGORIES = ("i2p-illegal-activity", "ud-disturbing", "ud-political", "ud-violent")
@@ -70,10 +70,11 @@ def fitted(encoder: Encoder, corpus: Corpus, width: int) -> tuple[TextGate, dict
     """A gate of a category, and its record."""
     data = DataConfig()
     learned = captions(corpus, CAPTIONS, data.seed)
-    unseen = unseen_captions(corpus, *learned, data.seed + VALIDATION_SEED)
-    some, others = (read_captions(encoder, *each, width) for each in (learned, unseen))
+    some = read_captions(encoder, *learned, width)
     gate = TextGate(some.texts[torch.tensor([0])].states.shape[-1], WIDTH, 1)
-    return gate, fit_text(gate, some, others, torch.Generator().manual_seed(data.seed))
+    learn(gate, some, torch.Generator().manual_seed(data.seed))
+    unseen = unseen_captions(corpus, *learned, data.seed + VALIDATION_SEED)
+    return gate, judged(gate, read_captions(encoder, *unseen, width))
 
 
 def tried(encoder: Encoder, width: int) -> tuple[list[tuple[str, ...]], list[str], Captions]:

@@ -6,11 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from safepatch.diffusion import UNET, host_kind
+from safepatch.diffusion import UNET, host_kind, projects_states
 from safepatch.errors import ConfigError
 from safepatch.patch.base import Features, Residuals, row_timesteps
 from safepatch.patch.clone import ClonePatch, cloned, latent_channels
 from safepatch.patch.transformer import TransformerControlPatch
+
+PROJECTION = "encoder_hid_proj"  # of the text states, which some UNets project before they attend to them
 
 
 class ControlPatch(ClonePatch):
@@ -42,6 +44,8 @@ class ControlPatch(ClonePatch):
             raise ConfigError(f"a control patch has no '{min(layout)}'; its layout is the host's")
         parts = {name: getattr(unet, name, None) for name in UNET.encoder}  # a host has only some of the embeddings
         parts = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+        if projects_states(unet):
+            parts[PROJECTION] = getattr(unet, PROJECTION)
         return cls(cloned(unet, parts, empty), latent_channels(unet), skip_channels(unet), sees)
 
     def forward(
@@ -59,6 +63,8 @@ class ControlPatch(ClonePatch):
         hidden = clone["conv_in"](sample[:, : self.latent_channels])
         embedding = self._embed_time(row_timesteps(timesteps, sample), hidden.dtype, conditions)
         states = self.context(prompt_states, instruction_states)
+        if PROJECTION in clone:
+            states = clone[PROJECTION](states)
         skips = [hidden]
         for block in clone["down_blocks"]:
             hidden, made = self._block(block, hidden, embedding, states)

@@ -111,9 +111,9 @@ def fit_gate(gate: TextGate, host: Host, corpus: Corpus, data: DataConfig, windo
     generator, device = torch.Generator().manual_seed(data.seed), gate.bias.device
     gate.cpu()  # as small as it is
     unsafe, harmless = captions(corpus, _affordable(CAPTIONS, host.words(host.encode([""]))), data.seed)
+    learn(gate, Captions.of(host, unsafe, harmless, data, windows), generator)
     unseen = unseen_captions(corpus, unsafe, harmless, data.seed + VALIDATION_SEED)
-    learned, tried = (Captions.of(host, *some, data, windows) for some in ((unsafe, harmless), unseen))
-    record = fit_text(gate, learned, tried, generator)
+    record = judged(gate, Captions.of(host, *unseen, data, windows))
     record |= {"learned": True} if len({*unseen[0]} - {*unsafe}) < FEW else {}
     if isinstance(gate, Gate):
         gate.blind()
@@ -121,9 +121,8 @@ def fit_gate(gate: TextGate, host: Host, corpus: Corpus, data: DataConfig, windo
     return record | ({"windows": windows} if windows else {})
 
 
-def fit_text(gate: TextGate, learned: Captions, unseen: Captions, generator: torch.Generator) -> dict[str, Any]:
-    """Train `gate` in place on some captions, whatever encoder read them; its record, of others."""
-    _train(gate, learned, generator)
+def judged(gate: TextGate, unseen: Captions) -> dict[str, Any]:
+    """The record of a gate by captions that it did not learn from, whatever encoder read them."""
     return _record(_scores(gate, unseen))
 
 
@@ -260,8 +259,8 @@ def _among(texts: Sequence[str], some: Sequence[str]) -> Tensor:
     return torch.tensor([float(text in known) for text in texts])
 
 
-def _train(gate: TextGate, rows: Captions, generator: torch.Generator) -> None:
-    """Both readings must tell: the whole caption, and its strongest window alone."""
+def learn(gate: TextGate, rows: Captions, generator: torch.Generator) -> None:
+    """Train a gate in place. Both readings must tell: the whole caption, and its strongest window alone."""
     gate.train().requires_grad_(True)
     optimizer = torch.optim.AdamW(gate.parameters(), lr=2e-3, weight_decay=1e-2)
     sides = [((rows.wanted == side).nonzero()[:, 0], n) for side, n in ((1, UNSAFE), (0, BATCH - UNSAFE))]

@@ -97,10 +97,10 @@ def test_a_gate_reads_text_states_as_the_host_is_handed_them(kind):
 
 
 @every_sight
-def test_a_lite_patch_reads_text_states_as_the_host_is_handed_them(sees):
+def test_a_patch_reads_text_states_as_the_host_is_handed_them(kind, sees):
     unet = new_small_unet(**PROJECTS)
-    assert all(made.any() for made in each(residuals(new_patch(unet, "lite", sees), *rows(), unet=unet)))
-    assert not any(made.any() for made in each(residuals(new_patch(unet, "lite", sees, seed=None), *rows(), unet=unet)))
+    assert all(made.any() for made in each(residuals(new_patch(unet, kind, sees), *rows(), unet=unet)))
+    assert not any(made.any() for made in each(residuals(new_patch(unet, kind, sees, seed=None), *rows(), unet=unet)))
 
 
 def test_the_shapes_of_the_embedded_layout_are_these():

@@ -170,7 +170,16 @@ def text_width(host: Any) -> int:
 
 def states_width(config: Mapping[str, Any]) -> int:
     """How wide the text states are that a UNet is handed, which some project before they attend to them."""
-    return config["encoder_hid_dim" if config.get("encoder_hid_dim_type") == PROJECTED else UNET.text_width]
+    return config["encoder_hid_dim" if _projects(config) else UNET.text_width]
+
+
+def projects_states(unet: Any) -> bool:
+    """Whether a UNet projects its text states before it attends to them, as Kolors' does."""
+    return _projects(unet.config)
+
+
+def _projects(config: Mapping[str, Any]) -> bool:
+    return config.get("encoder_hid_dim_type") == PROJECTED
 
 
 def family(config: Mapping[str, Any]) -> str:
