@@ -473,16 +473,17 @@ def test_a_gate_can_be_fitted_to_a_finished_patch(few, small_pipe, tmp_path, kin
 
 
 @every_kind
-def test_fitting_a_gate_needs_no_pictures(few, monkeypatch, kind):
+def test_fitting_a_gate_needs_no_pictures(few, monkeypatch, tmp_path, kind):
     def never(*_: object, **__: object) -> None:
         raise AssertionError("drew")
 
     monkeypatch.setattr(UNetHost, "draw", never)
     host, corpus = new_small_host(), Corpus.open("weapons")
-    record = gates.fit_gate(new_gate(host, kind), host, corpus, DATA)
+    data = replace(DATA, cache=str(tmp_path))  # what another test drew is not found
+    record = gates.fit_gate(new_gate(host, kind), host, corpus, data)
     assert 0 <= record["threshold"] <= 1
     with pytest.raises(AssertionError, match="drew"):  # control
-        build_bank(host, corpus, DATA)
+        build_bank(host, corpus, data)
 
 
 def test_a_fitted_gate_goes_by_words_alone(few):
