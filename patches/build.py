@@ -22,7 +22,7 @@ from hashlib import sha256
 from pathlib import Path
 from threading import Lock
 
-from pages import BENCHMARKS, write_pages
+from pages import ATTACKED, BENCHMARKS, COMPARED, write_pages
 
 from safepatch.artifact.info import read_info
 from safepatch.reporting.tables import tree
@@ -128,8 +128,9 @@ def keep_figures() -> None:
         for name, run in ((kind, "table"), (f"merge-{kind}", "merge-table"), (f"transfer-{kind}", "transfer-table")):
             if (rows := ROOT / "runs" / f"{run}-{kind}" / "rows.jsonl").is_file():
                 kept[name] = compact(read_rows(rows))
-    if (rows := ROOT / "runs" / "attacks" / "rows.jsonl").is_file():
-        kept["attacks"] = compact(read_rows(rows))
+    for name in (*ATTACKED, *COMPARED):
+        if (rows := ROOT / "runs" / name / "rows.jsonl").is_file():
+            kept[name] = compact(read_rows(rows))
     if COSTS.is_file():
         kept["costs"] = json.loads(COSTS.read_text())["kinds"]
     for name in BENCHMARKS:

@@ -98,6 +98,22 @@ BENCHMARKS = {  # figures of other programs, by their name in figures.json: titl
     ),
     "gpu": ("On a GPU", "`python benchmarks/gpu.py`, random weights of real size."),
 }
+ATTACKED = {  # matrices of attacks, by their name in figures.json
+    "attacks": "`make attacks`, shipped weapons patches, gates on",
+    "full": "`safepatch evaluate configs/matrices/full.yaml`, the shipped lora patches of five categories as one file, "
+    "small budgets",
+}
+COMPARED = {  # matrices of patches beside patches
+    "compare": (
+        "Objectives head to head",
+        "`safepatch compare configs/compare/objectives.yaml`, weapons, patches without a gate but for one",
+    ),
+    "table-sd3": ("On a transformer", "`safepatch evaluate configs/matrices/sd3.yaml`, weapons, on `tiny-sd3`"),
+    "streams": (
+        "Where to put a transformer's lora patch",
+        "`safepatch compare configs/compare/streams.yaml`, weapons, no gate, on `tiny-sd3`",
+    ),
+}
 Patches = Mapping[str, Mapping[str, float]]  # patch -> category -> value
 
 
@@ -121,6 +137,7 @@ def results(figures: Mapping[str, Any]) -> str:
         *_costs(figures),
         *_objectives(figures),
         *_attacks(figures),
+        *_compared(figures),
         *(part for name in BENCHMARKS if "objectives" not in name for part in _benchmark(figures, name)),
         *_others(figures),
         "## What is measured",
@@ -209,27 +226,47 @@ def _objectives(figures: Mapping[str, Any]) -> Iterator[str]:
 def _attacks(figures: Mapping[str, Any]) -> Iterator[str]:
     """What comes through, in all and unseen by any gate, of each attack and kind."""
     yield "## Attacks"
-    if not (found := measured(figures, "attacks")):
+    if not any(measured(figures, name) for name in ATTACKED):
         yield "Not measured yet: `make attacks`, then `python patches/build.py figures results`."
         return
-    model, plain = own_model(found), found["measures"]["unsafe_rate"][own_model(found)]
-    patches, (category, *_) = [name for name in plain if name != NONE], plain[NONE]
     yield (
-        f"`make attacks`: shipped patches, gates on, {category}; {found['n']} prompts, {found['steps']} steps. Shares "
-        "of prompts of which any image is unsafe; in brackets, of the images that are unsafe without the patch, those "
-        "that no gate opened for. `any` is whoever tries all of them. What each does: `safepatch attack --list`."
+        "Shares of prompts of which any image is unsafe, by each detector; in brackets, of the images that are unsafe "
+        "without the patch, those that no gate opened for, if there are any. `any` is whoever tries all of them. "
+        "What each does: `safepatch attack --list`."
     )
-    rows = [["not attacked", *(value(plain[name], category) for name in (NONE, *patches))]]
-    for attack in (*ATTACKS, ANY):
-        broken, missed = (
-            found["measures"].get(f"{name}, {attack}", {}).get(model, {}) for name in ("asr", "silent_miss")
-        )
-        if not broken:
-            continue  # another matrix has it
-        shares = [value(broken.get(name, {}), category) for name in (NONE, *patches)]
-        silent = [value(missed.get(name, {}), category) for name in (NONE, *patches)]
-        rows.append([f"`{attack}`", *(f"{a} ({b})" if b else a for a, b in zip(shares, silent, strict=True))])
-    yield table(["attack", "no patch", *patches], rows)
+    for name, about in ATTACKED.items():
+        if not (found := measured(figures, name)):
+            continue
+        model, measures = own_model(found), found["measures"]
+        patches = list(measures["unsafe_rate"][model])
+        yield f"{about}: {found['n']} prompts, {found['steps']} steps; {_judges(measures)}."
+        rows = [["not attacked", *(judged(measures, "unsafe_rate", model, patch) for patch in patches)]]
+        for attack in (*ATTACKS, ANY):
+            shares = [judged(measures, f"asr, {attack}", model, patch) for patch in patches]
+            silent = [judged(measures, f"silent_miss, {attack}", model, patch) for patch in patches]
+            if any(shares):  # otherwise another matrix has it
+                rows.append([f"`{attack}`", *(f"{a} ({b})" if b else a for a, b in zip(shares, silent, strict=True))])
+        yield table(["attack", *("no patch" if name == NONE else name for name in patches)], rows)
+
+
+def _compared(figures: Mapping[str, Any]) -> Iterator[str]:
+    """Each matrix of patches beside patches: a line of each, means over categories."""
+    for name, (title, about) in COMPARED.items():
+        if not (found := measured(figures, name)):
+            continue
+        yield f"## {title}"
+        measures, model = found["measures"], own_model(found)
+        of_all = [each for each in measures if ", by " not in each and not each.startswith(("asr_new", "silent_miss"))]
+        columns = [(each, model) for each in of_all if model in measures[each]]
+        columns += [("unsafe_rate", other) for other in measures["unsafe_rate"] if other != model]
+        patches = list(measures["unsafe_rate"][model])
+        heads = [TITLES.get(e, e.replace("_", " ")) + (f", `{m}`" if m != model else "") for e, m in columns]
+        rows = [
+            ["no patch" if patch == NONE else patch, *(judged(measures, each, m, patch) for each, m in columns)]
+            for patch in patches
+        ]
+        yield f"{about}: {_protocol(found)}; {_judges(measures)}."
+        yield table(["", *heads], rows)
 
 
 def _benchmark(figures: Mapping[str, Any], name: str) -> Iterator[str]:
@@ -250,7 +287,7 @@ def _benchmark(figures: Mapping[str, Any], name: str) -> Iterator[str]:
 
 def _others(figures: Mapping[str, Any]) -> Iterator[str]:
     """Any other matrix that was kept, such as that of a category of one's own."""
-    known = {*KINDS, "attacks", *(f"{run}-{kind}" for run in ("merge", "transfer") for kind in KINDS)}
+    known = {*KINDS, *ATTACKED, *COMPARED, *(f"{run}-{kind}" for run in ("merge", "transfer") for kind in KINDS)}
     for name in figures:
         if name not in known and (found := measured(figures, name)):
             yield f"## {name}"
@@ -285,6 +322,17 @@ def arrow(patches: Patches, category: str) -> str:
 def arrow_of_means(patches: Patches) -> str:
     """The same of means over categories."""
     return " → ".join(filter(None, (mean(patches.get(NONE)), mean(_patched(patches)))))
+
+
+def judged(measures: Mapping[str, Any], name: str, model: str, patch: str) -> str:
+    """A figure by each detector that judged it, the first before the second; means over categories."""
+    by = [each for each in measures if each == name or each.startswith(f"{name}, by ")]
+    return " / ".join(filter(None, (mean(measures[each].get(model, {}).get(patch)) for each in by)))
+
+
+def _judges(measures: Mapping[str, Any]) -> str:
+    others = dict.fromkeys(name.rpartition(", by ")[2] for name in measures if ", by " in name)
+    return f"by the embedded detector / {' / '.join(f'`{name}`' for name in others)}" if others else "by one detector"
 
 
 def mean(values: Mapping[str, float] | None) -> str:

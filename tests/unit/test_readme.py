@@ -10,7 +10,7 @@ import pytest
 from typer.main import get_command
 
 import safepatch
-from patches.pages import FIGURES, KINDS, README, RESULTS, blocks, filled, headline, results
+from patches.pages import ATTACKED, COMPARED, FIGURES, KINDS, README, RESULTS, blocks, filled, headline, results
 from safepatch.cli import app
 from safepatch.config import to_dict
 from safepatch.training.config import load_train_config
@@ -40,12 +40,19 @@ def matrix(kind: str, models: tuple[str, ...] = ("tiny-sd", "tiny-sd-fluent")) -
 def full_figures() -> dict:
     """Everything measured."""
     names = [name for kind in KINDS for name in (kind, f"merge-{kind}", f"transfer-{kind}")]
+    compared = matrix("lora")
+    compared["measures"] |= {
+        "asr, words": {"tiny-sd": {"none": {"weapons": 0.9, "gore": 0.7}, "lora": {"weapons": 0.1, "gore": 0.2}}},
+        "asr, words, by other": {"tiny-sd": {"none": {"weapons": 0.5}, "lora": {"weapons": 0.25}}},
+        "silent_miss, words": {"tiny-sd": {"lora": {"weapons": 0.125}}},
+    }
     rewrite = {"replace": {"unsafe_rate": 0.01, "minutes": 4.5}, "empty": {"unsafe_rate": 0.02}}
     return {
         "costs": NOW.get("costs", {}),
         **{name: matrix(name.rpartition("-")[2]) for name in names},
         "rewrite": rewrite,
         "gpu": {"device": "a GPU", "sd1": {"kinds": {"lora": {"train_seconds": 0.25}}}},
+        **dict.fromkeys((*ATTACKED, *COMPARED), compared),
         "fast-food": matrix("lora", ("tiny-sd",)),
     }
 
@@ -83,6 +90,11 @@ def test_results_of_full_figures_hold_every_figure_once_measured() -> None:
     assert "| `tiny-sd-fluent` | 0.990 → 0.000 | 0.990 → 0.000 |" in page
     assert "| replace | 0.010 | 4.500 |\n| empty | 0.020 |  |" in page
     assert "| sd1, lora | 0.250 |" in page
+    assert "| `words` | 0.800 / 0.500 | 0.150 / 0.250 (0.125) |" in page  # means over categories, by either detector
+    for title, _ in COMPARED.values():
+        assert f"## {title}\n" in page
+        assert f"## {title}\n" not in results({})  # control
+    assert "| lora | 0.000 | 0.005 |" in page
     assert "## fast-food" in page
     assert "not measured yet (`make" not in page
     assert "not measured yet (`make" in results({})  # control
