@@ -7,7 +7,7 @@ from hashlib import sha256
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import AutoPipelineForImage2Image, DiffusionPipeline
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from safepatch.diffusion.components import Components, denoiser
@@ -174,6 +174,8 @@ def _from_pictures(
     starts: Tensor | None,
 ) -> Tensor:
     """Img2img (SDEdit, Meng et al. 2022, arXiv 2108.01073) with the pipeline's own parts."""
+    from diffusers import AutoPipelineForImage2Image  # imports every pipeline: slow, and rarely needed
+
     try:
         other: Any = quiet(AutoPipelineForImage2Image.from_pipe(pipe))
     except ValueError:
