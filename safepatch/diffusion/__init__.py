@@ -31,6 +31,7 @@ from safepatch.diffusion.drawing import (
     steps_ahead,
     threads_inside,
 )
+from safepatch.diffusion.encoding import encode, encode_prompts, encode_words, read_tokens, spared
 from safepatch.diffusion.hosts.base import Host, Predict, batched
 from safepatch.diffusion.hosts.flow import FluxHost, SD3Host
 from safepatch.diffusion.hosts.kinds import (
@@ -62,27 +63,10 @@ from safepatch.diffusion.loading import (
     read_json,
     read_unet,
 )
+from safepatch.diffusion.noise import add_noise, alphas, noise_pred, prediction_type, training_target
 from safepatch.diffusion.one_step import draws_in_one_step, one_step_scheduler
-from safepatch.diffusion.sampling import (
-    add_noise,
-    alphas,
-    as_picture,
-    decode_latents,
-    encode,
-    encode_images,
-    encode_prompts,
-    encode_words,
-    generate,
-    generate_from_states,
-    noise_pred,
-    own_sides,
-    prediction_type,
-    quiet,
-    read_tokens,
-    save_image,
-    spared,
-    training_target,
-)
+from safepatch.diffusion.pictures import as_picture, decode_latents, encode_images, save_image
+from safepatch.diffusion.sampling import generate, generate_from_states, own_sides, quiet
 from safepatch.diffusion.tokens import TokenReader, Typed, teach
 from safepatch.diffusion.windows import Spelling, Window, encode_windows, windows
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from safepatch.diffusion.components import Components, denoiser
 from safepatch.diffusion.conditioning import Conditioning, joined
+from safepatch.diffusion.encoding import SD3_TOKENS, encode, spared
 from safepatch.diffusion.hosts.kinds import FLUX, host_kind
-from safepatch.diffusion.sampling import SD3_TOKENS, encode, generate, generate_from_states, quiet, spared
+from safepatch.diffusion.sampling import generate, generate_from_states, quiet
 from safepatch.errors import UnsupportedModel
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler
 
-from safepatch.diffusion.sampling import alphas, prediction_type
+from safepatch.diffusion.noise import alphas, prediction_type
 
 
 def one_step_scheduler(scheduler: Any, timestep: int) -> DDIMScheduler:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from safepatch.diffusion.components import Components
-from safepatch.diffusion.sampling import encode_tokens
+from safepatch.diffusion.encoding import encode_tokens
 
 STATES = 8  # of a window; one of more tokens has as many more as it needs, in eights
 BATCH = 64  # windows encoded at a time

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from safepatch.diffusion.components import Components
 from safepatch.diffusion.conditioning import Conditioning, joined, moved
 from safepatch.diffusion.hosts.kinds import HostKind, family, host_kind, usual_guidance
-from safepatch.diffusion.sampling import encode_images
+from safepatch.diffusion.pictures import encode_images
 from safepatch.errors import ConfigError
 
 SAMPLED = 997  # every so many-th weight tells one model from another

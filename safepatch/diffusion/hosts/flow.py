@@ -18,9 +18,9 @@ from torch import Tensor
 
 from safepatch.diffusion.components import Components
 from safepatch.diffusion.conditioning import Conditioning
+from safepatch.diffusion.encoding import FLUX_TOKENS, SD3_TOKENS, encode
 from safepatch.diffusion.hosts.base import Host, Predict, Residuals
 from safepatch.diffusion.hosts.kinds import FLUX, FLUX_EDGE, SD3, HostKind, text_width
-from safepatch.diffusion.sampling import FLUX_TOKENS, SD3_TOKENS, encode
 from safepatch.errors import ConfigError
 
 

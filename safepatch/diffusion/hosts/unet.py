@@ -10,9 +10,10 @@ from torch import Tensor
 
 from safepatch.diffusion.components import Components
 from safepatch.diffusion.conditioning import Conditioning, moved
+from safepatch.diffusion.encoding import encode
 from safepatch.diffusion.hosts.base import Host, Residuals
 from safepatch.diffusion.hosts.kinds import UNET, HostKind
-from safepatch.diffusion.sampling import alphas, encode, prediction_type, training_target
+from safepatch.diffusion.noise import alphas, prediction_type, training_target
 from safepatch.errors import UnsupportedModel
 
 PREDICTED = ("epsilon", "v_prediction", "sample")
