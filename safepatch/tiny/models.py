@@ -42,6 +42,7 @@ SIBLINGS: dict[str, Sibling] = {
     "tiny-sd-benign": Sibling("Noto's art, benign concepts only: all weights fine-tuned", {"benign": 1}),
     "tiny-sd-merged": Sibling("the mean of the weights of `-twemoji` and `-fluent`", {"twemoji": 0.5, "fluent": 0.5}),
     "tiny-sd-strong": Sibling("`-twemoji` taken further: 1.3 times its difference to the base", {"twemoji": 1.3}),
+    "tiny-sd3-twemoji": Sibling("Twemoji's art: the transformer fine-tuned, all layers, rank 16", {"sd3-twemoji": 1}),
 }
 MODELS: dict[str, str] = {
     BASE: "Noto's art: trained from scratch",
