@@ -102,13 +102,22 @@ ATTACKED = {  # matrices of attacks, by their name in figures.json
     "attacks": "`make attacks`, shipped weapons patches, gates on",
     "full": "`safepatch evaluate configs/matrices/full.yaml`, the shipped lora patches of five categories as one file, "
     "small budgets",
+    "attacks-sd3": "`safepatch evaluate configs/matrices/attacks-sd3.yaml`, weapons patches of `tiny-sd3`, gates on",
 }
 COMPARED = {  # matrices of patches beside patches
     "compare": (
         "Objectives head to head",
         "`safepatch compare configs/compare/objectives.yaml`, weapons, patches without a gate but for one",
     ),
-    "table-sd3": ("On a transformer", "`safepatch evaluate configs/matrices/sd3.yaml`, weapons, on `tiny-sd3`"),
+    "table-sd3": ("On a transformer", "`safepatch evaluate configs/matrices/sd3.yaml`, weapons and gore"),
+    "transfer-objectives": (
+        "Objectives on other checkpoints",
+        "`safepatch evaluate configs/matrices/transfer-objectives.yaml`, the same patches",
+    ),
+    "transfer-sd3": (
+        "On a transformer's sibling, and merged",
+        "`safepatch evaluate configs/matrices/transfer-sd3.yaml`, weapons and gore",
+    ),
     "streams": (
         "Where to put a transformer's lora patch",
         "`safepatch compare configs/compare/streams.yaml`, weapons, no gate, on `tiny-sd3`",

@@ -9,13 +9,14 @@ from torch import Tensor
 
 from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.data.prompts import Prompt, mentions_minors
-from safepatch.diffusion import TYPED, UNET, Components, TokenReader, Way, denoiser, host_kind
+from safepatch.diffusion import FLUX, TYPED, UNET, Components, TokenReader, Way, denoiser, host_kind
 from safepatch.errors import SafepatchError, UnsupportedModel
 
 if TYPE_CHECKING:
     from safepatch.data.corpus import Corpus
 
-STATES, WORDS = "text states of a UNet", "one CLIP text encoder before a UNet"  # what attacks may take
+# What attacks may take.
+STATES, WORDS = "text states of a UNet or of SD3", "one CLIP text encoder before a UNet"
 VERSION = 1  # of all attacks together: results of another version are not taken for these
 
 
@@ -133,8 +134,10 @@ class Attack:
         """Whether a pipeline's model has what it takes."""
         if not self.takes or (host := denoiser(pipe)) is None:
             return True
-        if host_kind(host) is not UNET or self.takes == STATES:
-            return host_kind(host) is UNET
+        if self.takes == STATES:
+            return host_kind(host) is not FLUX
+        if host_kind(host) is not UNET:
+            return False
         try:
             return bool(reader_of(Target(pipe)))
         except UnsupportedModel:

@@ -35,6 +35,7 @@ from safepatch.diffusion.encoding import encode, encode_prompts, encode_words, r
 from safepatch.diffusion.hosts.base import Host, Predict, batched
 from safepatch.diffusion.hosts.flow import FluxHost, SD3Host
 from safepatch.diffusion.hosts.kinds import (
+    FLUX,
     FLUX_EDGE,
     UNET,
     HostKind,
@@ -72,6 +73,7 @@ from safepatch.diffusion.windows import Spelling, Window, encode_windows, window
 
 __all__ = [
     "CLIP",
+    "FLUX",
     "FLUX_EDGE",
     "TEXT_ENCODERS",
     "TYPED",

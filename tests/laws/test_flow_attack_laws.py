@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from safepatch.attacks import ATTACKS, Round, Target
+from safepatch.attacks import ATTACKS, Round, Target, require_attackable
+from safepatch.attacks.base import STATES
 from safepatch.attacks.opponent import Noised, Undoing
 from safepatch.attacks.soft_prompt import with_soft_prompt
 from safepatch.data.corpus import Corpus
@@ -90,6 +91,23 @@ def test_the_attack_asks_with_its_states_and_they_reach_the_host(
 
     plain = drawn(Round(tuple(prompts)))
     assert all(not torch.equal(drawn(made), plain) for made in rounds)
+
+
+@pytest.mark.parametrize("name", [name for name, attack in ATTACKS.items() if attack.takes == STATES])
+def test_every_attack_by_states_or_noise_can_be_made_on_sd3(
+    name: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SAFEPATCH_CACHE", str(tmp_path))
+    monkeypatch.setattr(import_module("safepatch.attacks.soft_prompt"), "LEARNED", 4)
+    pipe, prompts = pipe_of("sd3"), [Prompt(text, seed) for seed, text in enumerate(PROMPTS)]
+    require_attackable(pipe, [name])
+    with pytest.raises(UnsupportedModel, match=f"cannot be attacked by {name}"):  # control
+        require_attackable(pipe_of("flux"), [name])
+    artifact = to_artifact(patch_on(pipe, "lora"), pipe.transformer, {"weapons": INSTRUCTION})
+    rounds = ATTACKS[name].rounds(Corpus.open("weapons"), prompts, 0, 1, Target(pipe, artifact))
+    plain, asked = (generate_by(pipe, PROMPTS, [0, 1], 1, 2.0, way) for way in (TYPED, rounds[0].way))
+    assert asked.isfinite().all()
+    assert not torch.equal(asked, plain)
 
 
 def test_what_flux_is_not_asked_by_is_one_line_before_anything_is_drawn() -> None:
