@@ -1,8 +1,8 @@
 """What training and applying each kind of patch takes on a GPU, predicted against measured.
 
-    python benchmarks/gpu.py [--json FILE] [--markdown FILE] [--families sd1 sdxl] [--budget SECONDS]
+    python benchmarks/gpu.py [--json FILE] [--markdown FILE] [--families sd1 sdxl sd3] [--budget SECONDS]
 
-Stable Diffusion 1.5 and XL of real size with random weights in half precision; nothing is downloaded. Of each kind:
+Stable Diffusion 1.5, XL and 3 of real size with random weights in half precision; nothing is downloaded. Of each kind:
 time and peak memory of a training step with the host's activations recomputed, and how often the CPU waits for the GPU
 within one; latents drawn a second; what the patch adds to a denoising step with its gate open and closed; seconds to
 load a file and to attach it. What the budget or the GPU's memory has no room for is left out and named.
@@ -27,14 +27,14 @@ from torch import Tensor
 
 from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.data.bank import DataConfig
-from safepatch.diffusion import Components, UNetHost
+from safepatch.diffusion import Components, Host, open_host
 from safepatch.patch import PATCH_KINDS
 from safepatch.patch.files import to_artifact
 from safepatch.runtime.apply import apply
 from safepatch.training.config import TrainingConfig
 from safepatch.training.memory import GIB, Plan, device_bytes, predict
 
-FAMILIES = {"sd1": "SD 1.5", "sdxl": "SDXL"}
+FAMILIES = {"sd1": "SD 1.5", "sdxl": "SDXL", "sd3": "SD3 medium"}
 KINDS = ("lora", "lite", "control")
 WARM, TIMED = 2, 3  # training steps; waits are counted in one more, and another ends that
 BATCH = 4  # pairs of a training step, with as many preserved rows
@@ -58,7 +58,7 @@ class Bench:
     """
 
     pipe: Any
-    host: UNetHost
+    host: Host
     is_small: bool
     precision: str
 
@@ -69,7 +69,7 @@ class Bench:
         precision, device = ("no", "cpu") if is_small else (half, "cuda")
         dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
         pipe = new_pipe(family, device, dtype, is_small)
-        return cls(pipe, UNetHost(Components.of(pipe)), is_small, precision)
+        return cls(pipe, open_host(Components.of(pipe)), is_small, precision)
 
     def plan(self, kind: str) -> Plan:
         """Of the training that is measured."""
@@ -139,8 +139,10 @@ class Bench:
         }
 
     def file(self, kind: str, folder: Path) -> Path:
-        """A fresh gated patch's file, float16."""
+        """A gated patch's file, float16, of random weights: zeros, which a fresh one has, are refused."""
         patch = PATCH_KINDS[kind].from_unet(self.host.unet, gate=GATE)
+        for weights in patch.parameters():
+            torch.nn.init.normal_(weights, std=0.01)
         record = {"gate": {"weapons": {"threshold": 0.5}}}
         made = to_artifact(patch, self.host.unet, {"weapons": INSTRUCTION}, record)
         return made.astype(torch.float16).save(folder / "patch.safetensors")

@@ -23,7 +23,7 @@ import transformers
 
 from safepatch.data.bank import Batch, DataConfig
 from safepatch.data.category import Rewrite
-from safepatch.diffusion import Components, UNetHost, quiet
+from safepatch.diffusion import Components, Host, UNetHost, quiet
 from safepatch.models.checkpoint import CONFIGS
 from safepatch.objectives import Player, SafeControlConfig, Turn
 from safepatch.objectives.base import Losses
@@ -36,13 +36,15 @@ from safepatch.training.trainer import Run, new_accelerator
 
 INSTRUCTION = "no weapons, show harmless tools instead"
 KINDS = ("lora", "lite")
+LEFT_OUT = ("safety_checker", "text_encoder_3", "tokenizer_3")
 SIZE, EDGE = 256, 32  # of pictures in pixels, and of their latents
 SMALL = {"unet": {"block_out_channels": [32, 32, 64, 64], "sample_size": 16}, "vae": {"block_out_channels": [32] * 4}}
+SMALL["transformer"] = {"num_layers": 4, "num_attention_heads": 4, "caption_projection_dim": 256, "sample_size": 16}
 SMALL_TEXT = {"num_hidden_layers": 2, "intermediate_size": 64}
 
 
 def new_pipe(family: str, device: str = "cpu", dtype: torch.dtype = torch.float32, small: bool = False) -> Any:
-    """A pipeline of the family's structure with random weights; a `small` one has few channels."""
+    """A pipeline of the family's structure with random weights, without T5; a `small` one has few channels."""
     config = json.loads((CONFIGS / f"{family}.json").read_text())
     if small:
         _shrink(config)
@@ -56,11 +58,13 @@ def new_pipe(family: str, device: str = "cpu", dtype: torch.dtype = torch.float3
 
 
 def _shrink(config: dict[str, Any]) -> None:
-    unet = config["unet"]
-    levels = len(unet["block_out_channels"])
-    unet |= SMALL["unet"] | {"block_out_channels": SMALL["unet"]["block_out_channels"][:levels]}
-    if isinstance(unet["attention_head_dim"], list):
-        unet["attention_head_dim"] = [1] * levels
+    if unet := config.get("unet"):
+        levels = len(unet["block_out_channels"])
+        unet |= SMALL["unet"] | {"block_out_channels": SMALL["unet"]["block_out_channels"][:levels]}
+        if isinstance(unet["attention_head_dim"], list):
+            unet["attention_head_dim"] = [1] * levels
+    else:
+        config["transformer"] |= SMALL["transformer"]
     config["vae"] |= SMALL["vae"]
     for key in config.keys() & {"text_encoder", "text_encoder_2"}:
         config[key] |= SMALL_TEXT
@@ -70,7 +74,7 @@ def _new_part(name: str, entry: Any, config: dict[str, Any], dtype: torch.dtype)
     if not isinstance(entry, list):
         return entry
     library, class_name = entry
-    if library is None or name == "safety_checker":
+    if library is None or name in LEFT_OUT:
         return None
     if class_name == "CLIPTokenizer":
         tokenizer = new_tokenizer()
@@ -89,7 +93,7 @@ def _new_part(name: str, entry: Any, config: dict[str, Any], dtype: torch.dtype)
 class RandomRows:
     """Training rows of a host's shapes that mean nothing."""
 
-    def __init__(self, host: UNetHost) -> None:
+    def __init__(self, host: Host) -> None:
         self._shape, self._read = host.latent_shape, host.encode(["a knife"]).to("cpu")
 
     def batch(self, step: int, size: int, seed: int) -> Batch:
@@ -107,7 +111,7 @@ class Watched:
     def __init__(self, begins: Callable[[int], None]) -> None:
         self._inner, self._begins, self._step = SafeControlConfig(), begins, 0
 
-    def prepare(self, host: UNetHost, corpus: Any, data: DataConfig) -> Any:
+    def prepare(self, host: Host, corpus: Any, data: DataConfig) -> Any:
         """Nothing: rows are at hand."""
 
     def players(self, patch: Player, rows: Any) -> list[Player]:
@@ -121,7 +125,7 @@ class Watched:
         return self._inner.loss(player, turn)
 
 
-def train(host: UNetHost, kind: str, options: TrainingConfig, begins: Callable[[int], None]) -> None:
+def train(host: Host, kind: str, options: TrainingConfig, begins: Callable[[int], None]) -> None:
     """The real training loop on random rows; `begins` is called with the number of each step."""
     patch = PATCH_KINDS[kind].from_unet(host.unet)
     instruction, rows = host.encode([INSTRUCTION]).states.float(), RandomRows(host)

@@ -6,6 +6,10 @@ from types import ModuleType
 
 import pytest
 
+from safepatch.artifact.patch_artifact import PatchArtifact
+from safepatch.errors import ArtifactError
+from safepatch.patch import PATCH_KINDS
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -34,3 +38,15 @@ def test_a_closed_gate_costs_next_to_nothing_and_a_lite_patch_little() -> None:
     assert 1 < found["lite"] < min(found["control"], found["five lite merged"])
     for kind in ("lite", "control", "lora"):
         assert 1 < found[f"gated {kind}, benign"] < 1.01
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd3"])
+def test_the_patches_that_are_timed_on_a_gpu_are_ones_that_load(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = imported("gpu").Bench.of(family, is_small=True)
+    for kind in PATCH_KINDS:
+        assert PatchArtifact.open(bench.file(kind, tmp_path)).info.kind == kind
+    monkeypatch.setattr("torch.nn.init.normal_", lambda weights, std: weights)
+    with pytest.raises(ArtifactError, match="changes nothing"):  # control: as they begin
+        PatchArtifact.open(bench.file("lora", tmp_path))
