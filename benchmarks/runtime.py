@@ -5,9 +5,10 @@
     python benchmarks/runtime.py --json out.json       # ratios as JSON
 
 A step is what a pipeline under guidance does: one call of the UNet with two rows, the negative prompt's and the
-prompt's, and before it, for a ControlNet, one call of that. A patch runs on the prompt's row only. A ControlNet
-pipeline runs its ControlNet on both rows, or with `guess_mode` on the prompt's only; both are measured. All ways are
-taken in turn in one process on one thread, and a ratio is the median over the rounds of the two times of one round.
+prompt's, and before it, for a ControlNet, one call of that. Nobody says here which row is the prompt's, so a patch
+corrects both, as in a loop of one's own; in a pipeline's it runs on the prompt's only. A ControlNet pipeline runs its
+ControlNet on both rows, or with `guess_mode` on the prompt's only; both are measured. All ways are taken in turn in one
+process on one thread, and a ratio is the median over the rounds of the two times of one round.
 Times are the process's own CPU time, so that a busy machine counts less; torch counts the floating-point operations.
 
 Loading is opening a float16 file of that patch (its hash checked) and rebasing it onto the UNet, in float16 as it is
@@ -158,7 +159,10 @@ def counted(step: Step) -> float:
 
 def measure_loading(unet: Any, folder: Path, rounds: int) -> dict[str, float]:
     """Seconds of reading a patch's file and of loading it, and the peak of memory that loading adds, in MB."""
-    path = to_artifact(ControlPatch.from_unet(unet), unet, {"weapons": "no weapons"}).astype(torch.float16)
+    patch = ControlPatch.from_unet(unet)
+    for weights in patch.parameters():
+        nn.init.normal_(weights, std=0.01)  # zeros, which a fresh one has, are refused
+    path = to_artifact(patch, unet, {"weapons": "no weapons"}).astype(torch.float16)
     path = path.save(folder / "patch.safetensors")
     figures = {"file_mb": path.stat().st_size / 1e6}
     for dtype in (torch.float32, torch.float16):

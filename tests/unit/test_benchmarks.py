@@ -5,6 +5,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.errors import ArtifactError
@@ -50,3 +51,13 @@ def test_the_patches_that_are_timed_on_a_gpu_are_ones_that_load(
     monkeypatch.setattr("torch.nn.init.normal_", lambda weights, std: weights)
     with pytest.raises(ArtifactError, match="changes nothing"):  # control: as they begin
         PatchArtifact.open(bench.file("lora", tmp_path))
+
+
+def test_what_times_a_step_takes_every_one(tmp_path: Path) -> None:
+    """Patches hang on just enough of a pipeline there, and what is enough may change."""
+    runtime = imported("runtime")
+    unet = runtime.new_unet("sd1", 0.1)
+    with torch.no_grad():
+        assert all(runtime.clocked(step) > 0 for step in runtime.new_steps(unet, 8).values())
+        assert runtime.measure_loading(unet, tmp_path, 1)["load_float16"] > 0
+    assert set(imported("kinds").measure("embedded", 1, 16, 1)) == set(imported("kinds").VARIANTS)
