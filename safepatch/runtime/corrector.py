@@ -66,7 +66,7 @@ class Cached(NamedTuple):
         timestep: of the last call.
         scales: their strengths.
         uses: how many calls they were used for.
-        is_tiled: whether the UNet was called more than once at a timestep, for instance tile by tile.
+        calls: how many there were at that timestep: several where the UNet is called tile by tile.
     """
 
     residuals: Residuals | None
@@ -76,16 +76,19 @@ class Cached(NamedTuple):
     timestep: float
     scales: Tensor
     uses: int = 1
-    is_tiled: bool = False
+    calls: int = 1
 
     def serves(self, call: Call) -> bool:
-        """Whether `call` is a later step of the same denoising."""
+        """Whether `call` is a later step of the same denoising, and that of the last one was no tile's."""
         alike = (self.shape, self.rows) == (call.sample.shape, call.rows) and self.states.is_still(*call.told)
-        return alike and call.timestep < self.timestep and not self.is_tiled and self.residuals is not None
+        return alike and call.timestep < self.timestep and self.calls == 1 and self.residuals is not None
 
-    def shows_tiles(self, call: Call) -> bool:
-        """Whether `call` is one more at the same timestep, or follows such calls within the same denoising."""
-        return call.timestep == self.timestep or (self.is_tiled and call.timestep < self.timestep)
+    def calls_with(self, call: Call) -> int:
+        """How many calls there are at the timestep of `call`, with it.
+
+        A step that a scheduler goes over twice, as PNDM does with its second, looks like two tiles; the next does not.
+        """
+        return self.calls + 1 if call.timestep == self.timestep else 1
 
 
 class Read(NamedTuple):
@@ -187,7 +190,7 @@ class Corrector:
             Seen.of(*call.told),
             call.timestep,
             scales,
-            is_tiled=last is not None and last.shows_tiles(call),
+            calls=last.calls_with(call) if last else 1,
         )
         return made
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from diffusers import (
     ControlNetModel,
+    PNDMScheduler,
     StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
@@ -259,6 +260,15 @@ def test_a_pipeline_that_works_tile_by_tile_is_never_given_another_tiles_residua
     tiles = [900, 900, 700, 700, 500, 500]
     assert runs_at(small_pipe, tiles, speed="fast") == [0, 1, 2, 3, 4, 5]
     assert runs_at(small_pipe, [*tiles, 900, 700], speed="fast") == [0, 1, 2, 3, 4, 5, 6]  # untiled again
+
+
+def test_a_step_that_a_scheduler_goes_over_twice_makes_no_tiles_of_the_rest(small_pipe):
+    small_pipe.scheduler = PNDMScheduler.from_config(small_pipe.scheduler.config, skip_prk_steps=True)
+    small_pipe.scheduler.set_timesteps(6)  # Stable Diffusion 1's own scheduler
+    steps = small_pipe.scheduler.timesteps.tolist()
+    assert steps[1] == steps[2]
+    assert len(set(steps)) == 6  # control: all others come once
+    assert runs_at(small_pipe, steps, speed="fast") == [0, 2, 3, 5]
 
 
 def test_a_fast_patch_holds_nothing_once_it_is_off_and_can_be_copied(small_pipe):
