@@ -74,10 +74,11 @@ class Handle:
     ) -> None:
         refuse_compiled(pipe)
         components = Components.of(pipe)
+        self._parts = tuple(parts)
+        check_settings(parts, scale, window, gate, speed, reads)  # before anything hangs on the pipeline
         self._pipe = weakref.ref(pipe)
         self._unet: Any = components.unet
         self._kind = host_kind(self._unet)
-        self._parts = tuple(parts)
         self._words = Words(components, parts)
         self._corrector = Corrector(parts, self._words)
         self._exchange = Exchange(components, self._kind, parts, self._corrector)
@@ -437,6 +438,17 @@ class Handle:
             )
         if drawn.is_missed:
             self._say_missed()
+
+
+def check_settings(
+    parts: Sequence[ActivePart], scale: Scale, window: tuple[float, float], gate: str | None, speed: str, reads: str
+) -> None:
+    """Raise `ConfigError` or `UnknownName` for what could not be set."""
+    check_scale(parts, scale)
+    check_window(window)
+    gate_mode(parts, gate)
+    lookup(SPEEDS, speed, what="speed")
+    lookup(dict.fromkeys(READINGS), reads, what="way of reading")
 
 
 def refuse_compiled(pipe: Any) -> None:

@@ -29,6 +29,7 @@ from safepatch.diffusion import quiet
 from safepatch.errors import ConfigError, PatchBypassed, UnknownName
 from safepatch.merging import MergeRecipe, combine
 from safepatch.patch import PATCH_KINDS
+from safepatch.patch.files import to_artifact
 from safepatch.runtime.apply import apply, attach
 from safepatch.runtime.handle import Handle, Stats
 from tests.small import (
@@ -38,6 +39,7 @@ from tests.small import (
     PROMPTS,
     RESIDUAL_KINDS,
     SEEDS,
+    awaken,
     features_of,
     images,
     new_artifact,
@@ -286,6 +288,28 @@ def test_an_unknown_speed_is_refused(small_pipe):
     with pytest.raises(UnknownName, match="did you mean 'fast'"):
         apply(small_pipe, small_artifact(), speed="fastt")
     assert hook_count(small_pipe) == 0
+
+
+NOT_TO_BE_SET = {"scale": -1.0, "start": 1.0, "gate": "tight", "speed": "slow", "reads": "minds"}
+
+
+@pytest.mark.parametrize("what", NOT_TO_BE_SET)
+def test_a_patch_that_is_refused_leaves_no_hook_on_text_encoders(small_pipe, what):
+    listening = listening_artifact(small_pipe)
+    with apply(small_pipe, listening):
+        assert small_pipe.text_encoder._forward_hooks  # control
+    with pytest.raises((ConfigError, UnknownName)):
+        apply(small_pipe, listening, **{what: NOT_TO_BE_SET[what]})
+    assert hook_count(small_pipe) == 0
+
+
+def listening_artifact(pipe) -> PatchArtifact:
+    """A patch whose gate reads windows, and so listens to text encoders."""
+    patch = new_patch(pipe.unet, "lora")
+    patch.add_gate(pipe.unet, 2)
+    made = to_artifact(awaken(patch), pipe.unet, {"weapons": INSTRUCTION})
+    gate = {"weapons": {"threshold": 0.5, "windows": 2}}
+    return replace(made, info=replace(made.info, config={**made.info.config, "gate": gate}))
 
 
 def test_a_unet_without_its_weights_is_refused(small_pipe):
