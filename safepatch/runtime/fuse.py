@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from safepatch.artifact.patch_artifact import PatchArtifact
-from safepatch.diffusion import UNET, Components
-from safepatch.errors import ModelNotFound, SafepatchError
+from safepatch.diffusion import UNET, Components, is_offloaded_to_disk
+from safepatch.errors import ConfigError, ModelNotFound, SafepatchError
 from safepatch.files import replacing_folder, unwritable
 from safepatch.models.load import MODELS
 from safepatch.models.weights import NAMES, Stored
@@ -61,6 +61,11 @@ def fuse(pipe: Any, patch: str | Path | PatchArtifact, scale: float = 1.0) -> No
 def _weights(components: Components, component: str) -> dict[str, Tensor]:
     """By name, as a patch calls them."""
     module = components.unet if component == UNET.component else components.encoder(component)[1]
+    if is_offloaded_to_disk(module):
+        raise ConfigError(
+            f"the weights of the {type(module).__name__} are offloaded to disk group by group, what is there are "
+            "placeholders; fuse before offloading"
+        )
     named = {name.replace(".base_layer", ""): weight for name, weight in module.named_parameters()}
     return {plain_name(name, component): weight for name, weight in named.items()}
 

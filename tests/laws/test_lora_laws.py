@@ -9,6 +9,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from diffusers.hooks import apply_group_offloading
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -23,6 +24,7 @@ from safepatch.patch import LoraPatch
 from safepatch.patch.files import from_artifact, to_artifact
 from safepatch.patch.host import patched_prediction
 from safepatch.patch.lora import updated_weights
+from safepatch.patch.text import TextPatch
 from safepatch.runtime.apply import apply, attach
 from safepatch.runtime.fuse import NOTE, Update, fuse, fuse_model
 from tests.families import (
@@ -452,6 +454,28 @@ def test_fused_projections_are_refused(small_pipe, kind):
             use(small_pipe, small_artifact(kind))
     small_pipe.unet.unfuse_qkv_projections()
     apply(small_pipe, small_artifact(kind)).remove()
+
+
+@pytest.mark.parametrize("component", ["unet", "text_encoder"])
+def test_weights_that_lie_on_disk_are_refused(small_pipe, tmp_path, component):
+    """What is written into placeholders is gone when the weights are read again."""
+    artifact = small_artifact("lora") if component == "unet" else text_artifact(small_pipe)
+    host = getattr(small_pipe, component)
+    options = {"offload_type": "leaf_level", "onload_device": torch.device("cpu")}
+    base = images(small_pipe)
+    apply_group_offloading(host, **options, offload_to_disk_path=str(tmp_path))
+    assert torch.equal(images(small_pipe), base)
+    with pytest.raises(ConfigError, match=f"the {type(host).__name__} are offloaded to disk.*fuse before offloading"):
+        fuse(small_pipe, artifact)
+    in_memory = new_small_pipe()
+    fuse(in_memory, artifact)
+    assert not torch.equal(images(in_memory), base)  # control
+
+
+def text_artifact(pipe) -> PatchArtifact:
+    components = Components.of(pipe)
+    patch = awaken(TextPatch.of(components, "text_encoder", rank=4))
+    return to_artifact(patch, components, {"weapons": INSTRUCTION})
 
 
 def test_an_embedded_sibling_can_be_fused(tmp_path):
