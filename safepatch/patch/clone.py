@@ -77,7 +77,15 @@ def cloned(unet: Any, parts: Mapping[str, nn.Module], empty: bool) -> dict[str, 
 
     The weights of `empty` copies stay on the meta device. An inpainting host is given more than latents, but only the
     latents are every host's.
+
+    Raises:
+        ConfigError: when the host's weights are quantized.
     """
+    if not all(weight.is_floating_point() for part in parts.values() for weight in part.parameters()):
+        raise ConfigError(
+            f"the {host_kind(unet).noun}'s weights are quantized, and a control patch copies them; load it "
+            "unquantized, or use a lora or lite patch"
+        )
     copies = {name: _copy_without_hooks(part, empty).float().requires_grad_(True) for name, part in parts.items()}
     name, *path, _ = host_kind(unet).entry_weight.split(".")
     entry: Any = copies[name].get_submodule(".".join(path))

@@ -21,7 +21,7 @@ from diffusers import (
     StableDiffusionPipeline,
 )
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from safepatch.artifact.info import BUNDLE
 from safepatch.artifact.patch_artifact import PatchArtifact
@@ -32,6 +32,7 @@ from safepatch.patch import PATCH_KINDS
 from safepatch.patch.files import to_artifact
 from safepatch.runtime.apply import apply, attach
 from safepatch.runtime.handle import Handle, Stats
+from tests.families import small_transformer_pipe
 from tests.small import (
     DOWN,
     INSTRUCTION,
@@ -310,6 +311,18 @@ def listening_artifact(pipe) -> PatchArtifact:
     made = to_artifact(awaken(patch), pipe.unet, {"weapons": INSTRUCTION})
     gate = {"weapons": {"threshold": 0.5, "windows": 2}}
     return replace(made, info=replace(made.info, config={**made.info.config, "gate": gate}))
+
+
+@pytest.mark.parametrize("host", ["unet", "transformer"])
+def test_of_quantized_weights_a_control_patch_makes_no_clone(small_pipe, host):
+    pipe = small_pipe if host == "unet" else small_transformer_pipe("sd3")
+    artifacts = {kind: new_artifact(getattr(pipe, host), kind) for kind in PATCH_KINDS}
+    layer = next(module for name, module in getattr(pipe, host).named_modules() if name.endswith(".to_q"))
+    layer.weight = nn.Parameter(torch.zeros(*layer.weight.shape, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(ConfigError, match=rf"the (UNet|{host})'s weights are quantized.*use a lora or lite patch"):
+        apply(pipe, artifacts["control"])
+    for kind in ("lite", "lora"):
+        apply(pipe, artifacts[kind]).remove()  # control: they stand beside the weights
 
 
 def test_a_unet_without_its_weights_is_refused(small_pipe):
