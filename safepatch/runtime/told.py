@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from safepatch.diffusion import UNET, HostKind
+from safepatch.diffusion import UNET, HostKind, projects_states
 from safepatch.patch.hooks import Hooks
 from safepatch.patch.text import TextPatch
 from safepatch.runtime.call import Begun, unpatched
@@ -89,5 +89,7 @@ def _readers(host: Any, kind: HostKind) -> dict[str, nn.Module]:
     """By argument, the first of a host's modules that reads it."""
     if kind is not UNET:
         return {kind.states: host.context_embedder, **({POOLED: host.time_text_embed} if kind.calls_apart else {})}
+    if projects_states(host):
+        return {kind.states: host.encoder_hid_proj}
     first = next((part for name, part in host.named_modules() if name.endswith(".attn2")), None)
     return {} if first is None else {kind.states: first}

@@ -13,7 +13,7 @@ from safepatch.data.bank import DataConfig, build_bank
 from safepatch.data.category import Rewrite
 from safepatch.data.corpus import Corpus
 from safepatch.diffusion import Components, UNetHost
-from safepatch.errors import ConfigError, MergeError, SafepatchError
+from safepatch.errors import ConfigError, MergeError, PatchBypassed, SafepatchError
 from safepatch.merging import merge, split
 from safepatch.patch import PATCH_KINDS, LoraPatch, Patch
 from safepatch.patch.files import from_artifact, to_artifact
@@ -23,14 +23,17 @@ from safepatch.runtime.apply import apply, attach
 from safepatch.taxonomy import Category
 from safepatch.tiny.models import load_tiny
 from safepatch.training import gates
+from tests.laws.test_patch_laws import PROJECTS
 from tests.small import (
     DOWN,
     INSTRUCTION,
+    LAYOUTS,
     MID,
     awaken,
     images,
     new_patch,
     new_small_host,
+    new_small_pipe,
     new_small_unet,
     rows,
     small_artifact,
@@ -69,6 +72,21 @@ def outputs(pipe, **options) -> Tensor:
         else:
             pipe.unet(sample, timesteps, encoder_hidden_states=states)
     return calls[0]["output"]
+
+
+@every_kind
+def test_a_gate_goes_by_what_a_unet_is_handed_that_projects_its_text_states(kind):
+    pipe = new_small_pipe(new_small_unet(**PROJECTS))
+    patch = PATCH_KINDS[kind].from_unet(pipe.unet, gate=4, **LAYOUTS.get(kind, {}))
+    made = to_artifact(awaken(patch), pipe.unet, {"weapons": INSTRUCTION})
+    config = {**made.info.config, "gate": {"weapons": {"threshold": 0.5}}}
+    artifact, base = replace(made, info=replace(made.info, config=config)), images(pipe)
+    forward, others = pipe.unet.forward, torch.randn(4, *pipe.encode_prompt("a dog", "cpu", 1, False)[0].shape[1:])
+    with apply(pipe, artifact, gate_threshold=0.0):
+        assert not torch.equal(images(pipe), base)
+        pipe.unet.forward = lambda *args, **given: forward(*args, **{**given, "encoder_hidden_states": others})
+        with pytest.raises(PatchBypassed, match="'encoder_hidden_states' was exchanged on the way"):
+            images(pipe)  # control: it is looked at
 
 
 @every_kind
