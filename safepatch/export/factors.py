@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from safepatch.artifact.patch_artifact import Factors
 from safepatch.errors import BaseMismatch, UnsupportedModel
 from safepatch.export.joined import parted
 from safepatch.export.names import ADAPTER
+from safepatch.models.text_layout import TEXT_MODEL
 from safepatch.models.weights import Weights
 
 PAIRS = (  # suffixes of down and up, of kohya, PEFT, and diffusers before PEFT
@@ -128,11 +130,16 @@ class _Settings:
             stated = {}
         named = stated.items() if isinstance(stated, dict) else ()
         self._of = {key.removeprefix(f"{component}."): value for key, value in named if key.startswith(f"{component}.")}
+        self._alphas: dict[str, float] = self._of.get("alpha_pattern") or {}
+        if pattern := next((each for each in self._alphas if not re.fullmatch(r"[\w.]+", each)), None):
+            raise UnsupportedModel(f"{weights.path} states alpha by the pattern '{pattern}'; only names are read")
 
     def scale(self, layer: str, rank: int, alpha: float | None) -> float:
         """alpha / rank, or by rank-stabilised LoRA (Kalajdzievski 2023, arXiv 2312.03732) alpha / sqrt(rank)."""
         if alpha is None:
-            alpha = (self._of.get("alpha_pattern") or {}).get(layer, self._of.get("lora_alpha"))
+            path = f".{TEXT_MODEL}{layer}"  # a text encoder's, as some classes have it
+            named = (value for name, value in self._alphas.items() if path.endswith(f".{name}"))  # by its end, as PEFT
+            alpha = next(named, self._of.get("lora_alpha"))
         if alpha is None:
             return 1.0
         return alpha / (math.sqrt(rank) if self._of.get("use_rslora") else rank)

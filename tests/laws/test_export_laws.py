@@ -155,6 +155,42 @@ def test_somebody_elses_lora_is_a_patch_without_a_gate(more, name, tmp_path):
     assert (ours - theirs).abs().max() < 0.02 * (theirs - base).abs().max()
 
 
+@pytest.mark.parametrize("component", ["unet", "text_encoder"])
+def test_an_alpha_that_somebody_states_for_some_layers_holds_for_those(component, tmp_path):
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    learned, pipe = quiet(small_family_pipe("sd1")), quiet(small_family_pipe("sd1"))
+    base, host = draw(pipe, guidance_scale=1.0), getattr(learned, component)
+    targets, some = (["to_q", "to_v"], "attn2.to_v") if component == "unet" else (["q_proj", "v_proj"], "v_proj")
+    more = {"lora_alpha": 1, "alpha_pattern": {some: 256}}
+    torch.manual_seed(0)
+    host.add_adapter(LoraConfig(r=4, target_modules=targets, init_lora_weights=False, **more))
+    theirs = draw(learned, guidance_scale=1.0)
+    told = {key.removeprefix("text_model."): t.contiguous() for key, t in get_peft_model_state_dict(host).items()}
+    prefix = "unet" if component == "unet" else "text_encoder.text_model"
+    settings = {f"{component}.{key}": value for key, value in {"r": 4, **more}.items()}
+    state = {f"{prefix}.{key}": t for key, t in told.items()}
+    path, model, effect = tmp_path / "theirs.safetensors", model_of("sd1", tmp_path), (theirs - base).abs().max()
+
+    def drawn(settings: dict[str, Any]) -> Tensor:
+        save_file(state, path, {"lora_adapter_metadata": json.dumps(settings)})
+        with apply(pipe, import_lora(path, MINE, model).save(tmp_path / "mine.safetensors")):
+            return draw(pipe, guidance_scale=1.0)
+
+    assert (drawn(settings) - theirs).abs().max() < 0.02 * effect
+    whole = {f"{component}.alpha_pattern": {f"{prefix}.{key}".split(".", 1)[1]: 256 for key in layers_of(told, some)}}
+    assert (drawn(settings | whole) - theirs).abs().max() < 0.02 * effect
+    assert (drawn({**settings, f"{component}.alpha_pattern": {}}) - theirs).abs().max() > 0.2 * effect  # control
+    with pytest.raises(UnsupportedModel, match=r"states alpha by the pattern 'attn\\d'; only names are read"):
+        drawn(settings | {f"{component}.alpha_pattern": {r"attn\d": 4}})
+
+
+def layers_of(state: dict[str, Tensor], end: str) -> list[str]:
+    """Of which layers, whose names end so, these are the factors."""
+    return [key.removesuffix(".lora_A.weight") for key in state if key.endswith(f"{end}.lora_A.weight")]
+
+
 def learned_by_others(pipe: Any, targets: list[str]) -> dict[str, Tensor]:
     """Puts a LoRA on layers of UNet and text encoders, as PEFT does; its tensors by diffusers' names."""
     from peft import LoraConfig
