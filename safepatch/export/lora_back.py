@@ -35,10 +35,10 @@ def exported(weights: Weights) -> PatchArtifact:
             left -= read.used
         if left:
             raise ValueError(f"'{min(left)}' is no part of it")
-        artifact = PatchArtifact(tensors, info)
+        artifact, stated = PatchArtifact(tensors, info), record["hash"]
     except DAMAGES as error:
         raise ArtifactError(f"{weights.path} is damaged: what it says of its patch cannot be read ({error})") from error
-    if artifact.content_hash != record["hash"]:
+    if artifact.content_hash != stated:
         raise ArtifactError(
             f"{weights.path} is no longer the patch that was exported: its weights or its metadata were changed; "
             "import it as somebody else's LoRA, with --category"

@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from safepatch.artifact.acting import is_zero, require_acting, require_finite
+from safepatch.artifact.container import naming
 from safepatch.artifact.info import EXPORTED, PatchInfo
 from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.diffusion import UNET, config_kind, empty_text_encoder, empty_unet, family, fingerprint
@@ -46,7 +48,7 @@ def import_lora(
         license: of somebody else's; by default what the file states.
 
     Raises:
-        ArtifactError: for an export that was altered since.
+        ArtifactError: for an export that was altered since, and for weights that are not finite, or change nothing.
         UnsupportedModel: for another kind of file, and for what would be left out.
         BaseMismatch: when it does not fit the model.
         ConfigError: when there is no category.
@@ -54,7 +56,18 @@ def import_lora(
     path = Path(path)
     weights = open_weights(path / DIFFUSERS_FILE if path.is_dir() else path)
     if EXPORTED in weights.metadata and category is None:
-        return exported(weights)
+        made = exported(weights)
+    else:
+        made = _somebody_elses(weights, path, category, model, partly, license)
+    with naming(weights.path):
+        require_finite(made)
+        require_acting(made)
+    return made
+
+
+def _somebody_elses(
+    weights: Weights, path: Path, category: Category | None, model: str | Path | None, partly: bool, license: str
+) -> PatchArtifact:
     if category is None:
         raise ConfigError(f"{path} does not say what it is for; name a category: --category FILE.yaml")
     config = _config_for(weights, model)
@@ -97,7 +110,8 @@ def _parts(
         )
     if not parts:
         raise UnsupportedModel(f"{weights.path} has no LoRA of a layer that this model has; name another --model")
-    return parts
+    acting = [part for part in parts if not all(is_zero(part, name) for name in part.parameter_names())]
+    return acting or parts  # some programs write zeros for a side that they did not train
 
 
 def _sides(

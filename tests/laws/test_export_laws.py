@@ -209,6 +209,19 @@ def learned_by_others(pipe: Any, targets: list[str]) -> dict[str, Tensor]:
     return {key: tensor.contiguous() for key, tensor in state.items()}
 
 
+@pytest.mark.parametrize("zeros", ["text_encoder.", "unet."])
+def test_a_side_that_nobody_trained_is_left_out(zeros, tmp_path):
+    state, path = learned_by_others(small_family_pipe("sd1"), ["to_q"]), tmp_path / "theirs.safetensors"
+    model, found = model_of("sd1", tmp_path), []
+    for without in ("-", zeros):
+        up = [name for name in state if name.startswith(without) and "lora_B" in name]
+        save_file({**state, **{name: torch.zeros_like(state[name]) for name in up}}, path)
+        import_lora(path, MINE, model).save(tmp_path / "mine.safetensors")
+        found.append(verify(tmp_path / "mine.safetensors").components)
+    assert found[0] == ("text_encoder", "unet")  # control
+    assert found[1] == (("unet",) if zeros == "text_encoder." else ("text_encoder",))
+
+
 ALPHAS = {"unet.lora_alpha": 8, "text_encoder.lora_alpha": 32, "text_encoder_2.lora_alpha": 32}
 
 
@@ -447,6 +460,29 @@ def test_hostile_loras_are_one_line(name, tensor, tmp_path):
     with pytest.raises(SafepatchError) as caught:
         import_lora(tmp_path / "x.safetensors", MINE, "tiny-sd")
     assert "\n" not in str(caught.value)
+
+
+def test_an_export_that_states_no_hash_is_one_line(lora, tmp_path):
+    path = export(lora, tmp_path / "x.safetensors")
+    record = json.loads(_metadata(path)["safepatch.exported"])
+    for kept in (record, {"metadata": record["metadata"]}):
+        save_file(load_file(path), path, {**_metadata(path), "safepatch.exported": json.dumps(kept)})
+        if kept is record:
+            import_lora(path)  # control
+            continue
+        with pytest.raises(ArtifactError, match=r"is damaged: .*'hash'"):
+            import_lora(path)
+
+
+@pytest.mark.parametrize("bad", [0.0, torch.nan, torch.inf])
+def test_a_lora_that_would_make_no_patch_of_use_is_not_imported(bad, tmp_path):
+    path, tensors = tmp_path / "x.safetensors", changed()
+    save_file(tensors, path)
+    import_lora(path, MINE, "tiny-sd")  # control
+    (up,) = [name for name in tensors if "lora_up" in name]
+    save_file({**tensors, up: torch.full_like(tensors[up], bad)}, path)
+    with pytest.raises(ArtifactError, match="holds zeros where it would act" if bad == 0 else "NaN or infinity"):
+        import_lora(path, MINE, "tiny-sd")
 
 
 @pytest.mark.parametrize("forged", ["[]", "{}", '{"metadata": [], "hash": 3}', "3", "{"])
