@@ -15,9 +15,10 @@ from torch import Tensor
 from safepatch.errors import PatchBypassed
 from safepatch.patch import LoraPatch
 from safepatch.patch.lora import LayerHooks
-from safepatch.runtime.call import Begun, Call, Settings
+from safepatch.runtime.call import Begun, Call
 from safepatch.runtime.corrector import Corrector
 from safepatch.runtime.parts import ActivePart
+from safepatch.runtime.settings import WHOLE, Settings
 from safepatch.runtime.words import Words
 
 from .host import STEPS
@@ -31,7 +32,6 @@ class Attachment:
     Args:
         parts: of the patch; lora parts with their layers under ComfyUI's names.
         settings: as a `Handle` has them.
-        window: share of the denoising in which it acts.
         words: what gates that read windows make of what was asked; nothing without CLIP.
         pooled: channels of SDXL's pooled text states in what ComfyUI calls `y`; behind them are the sizes, embedded.
 
@@ -44,11 +44,10 @@ class Attachment:
         self,
         parts: Sequence[ActivePart],
         settings: Settings,
-        window: tuple[float, float],
         words: Words,
         pooled: int,
     ) -> None:
-        self.parts, self._settings, self._window, self._pooled = parts, settings, window, pooled
+        self.parts, self._settings, self._pooled = parts, settings, pooled
         self._corrector = Corrector(parts, words)
         self._layers = [part for part in parts if isinstance(part.patch, LoraPatch)]
         self.calls = 0
@@ -117,8 +116,8 @@ class Attachment:
         """Whether the patch is on, and the step within its window."""
         if not any(part.scales(self._settings.scale).any() for part in self.parts):
             return False
-        start, end = self._window
-        return (start, end) == (0.0, 1.0) or start <= 1 - float(timesteps[0]) / STEPS <= end
+        start, end = self._settings.window
+        return (start, end) == WHOLE or start <= 1 - float(timesteps[0]) / STEPS <= end
 
     def _call(self, x: Tensor, timesteps: Tensor, context: Tensor, rows: Rows, y: Tensor | None) -> Call:
         """The call as a patch sees it, the rows to correct alone."""

@@ -22,8 +22,8 @@ from safepatch.models.weights import open_weights
 from safepatch.patch import ControlPatch, LoraPatch
 from safepatch.patch.files import from_artifact
 from safepatch.runtime.apply import instruction_states, ready
-from safepatch.runtime.call import Settings
-from safepatch.runtime.parts import ActivePart, Scale, check_scale, check_window, gate_mode
+from safepatch.runtime.parts import ActivePart, Scale
+from safepatch.runtime.settings import Settings, check_window
 from safepatch.runtime.words import Words
 
 from .attachment import Attachment
@@ -141,10 +141,9 @@ def _attached(
         raise ConfigError(f"a {patch.info.kind} patch reads its instruction; connect the model's CLIP")
     text = None if clip is None else text_of(clip, host)
     active = [_active(part, host, text, compute_dtype(model)) for part in patch.parts()]
-    check_scale(active, scale)
-    settings = Settings(scale, gate_mode(active, gate), "full", "windows")
+    settings = Settings(scale, window, gate).checked(active)
     words = Words(cast(Any, text), active if text else ())
-    return Attachment(active, settings, window, words, _pooled(host)), words
+    return Attachment(active, settings, words, _pooled(host)), words
 
 
 def _active(part: Part, host: Any, text: ComfyText | None, dtype: torch.dtype) -> ActivePart:

@@ -8,16 +8,17 @@ import torch
 from torch import Tensor
 
 from safepatch.artifact.patch_artifact import Part, PatchArtifact
-from safepatch.diffusion import Components, encode_prompts, is_offloaded_to_disk
+from safepatch.diffusion import Components, encode_prompts
 from safepatch.errors import ConfigError
 from safepatch.hub import located, source_of
 from safepatch.patch import Patch
 from safepatch.patch.files import from_artifact
 from safepatch.patch.picture import TEXT
 from safepatch.patch.text import TextPatch, require_readable
-from safepatch.runtime.handle import Handle, refuse_compiled, refuse_fused_projections
+from safepatch.runtime.handle import Handle
 from safepatch.runtime.one_step import require_scheduler, step_of
 from safepatch.runtime.parts import ActivePart, Scale, told_apart
+from safepatch.runtime.refusals import refuse_absent_weights, refuse_compiled, refuse_fused_projections
 from safepatch.signing import held_copy, require_trusted
 
 
@@ -66,15 +67,7 @@ def apply(
     """
     components = Components.of(pipe)
     refuse_compiled(pipe)
-    if any(parameter.is_meta for parameter in components.unet.parameters()):
-        raise ConfigError(
-            "the UNet's weights are offloaded layer by layer, none is there to add to; use enable_model_cpu_offload()"
-        )
-    if is_offloaded_to_disk(components.unet):
-        raise ConfigError(
-            "the UNet's weights are offloaded to disk group by group, what is there are placeholders; apply the patch "
-            "first, or offload to the CPU"
-        )
+    refuse_absent_weights(components.unet)
     refuse_fused_projections(components.unet)
     artifact = patch if isinstance(patch, PatchArtifact) else _opened(patch, trusted)
     if trusted is not None and artifact is patch:

@@ -1,6 +1,5 @@
 """A call of the host, as far as a patch is concerned with it."""
 
-import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -11,22 +10,9 @@ from torch import Tensor
 
 from safepatch.diffusion import HostKind
 from safepatch.patch.base import row_timesteps
-from safepatch.runtime.parts import Scale
+from safepatch.runtime.known import unpatched
 from safepatch.runtime.residuals import Taking
-
-UNPATCHED = "_safepatch_unpatched"  # attribute of text states that were exchanged
-
-
-class Settings(NamedTuple):
-    """What a user sets on a `Handle`, checked there."""
-
-    scale: Scale
-    gate: str
-    speed: str
-    reads: str
-
-
-NONE = Settings(0.0, "off", "full", "windows")
+from safepatch.runtime.settings import NONE, Settings
 
 
 class Call(NamedTuple):
@@ -163,44 +149,6 @@ class Step(NamedTuple):
             for each in (begun.judged, begun.pictured)
         )
         return cls(given.timestep, acted, judged, pictured)
-
-
-def unpatched(tensor: Tensor) -> Tensor:
-    """Text states as the frozen encoder made them, where a patch has exchanged them for others; else themselves."""
-    return getattr(tensor, UNPATCHED, tensor)
-
-
-def with_unpatched(tensor: Tensor, own: Tensor) -> Tensor:
-    """`tensor`, which stands in for `own`: other patches, and gates, go by that one."""
-    setattr(tensor, UNPATCHED, own)
-    return tensor
-
-
-class Seen(NamedTuple):
-    """Tensors that are known by identity, without a look at their values, as long as nobody writes into them.
-
-    Under `torch.inference_mode` nobody counts what is written; there the values are kept, and looked at.
-    """
-
-    tensors: tuple["weakref.ref[Tensor]", ...]
-    versions: tuple[int | Tensor, ...]
-
-    @classmethod
-    def of(cls, *tensors: Tensor) -> "Seen":
-        """Remember them."""
-        versions = tuple(each.clone() if each.is_inference() else each._version for each in tensors)
-        return cls(tuple(map(weakref.ref, tensors)), versions)
-
-    def is_still(self, *tensors: Tensor) -> bool:
-        """Whether they are the ones, with the same values."""
-        if len(tensors) != len(self.tensors):
-            return False
-        if not all(seen() is each for seen, each in zip(self.tensors, tensors, strict=True)):
-            return False
-        return all(
-            torch.equal(before, each) if isinstance(before, Tensor) else before == each._version
-            for before, each in zip(self.versions, tensors, strict=True)
-        )
 
 
 def _keep_highest(kept: dict[str, Tensor], categories: Sequence[str], probabilities: Tensor) -> None:

@@ -14,9 +14,9 @@ from safepatch.models.load import flow_file, load_unet, text_encoder_weights, un
 from safepatch.models.weights import denoiser_weights
 from safepatch.patch.drift import ENCODER, drift, sketch, text_sketch
 from safepatch.patch.files import check_fits
-from safepatch.runtime.corrector import Stats
 from safepatch.runtime.handle import Handle, attached
 from safepatch.runtime.parts import Scale
+from safepatch.runtime.stats import Stats
 
 
 @dataclass(frozen=True)

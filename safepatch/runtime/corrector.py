@@ -1,10 +1,8 @@
 """What the parts of a patch add to one call of the host, computed when it is asked for."""
 
-import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import reduce
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -13,107 +11,15 @@ from safepatch.patch import Features, ResidualPatch, Residuals
 from safepatch.patch.base import plus
 from safepatch.patch.gate import TextGate
 from safepatch.patch.hooks import Calls
-from safepatch.runtime.call import Begun, Call, Seen
+from safepatch.runtime.call import Begun, Call
+from safepatch.runtime.known import Known
+from safepatch.runtime.memory import Cached, Heard, Memory, Read
 from safepatch.runtime.parts import ActivePart
 from safepatch.runtime.residuals import padded
+from safepatch.runtime.settings import SPEEDS
 from safepatch.runtime.sight import seen_so_far
+from safepatch.runtime.stats import Stats
 from safepatch.runtime.words import Words
-
-SPEEDS = {"full": 1, "fast": 2}  # denoising steps for which a control patch's residuals are used
-_COUNTING = threading.Lock()  # of whatever threads draw with one patch
-
-
-@dataclass
-class Stats:
-    """What happened since the patch was attached.
-
-    Attributes:
-        unet_calls: times the host's first layer ran, however it was called.
-        patched_calls: calls in which the patch could act: switched on, within its window, on rows with a prompt.
-        acted_calls: those of them in which it changed something.
-        acted_rows: rows that it changed.
-        gated_rows: rows that a gate has judged, counted per step and category.
-        open_rows: those of them for which it opened.
-        picture_rows: those that the picture spoke against and the words did not, of a gate that looks at pictures.
-        wordless_rows: rows whose words are unknown to a gate that reads words, because somebody else's encoder, or
-            none, made their text states; it judged them by those alone. Counted once a denoising.
-    """
-
-    unet_calls: int = 0
-    patched_calls: int = 0
-    acted_calls: int = 0
-    acted_rows: int = 0
-    gated_rows: int = 0
-    open_rows: int = 0
-    picture_rows: int = 0
-    wordless_rows: int = 0
-
-    def count(self, **more: int) -> None:
-        """Add to the counters, whatever other threads do."""
-        with _COUNTING:
-            for name, number in more.items():
-                setattr(self, name, getattr(self, name) + number)
-
-
-class Cached(NamedTuple):
-    """Residuals that a control patch made, and the calls they were used for.
-
-    Attributes:
-        residuals: as they were handed to the host; None where a gate was closed.
-        shape: of the sample.
-        rows: those that were corrected.
-        states: what the host was told of the rows.
-        timestep: of the last call.
-        scales: their strengths.
-        uses: how many calls they were used for.
-        calls: how many there were at that timestep: several where the UNet is called tile by tile.
-    """
-
-    residuals: Residuals | None
-    shape: torch.Size
-    rows: slice
-    states: Seen
-    timestep: float
-    scales: Tensor
-    uses: int = 1
-    calls: int = 1
-
-    def serves(self, call: Call) -> bool:
-        """Whether `call` is a later step of the same denoising, and that of the last one was no tile's."""
-        alike = (self.shape, self.rows) == (call.sample.shape, call.rows) and self.states.is_still(*call.told)
-        return alike and call.timestep < self.timestep and self.calls == 1 and self.residuals is not None
-
-    def calls_with(self, call: Call) -> int:
-        """How many calls there are at the timestep of `call`, with it.
-
-        A step that a scheduler goes over twice, as PNDM does with its second, looks like two tiles; the next does not.
-        """
-        return self.calls + 1 if call.timestep == self.timestep else 1
-
-
-class Read(NamedTuple):
-    """What a gate that reads text alone made of the text states of a denoising: it is the same at every step."""
-
-    states: Seen
-    rows: slice
-    probabilities: Tensor
-
-
-class Heard(NamedTuple):
-    """What the gates made of the words behind the text states of a denoising, (B, gates) logits."""
-
-    states: Seen
-    rows: slice
-    logits: Tensor
-
-
-@dataclass
-class Memory:
-    """What the parts remember from step to step of one thread's denoising, by the part's identity."""
-
-    residuals: dict[int, Cached] = field(default_factory=dict)
-    texts: dict[int, Read] = field(default_factory=dict)
-    words: Heard | None = None
 
 
 class Corrector:
@@ -187,7 +93,7 @@ class Corrector:
             made if scales.all() else None,
             call.sample.shape,
             call.rows,
-            Seen.of(*call.told),
+            Known.of(*call.told),
             call.timestep,
             scales,
             calls=last.calls_with(call) if last else 1,
@@ -239,7 +145,7 @@ class Corrector:
             states = call.words[call.rows].float()
             gate = cast(TextGate, part.patch.gate).to(states.device)
             logits = gate(None, call.row_timesteps, states, *self._heard(gate, begun))
-            last = Read(Seen.of(*call.told), call.rows, logits.sigmoid().cpu())
+            last = Read(Known.of(*call.told), call.rows, logits.sigmoid().cpu())
             kept[id(part)] = last
         return last.probabilities
 
@@ -253,7 +159,7 @@ class Corrector:
         if last is None or last.rows != call.rows or not last.states.is_still(*call.told):
             logits, known = self.words.behind(call.prompt_states[call.rows], call.words[call.rows])
             self.stats.count(wordless_rows=int((~known).sum()))
-            last = memory.words = Heard(Seen.of(*call.told), call.rows, logits)
+            last = memory.words = Heard(Known.of(*call.told), call.rows, logits)
         return (self.words.of(gate, last.logits).to(call.prompt_states.device),)
 
     def _openings(self, part: ActivePart, begun: Begun, probabilities: Tensor) -> Tensor:

@@ -5,7 +5,9 @@ from typing import Any
 
 from safepatch.diffusion import Drawing, HostKind, drawing, is_negative_prompt, negative_rows, steps_ahead
 from safepatch.patch.hooks import Calls
-from safepatch.runtime.call import Call, Seen
+from safepatch.runtime.call import Call
+from safepatch.runtime.known import Known
+from safepatch.runtime.settings import WHOLE
 
 
 @dataclass
@@ -26,7 +28,7 @@ class Denoising:
     is_on: bool = False
     is_met: bool = False
     will_miss: bool = False
-    states: Seen | None = None
+    states: Known | None = None
     negative: int = 0
     seen: dict[int, Any] = field(default_factory=dict)
 
@@ -42,27 +44,26 @@ class Denoisings:
     Args:
         kind: of the host.
         scheduler: the pipeline's; the length of its training schedule counts.
-        window: the part of a denoising in which the patch acts, from 0 (pure noise) to 1 (the image).
     """
 
-    def __init__(self, kind: HostKind, scheduler: Any, window: tuple[float, float]) -> None:
+    def __init__(self, kind: HostKind, scheduler: Any) -> None:
         self._kind = kind
         self._unit = kind.timestep_unit  # schedulers count steps as 1 whatever the host is told
         self._full_timestep = scheduler.config.num_train_timesteps * self._unit
         self._of_threads = Calls(Denoising)
-        self.window = window
 
-    def follow(self, is_on: bool) -> Denoising:
+    def follow(self, is_on: bool, window: tuple[float, float]) -> Denoising:
         """This thread's, in which the host is about to be called: another one, where a pipeline was called anew.
 
         Args:
             is_on: whether the patch is.
+            window: the part of a denoising in which it acts, from 0 (pure noise) to 1 (the image).
         """
         now = self._of_threads.now
         if (by := drawing(now.by)) is not now.by:
             now = self._renew(Denoising(by))
-            if steps := steps_ahead() if is_on and self.window != (0.0, 1.0) else []:
-                now.is_met = any(self._is_within(step * self._unit) for step in steps)
+            if steps := steps_ahead() if is_on and window != WHOLE else []:
+                now.is_met = any(self._is_within(step * self._unit, window) for step in steps)
                 now.will_miss = not now.is_met
         return now
 
@@ -72,9 +73,9 @@ class Denoisings:
         self._renew(Denoising())
         return ended
 
-    def meets(self, denoising: Denoising, call: Call) -> bool:
+    def meets(self, denoising: Denoising, call: Call, window: tuple[float, float]) -> bool:
         """Whether the patch, which is on, acts in this call as far as its window goes."""
-        is_met = self.window == (0.0, 1.0) or self._is_within(call.timestep)
+        is_met = window == WHOLE or self._is_within(call.timestep, window)
         denoising.is_on, denoising.is_met = True, denoising.is_met or is_met
         return is_met
 
@@ -89,7 +90,7 @@ class Denoisings:
         if denoising.by is None:
             return slice(0, batch)
         if denoising.states is None or not denoising.states.is_still(states):
-            denoising.states, denoising.negative = Seen.of(states), negative_rows(states)
+            denoising.states, denoising.negative = Known.of(states), negative_rows(states)
         return slice(denoising.negative, batch)
 
     def _renew(self, denoising: Denoising) -> Denoising:
@@ -97,5 +98,5 @@ class Denoisings:
         vars(now).update(vars(denoising))
         return now
 
-    def _is_within(self, timestep: float) -> bool:
-        return self.window[0] <= 1 - timestep / self._full_timestep <= self.window[1]
+    def _is_within(self, timestep: float, window: tuple[float, float]) -> bool:
+        return window[0] <= 1 - timestep / self._full_timestep <= window[1]

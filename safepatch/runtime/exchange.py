@@ -16,8 +16,9 @@ from torch import Tensor
 from safepatch.diffusion import Components, HostKind, uncompiled
 from safepatch.patch.hooks import Calls, Hooks
 from safepatch.patch.text import TextPatch
-from safepatch.runtime.call import Begun, Seen, unpatched, with_unpatched
+from safepatch.runtime.call import Begun
 from safepatch.runtime.corrector import Corrector
+from safepatch.runtime.known import Known, unpatched, with_unpatched
 from safepatch.runtime.parts import ActivePart
 from safepatch.runtime.rereading import OfEncoder
 
@@ -39,7 +40,7 @@ class Last:
         lacking: an encoder that did not know the words of some row; empty for none.
     """
 
-    given: Seen | None = None
+    given: Known | None = None
     scales: Tensor = field(default_factory=lambda: torch.zeros(0))
     made: dict[str, Tensor] = field(default_factory=dict)
     changed: Tensor = field(default_factory=lambda: torch.zeros(0))
@@ -104,7 +105,7 @@ class Exchange:
         known = last.given is not None and last.given.is_still(*came.values())
         if not known or not torch.equal(last.scales, scales):
             last.made, last.changed, last.lacking = self._made(came, scales)
-            last.given, last.scales = Seen.of(*came.values()), scales
+            last.given, last.scales = Known.of(*came.values()), scales
         if not last.changed.any():
             return None, last.lacking
         rows = begun.call.rows

@@ -21,7 +21,7 @@ from safepatch.models.weights import NAMES, Stored
 from safepatch.patch.files import check_fits, require_encoder
 from safepatch.runtime.check import require_fit
 from safepatch.runtime.fused_files import NOTE, Job, Tell, fuse_embedded, fuse_file, fuse_folder, plain_name
-from safepatch.runtime.handle import refuse_fused_projections
+from safepatch.runtime.refusals import refuse_fused_projections
 from safepatch.runtime.update import Update
 
 __all__ = ["NOTE", "Update", "fuse", "fuse_model"]

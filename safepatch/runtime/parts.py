@@ -1,15 +1,13 @@
 """A patch module that is ready to act on one host, and how strongly it does."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from safepatch.errors import ConfigError, lookup
+from safepatch.errors import ConfigError
 from safepatch.patch import Patch
-from safepatch.patch.gate import MODES
 from safepatch.patch.picture import TEXT
 
 Scale = float | Mapping[str, float]
@@ -110,30 +108,22 @@ def _opens(part: ActivePart) -> Iterator[tuple[str, str, float, float]]:
     yield from zip(part.categories, keys, part.thresholds.tolist(), evidence, strict=False)
 
 
-def check_scale(parts: Sequence[ActivePart], scale: Scale) -> None:
-    """Raise for a scale out of range, of a category that there is not, or that parts cannot tell apart."""
-    for value in scale.values() if isinstance(scale, Mapping) else [scale]:
-        if not 0 <= value < math.inf:  # NaN too
-            raise ConfigError(f"scale must be 0 (off) or more, not {value}")
-    for name in scale if isinstance(scale, Mapping) else ():
-        known = sorted({name for part in parts for name in part.categories})
-        lookup(dict.fromkeys(known), name, what="category of this patch")
-    for part in parts:
-        part.scales(scale)  # refuses what the part cannot tell apart
+def thresholds(parts: Sequence[ActivePart]) -> dict[str, float]:
+    """From which probability on each gate opens, by what it is called."""
+    return {
+        name: float(value)
+        for part in parts
+        if part.thresholds is not None
+        for name, value in zip(part.gates, part.thresholds, strict=False)
+    }
 
 
-def gate_mode(parts: Sequence[ActivePart], gate: str | None) -> str:
-    """How the gates of these parts are to act, `hard` by default where there are any; raises `ConfigError`."""
-    gated = any(part.patch.gate for part in parts)
-    if gate is not None and gate not in MODES:
-        raise ConfigError(f"gate must be one of {', '.join(MODES)}, not '{gate}'")
-    if gate in ("hard", "soft") and not gated:
-        raise ConfigError(f"this patch has no gate to be {gate}; fit one with `safepatch gate`, or leave gate out")
-    return gate or ("hard" if gated else "off")
-
-
-def check_window(window: tuple[float, float]) -> None:
-    """Raise `ConfigError` unless it is a part of the denoising, from 0 (pure noise) to 1 (the image)."""
-    start, end = window
-    if not 0 <= start < end <= 1:
-        raise ConfigError(f"start and end must be 0 <= start < end <= 1, not {start} and {end}")
+def looks(parts: Sequence[ActivePart]) -> dict[str, Look]:
+    """How the gates open that look at pictures, by what they are called."""
+    return {
+        name: Look(keys, float(odds.double().sigmoid()))
+        for part in parts
+        if part.evidence is not None
+        for name, keys, odds in zip(part.gates, part.keys, part.evidence, strict=True)
+        if keys != TEXT
+    }

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from safepatch.diffusion import UNET, HostKind, projects_states
 from safepatch.patch.hooks import Hooks
 from safepatch.patch.text import TextPatch
-from safepatch.runtime.call import Begun, unpatched
+from safepatch.runtime.call import Begun
+from safepatch.runtime.known import unpatched
 from safepatch.runtime.parts import ActivePart
 from safepatch.runtime.words import is_close
 

@@ -595,7 +595,7 @@ class Watch:
             return
         states = args[2] if len(args) > 2 else kwargs["encoder_hidden_states"]
         prompts = {row for row, state in enumerate(states) if not self._is_without(state)}
-        call = self.handle._calls.now.call  # what no public counter tells: which rows
+        call = self.handle._attachment._calls.now.call  # what no public counter tells: which rows
         self.calls.append((len(states), prompts, set(range(len(states))[call.rows]) if call else set()))
 
     def _is_without(self, state: Tensor) -> bool:

@@ -151,7 +151,7 @@ def test_the_prompts_rows_are_corrected_and_no_others(name):
 
     def note(_: nn.Module, args: tuple, given: dict[str, Any], output: Any) -> None:
         is_knife = [torch.allclose(row, knife[0], atol=1e-5) for row in given["encoder_hidden_states"]]
-        call = handle._calls.now.call  # what no public counter tells: which rows
+        call = handle._attachment._calls.now.call  # what no public counter tells: which rows
         rows.append((is_knife, list(range(len(is_knife)))[call.rows] if call else []))
 
     for kind in ("control", "lora"):

@@ -128,7 +128,7 @@ def test_only_rows_that_carry_the_prompt_are_corrected(sd3):
         lambda _, args, kwargs: given.append(kwargs["encoder_hidden_states"]), with_kwargs=True
     )
     with apply(sd3.pipe, sd3.artifact) as handle:
-        handle._corrector.parts[0].patch.register_forward_pre_hook(lambda _, args: seen.append(args[2]))
+        handle._attachment.corrector.parts[0].patch.register_forward_pre_hook(lambda _, args: seen.append(args[2]))
         draw(sd3.pipe, guidance_scale=4.0)
         draw(sd3.pipe, guidance_scale=1.0)
     keep.remove()
@@ -140,7 +140,7 @@ def test_only_rows_that_carry_the_prompt_are_corrected(sd3):
 def test_a_negative_prompt_of_flux_is_left_alone(flux):
     seen = []
     with apply(flux.pipe, flux.artifact) as handle:
-        handle._corrector.parts[0].patch.register_forward_pre_hook(lambda *_: seen.append(1))
+        handle._attachment.corrector.parts[0].patch.register_forward_pre_hook(lambda *_: seen.append(1))
         draw(flux.pipe, true_cfg_scale=2.0, negative_prompt="a knife")
     assert (handle.stats.unet_calls, handle.stats.patched_calls) == (4, 2)
     assert len(seen) == 2
@@ -254,7 +254,7 @@ def unpatched(handle: Any, host: Host, given: dict[str, Any]) -> Tensor:
 def test_fast_uses_residuals_twice(host):
     seen = []
     with apply(host.pipe, host.artifact, speed="fast") as handle:
-        handle._corrector.parts[0].patch.register_forward_pre_hook(lambda *_: seen.append(1))
+        handle._attachment.corrector.parts[0].patch.register_forward_pre_hook(lambda *_: seen.append(1))
         draw(host.pipe, num_inference_steps=4)
     assert handle.stats.unet_calls == 4
     assert len(seen) == 2
@@ -275,7 +275,7 @@ def test_low_precision_and_copies(host):
     pipe = copy.deepcopy(host.pipe).to(dtype=torch.bfloat16)
     base = draw(pipe)
     with apply(pipe, host.artifact) as handle:
-        assert next(handle._corrector.parts[0].patch.parameters()).dtype == torch.bfloat16
+        assert next(handle._attachment.corrector.parts[0].patch.parameters()).dtype == torch.bfloat16
         patched = draw(pipe)
         assert not torch.equal(patched, base)
         assert torch.equal(draw(copy.deepcopy(pipe)), patched)

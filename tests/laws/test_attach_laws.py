@@ -31,7 +31,8 @@ from safepatch.merging import MergeRecipe, combine
 from safepatch.patch import PATCH_KINDS
 from safepatch.patch.files import to_artifact
 from safepatch.runtime.apply import apply, attach
-from safepatch.runtime.handle import Handle, Stats
+from safepatch.runtime.handle import Handle
+from safepatch.runtime.stats import Stats
 from tests.families import small_transformer_pipe
 from tests.small import (
     DOWN,
@@ -229,7 +230,9 @@ def runs_at(pipe, timesteps: list[int], kind: str = "control", **options) -> lis
     sample, _, states = rows()
     ran: list[int] = []
     with torch.no_grad(), apply(pipe, small_artifact(kind), **options) as handle:
-        handle._corrector.parts[0].patch.register_forward_pre_hook(lambda *_: ran.append(handle.stats.unet_calls))
+        handle._attachment.corrector.parts[0].patch.register_forward_pre_hook(
+            lambda *_: ran.append(handle.stats.unet_calls)
+        )
         for timestep in timesteps:
             pipe.unet(sample, timestep, encoder_hidden_states=states)
         assert handle.stats.patched_calls == len(timesteps)  # an answer used again counts as the patch's say
@@ -277,12 +280,12 @@ def test_a_step_that_a_scheduler_goes_over_twice_makes_no_tiles_of_the_rest(smal
 def test_a_fast_patch_holds_nothing_once_it_is_off_and_can_be_copied(small_pipe):
     handle = apply(small_pipe, small_artifact(), speed="fast")
     patched = images(small_pipe)
-    assert handle._corrector._memory.now.residuals  # control
+    assert handle._attachment.corrector._memory.now.residuals  # control
     with apply(small_pipe, small_artifact(seed=1), speed="fast"):
         images(copy.deepcopy(small_pipe))
     assert torch.equal(images(small_pipe), patched)
     handle.remove()
-    assert not handle._corrector._memory.now.residuals
+    assert not handle._attachment.corrector._memory.now.residuals
 
 
 def test_an_unknown_speed_is_refused(small_pipe):
@@ -431,7 +434,7 @@ def test_a_patch_does_not_keep_the_pipeline_alive():
     handle = apply(pipe, small_artifact())
     del pipe
     gc.collect()
-    assert handle._pipe() is None
+    assert handle._attachment.pipe is None
     assert not handle.is_active
     handle.remove()
 
@@ -726,7 +729,7 @@ def test_a_call_that_failed_in_the_patch_hides_no_later_bypass(small_pipe, monke
 
     with apply(small_pipe, small_artifact()) as handle:
         with monkeypatch.context() as patched:
-            patched.setattr(handle._corrector.parts[0].patch, "forward", fail)
+            patched.setattr(handle._attachment.corrector.parts[0].patch, "forward", fail)
             with pytest.raises(error):
                 images(small_pipe)
         with pytest.raises(PatchBypassed):
@@ -746,6 +749,6 @@ def test_every_patch_of_several_is_watched(small_pipe):
     artifacts = [small_artifact(seed=seed) for seed in (1, 2)]
     with apply(small_pipe, artifacts[0]) as first, apply(small_pipe, artifacts[1], fail_closed=False):
         images(small_pipe)
-        next(iter(first._hooks)).handle.remove()  # somebody takes the first one's hook off
+        next(iter(first._attachment._hooks)).handle.remove()  # somebody takes the first one's hook off
         with pytest.raises(PatchBypassed):
             images(small_pipe)

@@ -593,7 +593,7 @@ def test_a_patch_is_active_in_a_pipeline_that_outlives_the_one_it_was_made_of(sm
     del pipe
     gc.collect()
     (found,) = status(other)
-    assert found.handle._pipe() is None  # control
+    assert found.handle._attachment.pipe is None  # control
     assert found.active
     assert not torch.equal(images(other), base)
     other.unet._forward_pre_hooks.clear()

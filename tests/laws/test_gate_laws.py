@@ -244,7 +244,9 @@ def test_a_fast_patch_is_asked_again_at_every_second_step_unless_its_gate_was_cl
     def runs(timesteps: list[int], **options) -> list[int]:
         ran: list[int] = []
         with torch.no_grad(), apply(small_pipe, gated("control"), **options) as handle:
-            handle._corrector.parts[0].patch.register_forward_pre_hook(lambda *_: ran.append(handle.stats.unet_calls))
+            handle._attachment.corrector.parts[0].patch.register_forward_pre_hook(
+                lambda *_: ran.append(handle.stats.unet_calls)
+            )
             for timestep in timesteps:
                 small_pipe.unet(sample, timestep, encoder_hidden_states=states)
         return ran
@@ -265,7 +267,7 @@ def test_a_tile_is_never_given_the_residuals_of_one_whose_gate_was_open(small_pi
     sample, _, states = rows()
     with torch.no_grad(), apply(small_pipe, gated("control"), speed="fast") as handle:
         judged: list[bool] = []
-        gate = handle._corrector.parts[0].patch.gate
+        gate = handle._attachment.corrector.parts[0].patch.gate
         gate.register_forward_hook(lambda *_: torch.full((2, 1), 9.0 if len(judged) % 2 else -9.0))
         handle.on_gate = lambda _, probabilities: judged.append(bool(probabilities.round().any()))
         for timestep in (900, 900, 700, 700):
@@ -283,7 +285,7 @@ def test_a_row_whose_gate_opens_late_is_corrected_at_once_whatever_its_neighbour
             apply(small_pipe, gated("control"), speed="fast") as handle,
             spied(small_pipe.unet) as seen,
         ):
-            gate, asked = handle._corrector.parts[0].patch.gate, []
+            gate, asked = handle._attachment.corrector.parts[0].patch.gate, []
             assert gate is not None
             logits = [torch.tensor([[9.0], [-9.0]]), torch.tensor([[9.0], [9.0]])]
             gate.register_forward_hook(lambda *_: (asked.append(1), logits[len(asked) - 1][picked])[1])

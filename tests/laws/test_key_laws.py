@@ -170,7 +170,9 @@ def test_a_soft_gate_opens_as_far_as_the_wider_key(small_pipe, monkeypatch):
     monkeypatch.setattr(TextGate, "forward", lambda self, mid, t, states, *_: torch.full((2, 1), -30.0))
     with apply(small_pipe, keyed(), gate="soft") as handle:
         found: list[Tensor] = []
-        monkeypatch.setattr(handle._corrector, "strength", _noted(handle._corrector.strength, found))
+        monkeypatch.setattr(
+            handle._attachment.corrector, "strength", _noted(handle._attachment.corrector.strength, found)
+        )
         drawn(small_pipe)
     torch.testing.assert_close(torch.stack(found[1:]), torch.full((2, 2), 0.5))
 
@@ -231,7 +233,7 @@ def test_threads_do_not_turn_each_others_keys(small_pipe, monkeypatch):
 @every_kind
 def test_a_key_that_is_not_shown_the_picture_stops_the_image(small_pipe, kind):
     with apply(small_pipe, keyed(kind)) as handle:
-        for hook in handle._sight.hooks:
+        for hook in handle._attachment._sight.hooks:
             hook.handle.remove()
         with pytest.raises(PatchBypassed):
             drawn(small_pipe)

@@ -136,7 +136,7 @@ def test_of_flux_the_last_block_is_looked_at_in_which_the_image_is_apart():
 def test_a_key_that_is_not_shown_the_picture_stops_the_image(name):
     with apply(pipe_of(name), keyed(name)) as handle:
         draw(pipe_of(name))  # control
-        for hook in handle._sight.hooks:
+        for hook in handle._attachment._sight.hooks:
             hook.handle.remove()
         with pytest.raises(PatchBypassed):
             draw(pipe_of(name))

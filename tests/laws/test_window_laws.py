@@ -208,8 +208,8 @@ def test_what_a_gate_made_of_words_is_forgotten_in_order_and_judged_again(small_
         for text in ("cat knife dog", *(f"dog {other}" for other in vocabulary()[:5]), "cat knife dog"):
             draw(small_pipe, prompt=text)
         assert handle.stats.open_rows == 4
-        assert len(handle._words._prompts) == 4
-        assert len(handle._words._windows.memo) == 2
+        assert len(handle._attachment._words._prompts) == 4
+        assert len(handle._attachment._words._windows.memo) == 2
 
 
 def other_weights(pipe) -> None:
