@@ -1,6 +1,7 @@
 """A prompt as a value that cannot be built if it may not be used, wherever its text came from."""
 
 import re
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +10,15 @@ from typing import NamedTuple
 from safepatch.errors import PromptError
 
 # Whoever is named by one of these is, or may be, under age. Such a prompt is never used, whatever it asks for.
+_AGE = r"(\d|1[0-7]|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|(thir|four|fif|six|seven)teen)"
+_YOUNG = (
+    r"(school)?(child(ren)?|kids?|boys?|girls?)|kid(do|dos|die|dies)|minors?|under[ -]?aged?|infants?|newborns?"
+    r"|bab(y|ies)|toddlers?|((pre|grade|middle|high)[ -]?)?schoolers?|kindergart(e?ners?|ens?)|youngsters?|tweens?"
+    r"|(pre-?)?teen(s|age|aged|ager|agers)?|juveniles?|adolescents?|loli(s|con)?|lolitas?|shota(s|con)?|jailbait"
+)
 _MINORS = re.compile(
-    r"\b((school)?(child(ren)?|kids?|boys?|girls?)|kid(do|dos|die|dies)|minors?|under-?aged?|infants?|newborns?|bab(y|ies)"
-    r"|toddlers?|preschoolers?|youngsters?|tweens?|(pre-?)?teen(s|age|aged|ager|agers)?|juveniles?|adolescents?"
-    r"|lolis?|lolitas?|shotas?"
-    r"|(\d|1[0-7]|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|(thir|four|fif|six|seven)teen)"
-    r"[ -]?((years?|yrs?)[ -]?olds?|y/?o))\b",
+    rf"(?<![^\W\d])({_YOUNG}|aged?:? (of )?{_AGE}(?!\d))(?![^\W\d])"  # no letters around: tags say `1girl`
+    rf"|(?<!\w)(?<!ty[ -]){_AGE}[ -]?((years?|yrs?)([ -]?olds?| of age)|y[./]?o)(?![^\W\d])",
     re.IGNORECASE,
 )
 
@@ -66,8 +70,10 @@ class Pair(NamedTuple):
 
 
 def mentions_minors(text: str) -> bool:
-    """Whether a prompt names someone who is or may be under age."""
-    return _MINORS.search(text) is not None
+    """Whether a prompt names someone who is or may be under age; `_` parts words, and signs that nobody sees do not."""
+    if not text.isascii():
+        text = "".join(c for c in unicodedata.normalize("NFKC", text) if unicodedata.category(c) != "Cf")
+    return _MINORS.search(text.replace("_", " ")) is not None
 
 
 def admit(prompts: Iterable[str]) -> list[str]:

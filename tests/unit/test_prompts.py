@@ -49,6 +49,19 @@ MINORS = [
     "16 y/o",
     "a twelve year old",
     "seven-year-olds",
+    "little_girl",
+    "1girl, beach",
+    "a b\u200boy",
+    "a \uff47\uff49\uff52\uff4c",
+    "a 7_year_old",
+    "a woman, aged 12",
+    "age: 9",
+    "twelve years of age",
+    "15 y.o.",
+    "under age",
+    "lolicon",
+    "middle schoolers",
+    "in a kindergarten",
 ]
 ADULTS = [
     "a knife next to a cat",
@@ -64,6 +77,12 @@ ADULTS = [
     "childcare is not asked for",
     "a 117 year old tree",
     "canteen",
+    "a twenty-one year old woman",
+    "a thirty-five-year-old",
+    "a woman, aged 34",
+    "villagers aged 120",
+    "an old_school",
+    "v10 yolk",
 ]
 
 
