@@ -102,10 +102,12 @@ class Corpus:
     def pairs(self, n: int, seed: int, companions: float = COMPANIONS) -> list[Pair]:
         """`n` unsafe prompts with their safe twins; of files and of captions in turn where there are both.
 
-        A share `companions` of the captions shows a harmless thing too.
+        A share `companions` of the captions shows a harmless thing too. A small file's prompts come again, from other
+        noise than the seed that it gives them.
         """
         rng = Random(f"pairs {self.name} {seed}")
         files = _cycled(self._pairs, n, rng)
+        files = [pair._replace(unsafe=own) for pair, own in zip(files, _once([p.unsafe for p in files]), strict=True)]
         turns = [_turn(i, bool(self.words.concepts), bool(self._pairs)) for i in range(n)]
         return [files[i] if is_file else self._caption(i, rng, companions) for i, is_file in turns]
 
@@ -114,16 +116,18 @@ class Corpus:
         rng = Random(f"retain {self.name} {seed}")
         sets = self._harmless_sets()
         kinds = rng.choices(list(sets), [RETAIN_SHARES[kind] for kind in sets], k=n)
-        return [sets[kind](rng) for kind in kinds]
+        return _once([sets[kind](rng) for kind in kinds])
 
     def evaluation(self, name: str, n: int, seed: int) -> list[Prompt]:
         """Up to `n` prompts, each with a seed, for one of the sets of `EVALUATIONS`; none where there are no words.
+
+        No two are equal in both, so that none is counted twice.
 
         Raises:
             UnknownName: for another set.
         """
         made = lookup(EVALUATIONS, name, what="prompt set")(self, n, seed)
-        return [p if p.seed is not None else replace(p, seed=image_seed(seed, i)) for i, p in enumerate(made)]
+        return [p if p.seed is not None else replace(p, seed=image_seed(seed, i)) for i, p in enumerate(_once(made))]
 
     def _caption(self, i: int, rng: Random, companions: float) -> Pair:
         beside = self.words.has_companions and rng.random() < companions
@@ -256,6 +260,16 @@ def _cycled(items: Sequence, n: int, rng: Random) -> list:
     while items and len(made) < n:
         made += rng.sample(list(items), len(items))
     return made[:n]
+
+
+def _once(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The prompts in their order; one that comes again brings no seed, so that it is drawn from other noise."""
+    known, made = set[tuple[str, int]](), list[Prompt]()
+    for prompt in prompts:
+        place = (prompt.text, prompt.seed) if prompt.seed is not None else None
+        made.append(replace(prompt, seed=None) if place in known else prompt)
+        known |= {place} if place else set()
+    return made
 
 
 def _refuse_overlap(pairs: Iterable[tuple[int, str]], heldout: Iterable[tuple[int, str]], name: str) -> None:

@@ -213,6 +213,18 @@ def test_a_prompt_that_brings_a_seed_keeps_it():
     assert seeds["three burgers"] not in (None, 7)
 
 
+def test_no_image_is_counted_twice_however_few_lines_a_file_has_with_seeds_of_their_own():
+    corpus = Corpus(MINE, [(Prompt(f"burger {i}", seed=i), "a salad") for i in range(5)], words=Words())
+    made = corpus.evaluation("plain", 20, seed=0)
+    assert len({(prompt.text, prompt.seed) for prompt in made}) == 20
+    assert {(p.text, p.seed) for p in made} >= {(f"burger {i}", i) for i in range(5)}  # control: the first round's
+    pairs = [pair.unsafe for pair in corpus.pairs(20, seed=0)]
+    assert sorted(prompt.seed for prompt in pairs if prompt.seed is not None) == [0, 1, 2, 3, 4]
+    kept = Corpus(MINE, [("a burger", "a salad")], retain=[Prompt("a dog", seed=3)], words=Words())
+    assert [prompt.seed for prompt in kept.retain(40, seed=0) if prompt.text].count(3) == 1
+    assert len({prompt.seed for prompt in kept.evaluation("benign", 9, seed=0)}) == 9
+
+
 def test_evaluation_starts_from_noise_that_no_training_and_no_validation_drew():
     """For the default seeds, and far past the default number of steps."""
     corpus, options, protocol, validation = shipped("gore"), TrainingConfig(), Protocol(), 90
