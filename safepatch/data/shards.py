@@ -27,8 +27,8 @@ Make = Callable[[range], Mapping[str, Tensor]]
 
 def usual_cache() -> Path:
     """Where rows are kept if nobody says where: `SAFEPATCH_CACHE`, or a folder of the user's cache."""
-    usual = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "safepatch"
-    return Path(os.environ.get("SAFEPATCH_CACHE", usual))
+    usual = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "safepatch"
+    return Path(os.environ.get("SAFEPATCH_CACHE") or usual)
 
 
 @dataclass(frozen=True)

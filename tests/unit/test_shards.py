@@ -78,6 +78,10 @@ def test_the_users_cache_is_where_it_belongs(monkeypatch, tmp_path):
     monkeypatch.delenv("SAFEPATCH_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert usual_cache() == tmp_path / "safepatch"
+    monkeypatch.setenv("SAFEPATCH_CACHE", "")  # says nothing
+    assert usual_cache() == tmp_path / "safepatch"
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    assert usual_cache() == Path.home() / ".cache" / "safepatch"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert usual_cache() == Path.home() / ".cache" / "safepatch"
 
