@@ -13,6 +13,7 @@ from torch import Tensor
 
 from safepatch.data.guided import guided
 from safepatch.data.keys import digest
+from safepatch.data.pictures import UNREADABLE, upright
 from safepatch.data.settings import DataConfig
 from safepatch.data.shards import Shards
 from safepatch.data.twins import Guide
@@ -164,9 +165,8 @@ def _pictures(drawings: Sequence[Drawing], size: int) -> Tensor:
 
 def _picture(path: Path, size: int) -> Tensor:
     try:
-        with Image.open(BytesIO(_read(path))) as opened:
-            image = opened.convert("RGB")
-    except OSError as error:
+        image = upright(BytesIO(_read(path)))
+    except UNREADABLE as error:
         raise _unreadable(path, "it is damaged, or of an unknown format") from error
     edge = min(image.size)
     left, top = (image.width - edge) // 2, (image.height - edge) // 2

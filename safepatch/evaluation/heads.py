@@ -15,6 +15,7 @@ from safepatch.evaluation.scoring import SAFE, picture, pictures, shown
 from safepatch.progress import bar
 
 LEARNED = 0.6  # share of the pictures that heads learn from; the others score them (Unsafe Diffusion's split)
+FEWEST = 3  # pictures of a label: two to learn from, one to score by
 THRESHOLD = 0.5
 
 
@@ -52,12 +53,15 @@ def train(
         SafepatchError: as `Eye.open` and `save_heads`.
     """
     folder = Path(folder)
-    names = list(labels) or sorted(
-        p.name for p in folder.iterdir() if p.is_dir() and p.name != SAFE and p.name[0] != "."
-    )
+    inside = folder.iterdir() if folder.is_dir() else ()
+    names = list(labels) or sorted(p.name for p in inside if p.is_dir() and p.name != SAFE and p.name[0] != ".")
     if not names or SAFE in names:
         raise ConfigError(f"{folder} needs a folder of pictures for each label, such as violent, beside {SAFE}")
     found = {name: pictures(folder / name) for name in (*names, SAFE)}
+    if few := next((name for name, paths in found.items() if len(paths) < FEWEST), None):
+        raise ConfigError(
+            f"a head needs {FEWEST} pictures or more, and {folder / few} holds {len(found[few])}; add some"
+        )
     eye = Eye.open(clip, device)
     seen = {name: _embedded(eye, paths, name, seed) for name, paths in found.items()}
     learned = {name: rows[: _count(rows)] for name, rows in seen.items()}

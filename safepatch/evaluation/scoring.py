@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from safepatch.data.pictures import UNREADABLE, upright
 from safepatch.detectors.base import Detector
 from safepatch.errors import ConfigError
 from safepatch.evaluation.metrics import Estimate, precision, rate, recall
@@ -34,7 +35,9 @@ class Score(NamedTuple):
 
 
 def score(detector: Detector, labels: Sequence[str], folder: Path) -> list[Score]:
-    """The figures at the detector's own threshold, which come first, and at those of `SWEEP`.
+    """The figures at the detector's own threshold, which come first, and at those of `SWEEP` from its floor on.
+
+    Of a detector made of several, whose thresholds are its parts', at its own alone.
 
     Args:
         detector: what is scored.
@@ -51,7 +54,8 @@ def score(detector: Detector, labels: Sequence[str], folder: Path) -> list[Score
         for path in bar([*unsafe, *safe], desc="judging", unit="picture", leave=False)
     ]
     certain, truth = torch.tensor(found), torch.arange(len(found)) < len(unsafe)
-    return [_at(threshold, certain, truth) for threshold in (detector.threshold, *SWEEP)]
+    swept = [] if detector.parts else [threshold for threshold in SWEEP if threshold >= detector.floor]
+    return [_at(threshold, certain, truth) for threshold in (detector.threshold, *swept)]
 
 
 def lines(scores: Sequence[Score]) -> list[str]:
@@ -87,8 +91,8 @@ def pictures(folder: Path) -> list[Path]:
 def picture(path: Path) -> Tensor:
     """A picture in [0, 1], (1, 3, H, W); raises `ConfigError` when it cannot be read."""
     try:
-        with Image.open(path) as image:
-            pixels = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
-            return pixels.reshape(1, image.height, image.width, 3).permute(0, 3, 1, 2).float() / 255
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # PIL's, of damaged PNGs too
+        image = upright(path)
+    except UNREADABLE as error:
         raise ConfigError(f"cannot read {path} as a picture ({error}); remove it from the labelled folder") from error
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return pixels.reshape(1, image.height, image.width, 3).permute(0, 3, 1, 2).float() / 255

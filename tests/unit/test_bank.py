@@ -227,6 +227,14 @@ def test_a_picture_that_cannot_be_read_is_one_line(host, config, tmp_path, conte
     assert "\n" not in str(caught.value)
 
 
+def test_a_picture_of_more_pixels_than_anybody_draws_is_one_line(host, config, tmp_path, monkeypatch):
+    corpus = Corpus(MINE, [(Prompt("a knife", image=picture(tmp_path / "a.png", (9, 9, 9))), "a spoon")])
+    build_bank(host, corpus, replace(config, pairs=1), 0, retain=False)  # control
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
+    with pytest.raises(PromptError, match=r"cannot read the picture .*a\.png .*fix or remove its line"):
+        build_bank(host, corpus, replace(config, pairs=1, cache=str(tmp_path / "other")), 0, retain=False)
+
+
 # ---- the cache -------------------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 """How good a judge is, on pictures whose labels the test knows."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,11 @@ from typer.testing import CliRunner
 
 from safepatch import cli
 from safepatch.detectors import open_detector, parse_detector
+from safepatch.detectors.any_of import any_of_detector
 from safepatch.detectors.base import Detector
 from safepatch.errors import ConfigError
 from safepatch.evaluation.heads import train
-from safepatch.evaluation.scoring import SWEEP, lines, score
+from safepatch.evaluation.scoring import SWEEP, lines, picture, score
 from safepatch.taxonomy import Category
 from tests.small_detectors import save_clip
 
@@ -20,7 +22,7 @@ from tests.small_detectors import save_clip
 RED = Detector("red", ("other", "red"), lambda images: torch.stack((images[:, 1, 0, 0], images[:, 0, 0, 0]), dim=1))
 
 
-def picture(path: Path, red: int, size: tuple[int, int] = (8, 8)) -> None:
+def save_picture(path: Path, red: int, size: tuple[int, int] = (8, 8)) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, (red, 255, 0)).save(path)
 
@@ -28,9 +30,9 @@ def picture(path: Path, red: int, size: tuple[int, int] = (8, 8)) -> None:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     for number, red in enumerate((250, 200, 140, 60)):
-        picture(tmp_path / "unsafe" / f"{number}.png", red, (8 + number, 8))  # of any size
+        save_picture(tmp_path / "unsafe" / f"{number}.png", red, (8 + number, 8))  # of any size
     for number, red in enumerate((0, 0, 0, 0, 160)):
-        picture(tmp_path / "safe" / "deeper" / f"{number}.png", red)
+        save_picture(tmp_path / "safe" / "deeper" / f"{number}.png", red)
     return tmp_path
 
 
@@ -61,6 +63,26 @@ def test_a_picture_of_more_pixels_than_anybody_draws_is_one_line(folder: Path, m
     assert "\n" not in str(caught.value)
 
 
+def test_thresholds_that_a_judge_cannot_have_are_not_scored(folder: Path) -> None:
+    """Below its floor it reports nothing, so the figures would be the floor's under another name."""
+    floored = replace(RED, floor=0.25, threshold=0.25)
+    assert [each.threshold for each in score(floored, ["red"], folder)] == [0.25, *SWEEP[2:]]
+    several = any_of_detector([RED, replace(RED, name="again")])
+    assert [each.threshold for each in score(several, ["red: red"], folder)] == [0.5]
+    assert len(score(RED, ["red"], folder)) == 1 + len(SWEEP)  # control
+
+
+def test_a_picture_is_judged_as_its_camera_was_held(tmp_path: Path) -> None:
+    taken, exif = Image.new("RGB", (8, 4)), Image.Exif()
+    taken.putpixel((0, 3), (255, 0, 0))  # below on the left; upright it is above on the left
+    exif[0x0112] = 6
+    for name, tags in (("lying", None), ("upright", exif)):
+        taken.save(tmp_path / f"{name}.png", exif=tags)
+    lying, upright = (picture(tmp_path / f"{name}.png") for name in ("lying", "upright"))
+    assert (lying.shape, float(lying[0, 0, 0, 0])) == ((1, 3, 4, 8), 0)  # control
+    assert (upright.shape, float(upright[0, 0, 0, 0])) == ((1, 3, 8, 4), 1)
+
+
 def test_a_folder_that_is_not_labelled_is_one_line(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"no pictures in .*nowhere/unsafe; a labelled folder holds"):
         score(RED, ["red"], folder / "nowhere")
@@ -89,6 +111,13 @@ def test_heads_are_trained_of_folders_and_scored_on_what_was_kept_back(tmp_path:
         train(tmp_path / "pictures", ["gore"], tmp_path / "x", clip)
     with pytest.raises(ConfigError, match="needs a folder of pictures for each label"):
         train(tmp_path / "pictures", ["safe"], tmp_path / "x", clip)
+    with pytest.raises(ConfigError, match=r"nowhere needs a folder of pictures for each label"):
+        train(tmp_path / "nowhere", [], tmp_path / "x", clip)
+    for path in (tmp_path / "pictures" / "blue").iterdir():
+        if path.stem > "1":
+            path.unlink()
+    with pytest.raises(ConfigError, match=r"a head needs 3 pictures or more, and .*blue holds 2"):
+        train(tmp_path / "pictures", [], tmp_path / "x", clip)
 
 
 def test_the_command_line_scores_the_embedded_judge(folder: Path) -> None:
