@@ -6,13 +6,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import dropwhile, islice
+from itertools import chain, dropwhile, islice
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TextIO
 
 import torch
 
-from safepatch.data.columns import DELIMITERS, NAMES, listed, match, plain
+from safepatch.data.columns import COMMENT, DELIMITERS, NAMES, delimiter_of, listed, match, plain
 from safepatch.errors import PromptError
 from safepatch.files import long_cells, replacing, unwritable
 from safepatch.guard.encoders import LONGEST
@@ -64,29 +64,30 @@ def score_file(guard: Guard, path: Path, out: Path, column: str | None = None) -
     Args:
         guard: bound to its encoder.
         path: a CSV or TSV file with a column of prompts, or a text file of one a line.
-        out: where the CSV appears, all or nothing; may not be `path`.
+        out: where the CSV appears, all or nothing; not `path`.
         column: that holds the prompts, where it is not found by its name.
 
     Raises:
-        PromptError: when the file is missing, of another format, or has no such column.
+        PromptError: when the file is missing, of another format, has no such column, or is `out`.
         SafepatchError: when `out` cannot be written.
     """
     tally = Tally()
-    try:
-        with _opened(path) as file, replacing(out) as written, _as_text(written) as text, long_cells(CELL):
-            rows, writer = _rows(file, path, column), csv.writer(text, lineterminator="\n")
-            writer.writerow(["row", "prompt", "verdict", *guard.categories])
-            shown = bar(desc="scoring", unit="prompt")
-            while some := list(islice(rows, ROWS)):
-                writer.writerows(_scored(guard, some, tally))
-                shown.update(len(some))
-            shown.close()
-    except csv.Error as error:
-        raise PromptError(f"{path.name} is damaged after row {tally.rows} ({error}); correct it") from error
-    except FileNotFoundError as error:
-        raise PromptError(f"no prompt file {path}; check the path") from error
-    except OSError as error:
-        raise unwritable(out, error, "choose another -o") from error
+    with _opened(path) as file:
+        if out.exists() and out.samefile(path):
+            raise PromptError(f"{out} is the file of the prompts itself; choose another -o")
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(out) as written, _as_text(written) as text, long_cells(CELL):
+                rows, writer = _rows(file, path, column), csv.writer(text, lineterminator="\n")
+                writer.writerow(["row", "prompt", "verdict", *guard.categories])
+                with bar(desc="scoring", unit="prompt") as shown:
+                    while some := list(islice(rows, ROWS)):
+                        writer.writerows(_scored(guard, some, tally))
+                        shown.update(len(some))
+        except csv.Error as error:
+            raise PromptError(f"{path.name} is damaged after row {tally.rows} ({error}); correct it") from error
+        except OSError as error:
+            raise unwritable(out, error, "choose another -o") from error
     return tally
 
 
@@ -116,7 +117,12 @@ def _named(guard: Guard, chance: torch.Tensor) -> list[str]:
 
 def _opened(path: Path) -> TextIO:
     """The file's lines; bytes that are not UTF-8 are kept until it is known which row's they are."""
-    return path.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
+    try:
+        return path.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
+    except FileNotFoundError as error:
+        raise PromptError(f"no prompt file {path}; check the path") from error
+    except OSError as error:
+        raise PromptError(f"cannot read {path} ({error.strerror or error}); check the path") from error
 
 
 def _rows(lines: TextIO, path: Path, column: str | None) -> Iterator[Row]:
@@ -127,19 +133,25 @@ def _rows(lines: TextIO, path: Path, column: str | None) -> Iterator[Row]:
         return (_row(number, text) for number, text in enumerate(filter(None, texts), start=1))
     if suffix not in DELIMITERS:
         raise PromptError(f"{path.name} cannot be read row by row; use .csv, .tsv, or .txt with one prompt a line")
-    return _cells(lines, path, column, DELIMITERS[suffix][0])
+    return _cells(dropwhile(COMMENT.match, lines), path, column, DELIMITERS[suffix])
 
 
-def _cells(lines: TextIO, path: Path, column: str | None, delimiter: str) -> Iterator[Row]:
-    rows = csv.reader(dropwhile(lambda line: line.startswith("#"), lines), delimiter=delimiter)
+def _cells(lines: Iterator[str], path: Path, column: str | None, delimiters: str) -> Iterator[Row]:
+    wanted, first = [plain(column)] if column else NAMES["prompt"], next(lines, "")
+    rows = csv.reader(chain([first], lines), delimiter=delimiter_of(first, delimiters, wanted))
     header = [name.strip() for name in next(rows, [])]
-    wanted = [plain(column)] if column else NAMES["prompt"]
     name = match(header, wanted)
     if name is None:
         raise PromptError(f"{path.name} has no column of prompts (it has {listed(header)}); name one with --column")
-    place = header.index(name)
     numbered = enumerate((row for row in rows if any(row)), start=1)
-    return (_row(number, row[place] if place < len(row) else "") for number, row in numbered)
+    return (_of_cells(number, row, header.index(name), len(header)) for number, row in numbered)
+
+
+def _of_cells(number: int, row: Sequence[str], place: int, width: int) -> Row:
+    """Its prompt; unread where it has more cells than the first line, or too few: a comma may have cut the prompt."""
+    if len(row) <= place or any(cell.strip() for cell in row[width:]):
+        return _row(number, " ".join(row))._replace(problem=f"has not the first line's {width} cells but {len(row)}")
+    return _row(number, row[place])
 
 
 def _row(number: int, text: str) -> Row:
