@@ -47,7 +47,7 @@ class Eye:
     @classmethod
     def of(cls, pipe: Any, corpus: Corpus, detector: str, steps: int) -> "Eye":
         """With a detector as it is named on the command line; raises `ConfigError` where it cannot see the category."""
-        opened = open_detector(parse_detector(detector), [corpus.category])
+        opened = open_detector(parse_detector(detector), [corpus.category], pipe.device)
         return cls(quiet(pipe), opened, opened.labels_of(corpus.category), steps)
 
     def __call__(self, texts: Sequence[str], seeds: Sequence[int]) -> Tensor:

@@ -42,7 +42,7 @@ def labelled(source: str | Path, part: str) -> list[Labelled]:
         part: `learn` or `test`; of a file without such a column all are taken.
 
     Raises:
-        PromptError: as `read_prompts`, and for a file without categories.
+        PromptError: as `read_prompts`, for a file without categories, and for one without rows of that part.
     """
     path = _FOLDER / f"{ENGLISH}.csv" if str(source) == ENGLISH else Path(source)
     read, table = read_prompts(path), read_table(path)
@@ -55,6 +55,8 @@ def labelled(source: str | Path, part: str) -> list[Labelled]:
         if cells.get("part", part) == part:
             names = tuple(name for each in line.categories for name in each.replace(" ", "").split(",") if name)
             made.append(Labelled(line.text, names, cells.get("kind") or ("unsafe" if names else HARMLESS)))
+    if not made:
+        raise PromptError(f"{path.name} has no row whose column 'part' says {part}; write it there, or take it out")
     return made
 
 

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from safepatch.artifact.patch_artifact import PatchArtifact
+from safepatch.data.columns import listed
 from safepatch.data.corpus import Corpus
 from safepatch.data.readers import read_prompts
 from safepatch.diffusion import Components, UNetHost
-from safepatch.errors import ConfigError
+from safepatch.errors import ConfigError, PromptError
 from safepatch.guard.calibrate import calibrated, told_by
 from safepatch.guard.config import GuardConfig
 from safepatch.guard.encoders import ENCODERS, Encoder, Pieces
@@ -56,7 +57,7 @@ def train(corpora: Sequence[Corpus], config: GuardConfig, pipe: Any = None) -> G
     if not names or len(set(names)) < len(names):
         raise ConfigError(f"a guard needs categories, each once; got {', '.join(names) or 'none'}")
     encoder = ENCODERS[config.encoder](pipe)
-    by_hand = labelled(config.labels, LEARN) if config.labels else []
+    by_hand = _said(config.labels, names) if config.labels else []
     texts = [*learned(corpora, config.captions, config.seed), *_unlabelled(config, names)]
     texts += _in_captions(by_hand, names, corpora[0], config.seed)
     wordings = [text.text for text in texts]
@@ -88,6 +89,15 @@ def train(corpora: Sequence[Corpus], config: GuardConfig, pipe: Any = None) -> G
 # ---- what is learned ---------------------------------------------------------------------------------------------
 
 
+def _said(source: str, names: Sequence[str]) -> list[Labelled]:
+    """A labelled file to learn from; one that files rows under other names alone would deny that any is for these."""
+    rows = labelled(source, LEARN)
+    filed = {name for row in rows for name in row.categories}
+    if filed and filed.isdisjoint(names):
+        raise PromptError(f"{source} has rows for {listed(sorted(filed))}, none for {', '.join(names)}; correct them")
+    return rows
+
+
 def _unlabelled(config: GuardConfig, names: Sequence[str]) -> list[Text]:
     lines = [line for path in config.unlabelled for line in read_prompts(path).lines]
     return [Text(line.text, line.text, (UNSURE,) * len(names)) for line in lines]
@@ -116,7 +126,7 @@ def _labelers(corpora: Sequence[Corpus], config: GuardConfig, pipe: Any, texts: 
     made: list[Labeler] = [Answers("corpus", {text.text: text.votes for text in texts}, len(names))]
     made.append(Keywords(corpora))
     if config.answers:
-        said = labelled(config.answers, LEARN)
+        said = _said(config.answers, names)
         rows = labels_of([row.categories for row in said], names).tolist()
         made.append(Answers("answers", {row.text: votes for row, votes in zip(said, rows, strict=True)}, len(names)))
     if config.patch:
