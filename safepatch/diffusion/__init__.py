@@ -68,6 +68,7 @@ from safepatch.diffusion.noise import add_noise, alphas, noise_pred, prediction_
 from safepatch.diffusion.one_step import draws_in_one_step, one_step_scheduler
 from safepatch.diffusion.pictures import as_picture, decode_latents, encode_images, save_image
 from safepatch.diffusion.sampling import generate, generate_from_states, own_sides, quiet
+from safepatch.diffusion.together import drawn_together
 from safepatch.diffusion.tokens import TokenReader, Typed, teach
 from safepatch.diffusion.windows import Spelling, Window, encode_windows, windows
 
@@ -104,6 +105,7 @@ __all__ = [
     "denoiser",
     "denoiser_entry",
     "drawing",
+    "drawn_together",
     "draws_in_one_step",
     "empty_controlnet",
     "empty_text_encoder",

@@ -1,7 +1,7 @@
 """What attacks bring back: rates over prompts, where a prompt has resisted when no image asked for it is unsafe."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -84,7 +84,7 @@ def _search_key(
         about += [patch_hash(patch), sorted(bench.options.items())]
     if spec.attack.ask and bench.detector:
         judge = bench.detector
-        about += [asdict(bench.protocol), judge.name, judge.version, judge.sha256, labels_of(bench, corpus)]
+        about += [bench.protocol.settings, judge.name, judge.version, judge.sha256, labels_of(bench, corpus)]
     return digest(*about)
 
 

@@ -7,7 +7,7 @@ torch rounds: what a patch leaves alone is equal bit for bit.
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -19,13 +19,14 @@ from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.attacks import Round
 from safepatch.data.prompts import Prompt
 from safepatch.detectors.base import Detector
-from safepatch.diffusion import denoiser, generate_by, quiet, usual_guidance
+from safepatch.diffusion import denoiser, drawn_together, generate_by, quiet, usual_guidance
 from safepatch.errors import ConfigError, UnknownWords, UnsupportedModel
 from safepatch.evaluation.kept import Batch, Kept, digest, pixels
 from safepatch.progress import bar
 from safepatch.runtime.apply import apply
 from safepatch.runtime.one_step import one_step, step_of
 
+MOST = 25  # images drawn at a time, of a model whose images are small
 _HASHES: "WeakKeyDictionary[PatchArtifact, str]" = WeakKeyDictionary()  # hashing a large patch takes a second
 
 
@@ -38,20 +39,26 @@ class Protocol:
         steps: denoising steps.
         guidance_scale: of classifier-free guidance; None takes the prompt's own, or what is usual for the model.
         seed: of prompts and images; training uses none of these.
-        batch_size: images drawn at a time.
+        batch_size: images drawn at a time; None takes as many as their size allows (`drawn_together`), at most `MOST`.
     """
 
     n: int = 200
     steps: int = 20
     guidance_scale: float | None = None
     seed: int = 1000
-    batch_size: int = 25
+    batch_size: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse what measures nothing."""
         for name in ("n", "steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; an evaluation needs at least 1")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}; an evaluation needs at least 1")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What figures depend on, beside the model; what that decides counts as its usual value."""
+        return {**asdict(self), "batch_size": self.batch_size or MOST}
 
 
 @dataclass
@@ -79,6 +86,11 @@ class Bench:
     kept: Kept = field(default_factory=Kept)
     about: str = ""
     processes: PartialState | None = None
+
+    @property
+    def batch_size(self) -> int:
+        """Images drawn at a time."""
+        return self.protocol.batch_size or drawn_together(self.pipe, MOST)
 
     def images(self, prompts: Sequence[Prompt], patch: PatchArtifact | None = None, label: str = "") -> Tensor:
         """Images of `prompts`, each with a seed, in [0, 1] by steps of 1/255, (N, 3, H, W), with `patch` or without."""
@@ -109,7 +121,7 @@ class Bench:
 
     def _parts(self, asked: Sequence[Round], patch: PatchArtifact | None) -> list[tuple[str, Round]]:
         """The batches of rounds, and what they are kept as."""
-        size = self.protocol.batch_size
+        size = self.batch_size
         parts = [each.of(slice(at, at + size)) for each in asked for at in range(0, len(each.prompts), size)]
         return [(self._key(part, patch), part) for part in parts]
 

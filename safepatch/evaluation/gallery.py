@@ -60,8 +60,9 @@ def save_pictures(
     if not count:
         return []
     kept, protocol = [], bench.protocol
-    asked = {name: corpus.evaluation(name, protocol.n, protocol.seed)[: protocol.batch_size] for name in SETS}
-    asked = {name: prompts for name, prompts in asked.items() if prompts}  # each a batch as it was drawn
+    whole = -(-count // bench.batch_size) * bench.batch_size  # batches as they were drawn
+    asked = {name: corpus.evaluation(name, protocol.n, protocol.seed)[:whole] for name in SETS}
+    asked = {name: prompts for name, prompts in asked.items() if prompts}
     bench.share([Round(tuple(prompts)) for prompts in asked.values()], patch, "pictures")
     for name, prompts in asked.items():
         images = bench.images(prompts, patch, f"{name}, pictures")[:count]

@@ -10,12 +10,12 @@ from torch import Tensor
 from safepatch.data.corpus import Corpus
 from safepatch.detectors import open_detector, parse_detector
 from safepatch.detectors.base import Detector
-from safepatch.diffusion import batched, generate, quiet
+from safepatch.diffusion import batched, drawn_together, generate, quiet
 from safepatch.errors import ConfigError
 from safepatch.guard.texts import NO, UNSURE, YES
 from safepatch.progress import bar
 
-BATCH = 16  # pictures drawn at once
+MOST = 16  # pictures drawn at once, of a model whose pictures are small
 CLEAR = 0.5  # of a detector's threshold: a probability below is a no, one between says nothing
 
 
@@ -23,7 +23,7 @@ def seen(pipe: Any, detector: Detector, steps: int, texts: Sequence[str], seeds:
     """What a detector sees in the pictures that a pipeline makes of texts: probabilities of its labels, (N, labels)."""
     found = []
     with bar(total=len(texts), desc="drawing", unit="picture", leave=False) as shown:
-        for part in batched(len(texts), BATCH):
+        for part in batched(len(texts), drawn_together(pipe, MOST)):
             found.append(detector(generate(pipe, [texts[i] for i in part], [seeds[i] for i in part], steps)))
             shown.update(len(part))
     return torch.cat(found)
@@ -59,7 +59,7 @@ class Pictures:
         if pipe is None:
             raise ConfigError("a detector votes by what a model draws; give --model")
         categories = [corpus.category for corpus in corpora]
-        opened = open_detector(parse_detector(detector), categories)
+        opened = open_detector(parse_detector(detector), categories, pipe.device)
         columns = [[opened.labels.index(label) for label in opened.labels_of(each)] for each in categories]
         return cls(quiet(pipe), opened, columns, n, steps, seed)
 

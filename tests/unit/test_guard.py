@@ -39,14 +39,14 @@ from safepatch.guard.heads import MEMBERS, fit
 from safepatch.guard.labelers import Answers, Keywords
 from safepatch.guard.measure import Trial, bins, confusion, ece, figures, scored, table
 from safepatch.guard.mend import Mender, is_one_slip, legible
-from safepatch.guard.pictures import Pictures
+from safepatch.guard.pictures import Pictures, seen
 from safepatch.guard.prompts import TEST, harmless_english, labelled
 from safepatch.guard.score import score_file
 from safepatch.guard.texts import NO, UNSURE, YES, learned, votes_of
 from safepatch.guard.vote import majority, settle
 from safepatch.models.load import load_pipeline
 from safepatch.reporting.reliability import save_reliability
-from tests.small import PROMPTS, SEEDS, new_artifact, new_small_pipe
+from tests.small import PROMPTS, SEEDS, new_artifact, new_small_pipe, new_small_unet
 
 WEAPONS, GORE = "weapons", "gore"
 NEEDS_MINILM = pytest.mark.skipif(
@@ -122,15 +122,49 @@ def test_a_detector_votes_by_what_texts_draw_and_knows_nothing_of_the_rest(monke
 
     monkeypatch.setattr("safepatch.guard.pictures.generate", draw)
     texts = [*shown, ""]
-    votes = Pictures(None, detector, [[0], [1]], 9, 2, seed=5)(texts)
+    pipe, devices = new_small_pipe(), []
+    votes = Pictures(pipe, detector, [[0], [1]], 9, 2, seed=5)(texts)
     assert votes.tolist() == [[YES, NO], [NO, NO], [UNSURE, NO], [UNSURE, UNSURE]]
     assert sorted(asked) == [("a blur", 7), ("a fork", 6), ("a knife", 5)]  # nothing cannot be drawn
-    some = Pictures(None, detector, [[0], [1]], 2, 2, seed=5)(texts)
+    some = Pictures(pipe, detector, [[0], [1]], 2, 2, seed=5)(texts)
     assert (some == UNSURE).all(1).sum() == 2
     with pytest.raises(ConfigError, match="give --model"):
         Pictures.of(None, corpora(), "embedded", 1, 1, 0)
     with pytest.raises(ConfigError, match="at least one picture"):
         GuardConfig(pictures=0)
+    monkeypatch.setattr("safepatch.guard.pictures.open_detector", lambda *given: devices.append(given[2:]) or detector)
+    assert Pictures.of(pipe, corpora(), "embedded", 1, 1, 0)
+    assert devices == [(pipe.device,)]  # it looks where the model draws
+
+
+@pytest.mark.parametrize(("edge", "sizes"), [(16, [16, 4]), (128, [4] * 5)])  # 64 and 512 pixels
+def test_as_many_texts_are_drawn_at_once_as_the_size_of_pictures_allows(monkeypatch, edge, sizes):
+    detector, asked = Detector("one", ("knife",), lambda images: images[:, :1, 0, 0]), []
+
+    def draw(pipe, texts, seeds, steps):
+        asked.append(len(texts))
+        return torch.zeros(len(texts), 3, 2, 2)
+
+    monkeypatch.setattr("safepatch.guard.pictures.generate", draw)
+    pipe = new_small_pipe(new_small_unet(sample_size=edge))
+    assert len(seen(pipe, detector, 1, ["a cat"] * 20, range(20))) == 20
+    assert asked == sizes
+
+
+def test_a_file_that_labels_for_other_categories_alone_is_an_error_and_no_denial_of_all(tmp_path):
+    config, path = GuardConfig(captions=64, labels=str(tmp_path / "l.csv")), tmp_path / "l.csv"
+    cases = {
+        "prompt,categories\na knife,Weapons\na cat,\n": "has rows for Weapons, none for gore, weapons",
+        "prompt,categories,part\na knife,weapons,train\n": "no row whose column 'part' says learn",
+    }
+    for text, says in cases.items():
+        path.write_text(text)
+        with pytest.raises(PromptError, match=says) as caught:
+            train.train(corpora(), config, embedded())
+        assert "\n" not in str(caught.value)
+    for text in ("prompt,categories\na cat,\n", "prompt,categories\na knife,weapons\na gun,Weapons\n"):
+        path.write_text(text)
+        assert train._said(str(path), (GORE, WEAPONS))  # control: of harmless prompts alone, and of some of ours
 
 
 def test_a_guards_record_names_the_detector_that_voted(monkeypatch):
@@ -423,6 +457,36 @@ def test_a_row_that_cannot_be_read_is_told_and_nothing_is_lost(trained, tmp_path
     assert found[2]["prompt"] == "a cat,\nand a dog"
     assert (tally.rows, tally.unread, tally.passed + tally.claimed.total()) == (5, 2, 3)
     assert tally.told == ["row 2 is not UTF-8", f"row 4 has 1000000 characters, more than {LONGEST}"]
+
+
+def test_a_prompt_that_its_own_commas_cut_is_told_and_does_not_pass(trained, tmp_path):
+    path, out = tmp_path / "p.csv", tmp_path / "scored.csv"
+    path.write_text('id,prompt\n1,"a picture of a cat, a knife"\n2,a picture of a cat, a knife\n3,a cat,\n4\n')
+    tally = score_file(trained, path, out)
+    with out.open(encoding="utf-8", newline="") as file:
+        assert [row["verdict"] == "unread" for row in csv.DictReader(file)] == [False, True, False, True]
+    told = "has not the first line's 2 cells but"
+    assert tally.told == [f"row 2 {told} 3", f"row 4 {told} 1"]
+
+
+@pytest.mark.parametrize(
+    "text", ["\n#;prompt\n1;a picture of a knife, a cat\n", "id\tprompt\n1\ta picture of a knife\n"]
+)
+def test_a_header_is_found_as_other_readers_find_it(trained, tmp_path, text):
+    (tmp_path / "p.csv").write_text(text)
+    (row,) = scored_rows(trained, tmp_path / "p.csv", tmp_path / "o.csv")
+    assert row["verdict"] == WEAPONS
+
+
+def test_where_scores_cannot_be_written_is_told_of_them_and_no_prompt_is_lost(trained, tmp_path):
+    path = tmp_path / "p.csv"
+    path.write_text("prompt\na cat\n")
+    assert len(scored_rows(trained, path, tmp_path / "new" / "o.csv")) == 1
+    with pytest.raises(PromptError, match=r"p\.csv is the file of the prompts itself; choose another -o"):
+        score_file(trained, path, path)
+    assert path.read_text() == "prompt\na cat\n"
+    with pytest.raises(PromptError, match=r"cannot read .*check the path"):
+        score_file(trained, tmp_path, tmp_path / "o.csv")
 
 
 def test_scoring_holds_a_few_rows_at_a_time(trained, tmp_path, monkeypatch):

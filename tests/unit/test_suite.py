@@ -25,7 +25,7 @@ from safepatch.evaluation.sweep import THRESHOLDS, sweep
 from safepatch.results import NONE
 from safepatch.taxonomy import Category
 from safepatch.tiny.world import CONCEPTS
-from tests.small import new_artifact, new_small_pipe
+from tests.small import new_artifact, new_small_pipe, new_small_unet
 
 opened = cache(Corpus.open)
 WEAPONS, GORE = opened("weapons"), opened("gore")
@@ -56,6 +56,11 @@ class ObedientBench(Bench):
     """A base that shows what it is asked; patched, it replaces weapons only, and may drop their companions."""
 
     drops_companions = False
+
+    @property
+    def batch_size(self) -> int:
+        """Its pictures are no pipeline's."""
+        return self.protocol.batch_size or 25
 
     def batches(self, asked: Round, patch: object, label: str) -> list[Batch]:
         """Known images."""
@@ -265,6 +270,15 @@ def test_a_bench_draws_each_batch_once_and_a_folder_outlives_it(tmp_path: Path) 
     assert drawn(bench(tmp_path)) == 1
     other = replace(bench(tmp_path), protocol=Protocol(n=4, steps=2, batch_size=2))
     assert not torch.equal(other.images(prompts), expected[:3])  # control: other settings, other images
+
+
+@pytest.mark.parametrize(("edge", "size"), [(16, 25), (128, 4), (256, 1), (512, 1)])  # 64 to 2,048 pixels
+def test_as_many_images_are_drawn_at_once_as_their_size_allows(edge: int, size: int) -> None:
+    bench = Bench("small", new_small_pipe(new_small_unet(sample_size=edge)), None, Protocol())
+    asked = Round(tuple(Prompt("a cat", seed) for seed in range(30)))
+    assert len(bench._parts([asked], None)[0][1].prompts) == size
+    named = replace(bench, protocol=Protocol(batch_size=3))  # control: whoever knows better
+    assert len(named._parts([asked], None)[0][1].prompts) == 3
 
 
 def test_a_change_too_small_for_a_picture_is_a_change() -> None:
