@@ -93,13 +93,14 @@ class Plan:
         matrix, specs, metrics = self.matrix, self.matrix.detectors_on(model), self.matrix.metrics_on(model)
         judged = tuple(name for name in metrics if MEASURES[name].judged)
         unjudged = tuple(name for name in metrics if not MEASURES[name].judged)
-        pictures, common = self.pictures_on(model), [asdict(matrix.protocol), *self._about(model)]
+        pictures, common = self.pictures_on(model), [matrix.protocol.settings, *self._about(model)]
         for subject in self.subjects:
             for category in subject.files if subject.absolute != model else ():
                 corpus, about = self.corpora[category], [*common, self._words[category], subject.identity(category)]
                 for spec in specs:
                     detector = self.detectors[spec]
-                    how = digest(about, judged, THRESHOLDS, detector.threshold, detector.version, detector.sha256)
+                    how = digest(about, judged, THRESHOLDS, detector.threshold, detector.version, detector.sha256,
+                                 *self._foreign_labels(corpus, spec))  # fmt: skip
                     if judged:
                         yield Task(Cell(model, subject.name, category, spec, how), subject, corpus, judged)
                     if matrix.attacks and model not in matrix.transfer:
@@ -108,6 +109,13 @@ class Plan:
                 if pictures or (unjudged and subject.name != NONE):
                     how = digest(about, unjudged, pictures, specs)
                     yield Task(Cell(model, subject.name, category, NONE, how), subject, corpus, unjudged)
+
+    def _foreign_labels(self, corpus: Corpus, spec: str) -> list[str]:
+        """Labels of the other categories, which are not benign, but for those of its neighbors, which are its words."""
+        own = {
+            label for each in (corpus, *corpus.neighbours) for label in self.detectors[spec].labels_of(each.category)
+        }
+        return sorted(self.unsafe_labels(spec) - own)
 
     def pictures_on(self, model: str) -> int:
         """How many pictures of each set are kept."""
@@ -122,6 +130,11 @@ class Plan:
     def _about(self, model: str) -> list[object]:
         """Which model it is, and how it is loaded."""
         return [asdict(self.matrix.model(model)), stamp(model), self.matrix.device, DRAWN]
+
+    def unsafe_labels(self, spec: str) -> frozenset[str]:
+        """Of a detector, those that count as one of the categories."""
+        detector = self.detectors[spec]
+        return frozenset(label for corpus in self.corpora.values() for label in detector.labels_of(corpus.category))
 
     def judges(self, model: str) -> list[Detector]:
         """The model's detectors that were made for its pictures."""
@@ -202,8 +215,7 @@ def measure(plan: Plan, bench: Bench, task: Task, patch: PatchArtifact | None) -
     """One cell."""
     cell = task.cell
     if cell.detector != NONE:
-        labels = [label for corpus in plan.corpora.values() for label in _labels(corpus, plan.detectors[cell.detector])]
-        judged = replace(bench, detector=plan.detectors[cell.detector], unsafe_labels=frozenset(labels))
+        judged = replace(bench, detector=plan.detectors[cell.detector], unsafe_labels=plan.unsafe_labels(cell.detector))
         if cell.attacks:
             specs = {each: parse_attack(each) for each in plan.matrix.attacks}
             rows = attack_rows(judged, task.corpus, patch, cell.patch, specs)
@@ -230,7 +242,7 @@ def write_results(plan: Plan, cells: Mapping[Cell, Finished], only_more: bool = 
     out, finished = Path(plan.matrix.out), list(cells.values())
     rows = [row for each in finished for row in each.rows]
     path = out / "rows.jsonl"
-    if only_more and path.is_file() and path.read_bytes().count(b"\n") > len(rows):
+    if only_more and has_more(path, rows):
         return
     gallery.write_gallery(out, dict(plan.corpora), [picture for each in finished for picture in each.pictures])
     records = {
@@ -241,6 +253,11 @@ def write_results(plan: Plan, cells: Mapping[Cell, Finished], only_more: bool = 
     for name, record in records.items():
         write_text(out / f"{name}.json", json.dumps(record, indent=1) + "\n")
     write_rows(path, rows)
+
+
+def has_more(path: Path, rows: Sequence[Row]) -> bool:
+    """Whether a file, perhaps an earlier run's, holds more rows than these."""
+    return path.is_file() and path.read_bytes().count(b"\n") > len(rows)
 
 
 def protocol_of(plan: Plan, rows: Sequence[Row]) -> dict[str, str]:
@@ -302,10 +319,6 @@ def _require_device(device: str) -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"no device '{device}' here ({str(error).splitlines()[0][:120]}); choose another") from None
-
-
-def _labels(corpus: Corpus, detector: Detector) -> Sequence[str]:
-    return detector.labels_of(corpus.category)
 
 
 def _models(matrix: Matrix) -> list[str]:

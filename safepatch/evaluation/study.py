@@ -26,7 +26,7 @@ from safepatch.evaluation.bench import Bench, Protocol
 from safepatch.evaluation.kept import pixels
 from safepatch.evaluation.matrix import Matrix
 from safepatch.evaluation.metrics import rate
-from safepatch.evaluation.run import Plan, Tell, protocol_of
+from safepatch.evaluation.run import Plan, Tell, has_more, protocol_of
 from safepatch.evaluation.subjects import Subject
 from safepatch.evaluation.suite import Measure, labels_of, row
 from safepatch.files import claimed, write_text
@@ -67,7 +67,8 @@ def open_sets(files: Sequence[Path], protocol: Protocol) -> list[PromptSet]:
 def run_study(matrix: Matrix, files: Sequence[Path], tell: Tell = print) -> list[Row]:
     """Draw and judge the prompts of `files` on the matrix's models, without a patch and with each of its patches.
 
-    Pictures are kept batch by batch, so a kill loses one; rows are written after each model and set.
+    Pictures are kept batch by batch, so a kill loses one; rows are written after each model and set, results of an
+    earlier run staying until there are as many new ones.
 
     Args:
         matrix: models, patches, categories, detectors, protocol and the folder.
@@ -84,12 +85,20 @@ def run_study(matrix: Matrix, files: Sequence[Path], tell: Tell = print) -> list
     rows: list[Row] = []
     with claimed(out):
         for model in matrix.models:
-            bench = plan.bench(model)
-            for each in sets:
-                tell(f"{model}, {each.name}: {len(each.prompts)} prompts")
-                rows += [row for subject in plan.subjects for row in _measured(plan, bench, subject, each)]
-                _write(plan, sets, rows)
+            for found in _studied(plan, model, sets, tell):
+                rows += found
+                if not has_more(out / "rows.jsonl", rows):
+                    _write(plan, sets, rows)
+        _write(plan, sets, rows)
     return rows
+
+
+def _studied(plan: Plan, model: str, sets: Sequence[PromptSet], tell: Tell) -> Iterator[list[Row]]:
+    """The rows of each set on one model, which is let go of before the next one is opened."""
+    bench = plan.bench(model)
+    for each in sets:
+        tell(f"{model}, {each.name}: {len(each.prompts)} prompts")
+        yield [row for subject in plan.subjects for row in _measured(plan, bench, subject, each)]
 
 
 def _measured(plan: Plan, bench: Bench, subject: Subject, prompts: PromptSet) -> Iterator[Row]:

@@ -2,14 +2,12 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.attacks import Round
 from safepatch.data.corpus import Corpus
 from safepatch.detectors.base import Detector, shows_any
@@ -20,11 +18,12 @@ from safepatch.evaluation.gallery import flags, slug
 from safepatch.evaluation.kept import digest, pixels
 from safepatch.evaluation.matrix import Matrix
 from safepatch.evaluation.metrics import rate
-from safepatch.evaluation.run import Plan, protocol_of
+from safepatch.evaluation.run import Plan, has_more, protocol_of
 from safepatch.evaluation.scoring import pictures
 from safepatch.evaluation.suite import Measure, row
 from safepatch.files import claimed, write_text
 from safepatch.results import NONE, Row, write_rows
+from safepatch.variants.found import Found, Place, Turn
 from safepatch.variants.prompts import require_harmless, starts, usual_subjects, variants
 from safepatch.variants.ways import WAYS, Learning, Variant
 
@@ -32,43 +31,11 @@ SET = "companion"  # `prompt_set` of the rows: what is asked for stands beside s
 Tell = Callable[[str], object]
 
 
-class Place(NamedTuple):
-    """What a figure is about: model, way, category, patch and detector, by name."""
-
-    model: str
-    way: str
-    category: str
-    patch: str
-    detector: str
-
-
-@dataclass
-class Found:
-    """What detectors saw so far, image by image.
-
-    Attributes:
-        unsafe: whether the category is shown.
-        kept: whether the subject is, of detectors that have a label for it.
-        sections: of the report, by title.
-        patches: by file, each opened once.
-    """
-
-    unsafe: dict[Place, list[Tensor]] = field(default_factory=dict)
-    kept: dict[Place, list[Tensor]] = field(default_factory=dict)
-    sections: dict[str, dict[str, Any]] = field(default_factory=dict)
-    patches: dict[Path, PatchArtifact] = field(default_factory=dict)
-
-    def patch(self, path: Path | None) -> PatchArtifact | None:
-        """What a file holds."""
-        if path and path not in self.patches:
-            self.patches[path] = PatchArtifact.open(path)
-        return self.patches[path] if path else None
-
-
 def run_variants(matrix: Matrix, learning: Learning, tell: Tell = print) -> list[Row]:
     """Edit each subject on each model in each way, beside the concepts of each category.
 
-    What is drawn and what is learned is kept, so a killed run goes on; rows are written after each subject.
+    What is drawn and what is learned is kept, so a killed run goes on; rows are written after each way, results of an
+    earlier run staying until there are as many new ones.
 
     Returns:
         Rows whose `attack` is the way, or `none` for the subject by its name: the share of unsafe images, and that of
@@ -91,31 +58,36 @@ def run_variants(matrix: Matrix, learning: Learning, tell: Tell = print) -> list
         for model in matrix.models:
             for number, subject in enumerate(subjects):
                 for way in (NONE, *learning.ways):
-                    tell(f"{model}, {subject}, {'as it is' if way == NONE else way}")
-                    variant = WAYS[way].make(plan.bench(model), subject, learning, files)
-                    for corpus in corpora:
-                        _judge(plan, variant, corpus, subject, way, range(number, n, len(subjects)), found)
-                    last = variant.bench
-                rows = [row for row in rows if row.base != model]
-                rows += _rows(plan, model, last, found)
-                _write(plan, rows, found, subjects, learning)
+                    turn = Turn(model, subject, way, range(number, n, len(subjects)))
+                    tell(f"{model}, {subject}, {turn.title}")
+                    others = [row for row in rows if row.base != model]
+                    rows = [*others, *_edited(plan, turn, learning, files, found)]
+                    if not has_more(out / "rows.jsonl", rows):
+                        _write(plan, rows, found, subjects, learning)
+        _write(plan, rows, found, subjects, learning)
     return rows
 
 
-def _judge(
-    plan: Plan, variant: Variant, corpus: Corpus, subject: str, way: str, numbers: Sequence[int], found: Found
-) -> None:
-    """The images of one subject and category: draw, count, and keep some for the report."""
+def _edited(plan: Plan, turn: Turn, learning: Learning, files: list[Path], found: Found) -> list[Row]:
+    """Edit in one turn; the model's rows so far. The model is let go of before it is opened again."""
+    variant = WAYS[turn.way].make(plan.bench(turn.model), turn.subject, learning, files)
+    for corpus in plan.corpora.values():
+        _judge(plan, variant, corpus, turn, found)
+    return list(_rows(plan, turn.model, variant.bench, found))
+
+
+def _judge(plan: Plan, variant: Variant, corpus: Corpus, turn: Turn, found: Found) -> None:
+    """The images of one turn and category: draw, count, and keep some for the report."""
     bench, seed = variant.bench, plan.matrix.protocol.seed
-    prompts = variants(corpus, subject, variant.phrase, numbers, seed)
-    begun = starts(corpus, subject, numbers, seed) if variant.how.strength is not None else ()
+    prompts = variants(corpus, turn.subject, variant.phrase, turn.numbers, seed)
+    begun = starts(corpus, turn.subject, turn.numbers, seed) if variant.how.strength is not None else ()
     drawn: dict[str, Tensor] = {}
     for each in plan.subjects:
-        label = f"{corpus.name}, {'as it is' if way == NONE else way}, {each.name}"
+        label = f"{corpus.name}, {turn.title}, {each.name}"
         images = pixels(bench.batches(Round(prompts, variant.how, begun), found.patch(each.files[corpus.name]), label))
         drawn["base" if each.name == NONE else each.name] = images
         for spec in plan.matrix.detectors_on(bench.name):
-            place, judge = Place(bench.name, way, corpus.name, each.name, spec), plan.detectors[spec]
+            place, judge = Place(bench.name, turn.way, corpus.name, each.name, spec), plan.detectors[spec]
             seen = judge.find(images)
             found.unsafe.setdefault(place, []).append(shows_any(seen, judge.labels_of(corpus.category)))
             if prompts[0].asks[-1] in judge.labels:
@@ -124,7 +96,7 @@ def _judge(
     first = bench.images(begun)[:count] if begun else variant.shown
     shown = {} if first is None else {"the picture edited" if begun else "the subject": first}
     beside = {name: images.expand(count, -1, -1, -1) for name, images in shown.items()}
-    _show(plan, bench, corpus, way, [prompt.text for prompt in prompts[:count]], {**beside, **drawn}, found)
+    _show(plan, bench, corpus, turn, [prompt.text for prompt in prompts[:count]], {**beside, **drawn}, found)
 
 
 def _rows(plan: Plan, model: str, bench: Bench, found: Found) -> Iterator[Row]:
@@ -140,13 +112,13 @@ def _rows(plan: Plan, model: str, bench: Bench, found: Found) -> Iterator[Row]:
 
 
 def _show(
-    plan: Plan, bench: Bench, corpus: Corpus, way: str, texts: Sequence[str], columns: dict[str, Tensor], found: Found
+    plan: Plan, bench: Bench, corpus: Corpus, turn: Turn, texts: Sequence[str], columns: dict[str, Tensor], found: Found
 ) -> None:
     """Keep pictures of some prompts, a row each, a column for each of `columns`."""
     judges, out = plan.judges(bench.name), Path(plan.matrix.out) / "images"
-    named = "as it is" if way == NONE else way
-    title = ", ".join([corpus.name, named, *([bench.name] if len(plan.matrix.models) > 1 else [])])
-    note = f"{WAYS[way].meaning[0].upper()}{WAYS[way].meaning[1:]}, beside {corpus.category.definition.rstrip('.')}."
+    title = ", ".join([corpus.name, turn.title, *([bench.name] if len(plan.matrix.models) > 1 else [])])
+    meaning = WAYS[turn.way].meaning
+    note = f"{meaning[0].upper()}{meaning[1:]}, beside {corpus.category.definition.rstrip('.')}."
     section = found.sections.setdefault(
         title,
         {"title": title, "note": note, "unsafe": True, "category": corpus.name, "columns": list(columns), "rows": []},
@@ -154,8 +126,8 @@ def _show(
     for i, text in enumerate(texts):
         names, unsafe = [], []
         for column, images in columns.items():
-            name = digest(bench.name, bench.about, corpus.name, way, text, column)
-            names.append(f"{slug(bench.name)}-{slug(corpus.name)}-{way}-{name}-{i}.png")
+            name = digest(bench.name, bench.about, corpus.name, turn.way, text, column)
+            names.append(f"{slug(bench.name)}-{slug(corpus.name)}-{turn.way}-{name}-{i}.png")
             save_image(images[i], out / names[-1])
             harmless = column not in ("base", *(each.name for each in plan.subjects))
             unsafe.append(not harmless and (_flag(images[i : i + 1], corpus, judges) if judges else True))

@@ -1,11 +1,14 @@
 """Variants of harmless subjects: what is asked, what is learned and put into a model, and what is told of it."""
 
+import gc
 import json
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -22,8 +25,8 @@ from safepatch.reporting.html import build_report
 from safepatch.results import NONE, read_rows
 from safepatch.taxonomy import Category
 from safepatch.variants import WAYS, Learning, run_variants, ways
+from safepatch.variants.found import Found
 from safepatch.variants.prompts import starts, usual_subjects, variants
-from safepatch.variants.run import Found
 from safepatch.variants.ways import WORD
 from tests.families import small_family_pipe
 from tests.small import new_small_pipe, small_artifact
@@ -158,6 +161,21 @@ def test_every_way_is_measured_with_the_patch_and_without_and_a_second_run_draws
         monkeypatch.setattr(ways, name, pytest.fail)
     monkeypatch.setattr(run.Bench, "_draw", pytest.fail)
     assert run_variants(matrix, FEW, lambda _: None) == rows
+
+
+def test_a_model_is_let_go_of_before_it_is_opened_again(matrix: Matrix, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref] = []
+
+    def load(_: ModelConfig) -> StableDiffusionPipeline:
+        gc.collect()
+        assert not any(pipe() for pipe in made)
+        pipe = new_small_pipe()
+        made.append(weakref.ref(pipe))
+        return pipe
+
+    monkeypatch.setattr(ModelConfig, "load", load)
+    run_variants(replace(matrix, patches=[], pictures=0), replace(FEW, ways=("sdedit",)), lambda _: None)
+    assert len(made) == 4
 
 
 def test_pictures_of_ones_own_are_learned_of(matrix: Matrix, tmp_path: Path) -> None:

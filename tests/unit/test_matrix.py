@@ -230,6 +230,37 @@ def test_what_changes_the_figures_is_measured_anew(weapons: Path, tmp_path: Path
     assert read_rows(tmp_path / "out" / "rows.jsonl") == rows  # and no stale ones beside them
 
 
+def test_what_other_categories_are_measured_with_it_is_part_of_a_cell(weapons: Path, tmp_path: Path) -> None:
+    """A beer beside the spoon that took a knife's place is nothing benign once beer is a category too."""
+    for name, thing, other in (("knives", "a knife", "a beer"), ("beers", "a beer", "a cat")):
+        text = f"name: {name}\ndefinition: d\ninstruction: i\nlabels: {{embedded: [{thing[2:]}]}}\n"
+        text += f"concepts: [{{name: {thing}, replacement: a spoon}}]\ncompanions: [{other}]\nbenign: [{other}]\n"
+        (tmp_path / f"{name}.yaml").write_text(text)
+    knives, beers = (str(tmp_path / f"{name}.yaml") for name in ("knives", "beers"))
+    options = {"metrics": ["safe_recognisable_rate"], "patches": []}
+    alone = small(weapons, tmp_path / "out", categories=[knives], **options)
+    both = replace(alone, categories=[knives, beers])
+
+    def rate(matrix: Matrix, said: list[str]) -> float:
+        return next(row.value for row in run_matrix(matrix, tell=said.append) if row.category == "knives")
+
+    said: list[str] = []
+    assert rate(alone, []) == rate(alone, said)
+    assert not said  # control
+    fresh = rate(replace(both, out=str(tmp_path / "fresh")), [])
+    assert rate(both, said) == fresh
+    assert len(said) == 2
+
+
+def test_as_many_pictures_are_kept_as_were_asked_for_however_few_are_drawn_at_once(
+    weapons: Path, tmp_path: Path
+) -> None:
+    for size in (25, 2):
+        protocol, out = Protocol(n=10, guidance_scale=1.5, batch_size=size), tmp_path / str(size)
+        run_matrix(small(weapons, out, pictures=3, protocol=protocol), tell=lambda _: None)
+        assert {len(each["rows"]) for each in json.loads((out / "images.json").read_text())} == {3}
+
+
 def test_another_patch_under_the_same_name_is_measured_anew(weapons: Path, tmp_path: Path) -> None:
     matrix, said = small(weapons, tmp_path / "out"), []
     run_matrix(matrix, tell=lambda _: None)

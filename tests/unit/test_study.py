@@ -1,6 +1,8 @@
 """A study: shares per model, prompt set and category, of prompts that a test wrote."""
 
+import gc
 import json
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -75,6 +77,39 @@ def test_shares_are_counted_per_model_set_and_category_and_over_all_of_them(file
     assert "mixed.csv: 4 prompts; took 'prompt' as prompt" in protocol["prompt sets"]
     page = build_report(tmp_path / "out").read_text()
     assert "harmless" in page
+
+
+def test_older_results_stay_until_there_are_as_many_new_ones(
+    files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, path = run_study(matrix(tmp_path), files, tell=lambda _: None), tmp_path / "out" / "rows.jsonl"
+
+    def stop(said: str) -> None:
+        if "fluent" in said:
+            raise KeyboardInterrupt
+
+    other = matrix(tmp_path, protocol=Protocol(n=1, guidance_scale=1.5))
+    with pytest.raises(KeyboardInterrupt):
+        run_study(other, files, tell=stop)
+    assert read_rows(path) == first
+    assert read_rows(path) != run_study(other, files, tell=lambda _: None) == read_rows(path)  # control
+
+
+def test_a_model_is_let_go_of_before_the_next_one_is_opened(
+    files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[weakref.ref] = []
+
+    def load(_: ModelConfig) -> Pipe:
+        gc.collect()
+        assert not any(pipe() for pipe in made)
+        pipe = Pipe()
+        made.append(weakref.ref(pipe))
+        return pipe
+
+    monkeypatch.setattr(ModelConfig, "load", load)
+    run_study(matrix(tmp_path), files, tell=lambda _: None)
+    assert len(made) == 2
 
 
 def test_guidance_that_a_file_names_for_each_prompt_is_what_rows_say(tmp_path: Path) -> None:
