@@ -57,8 +57,8 @@ class Rewrite:
         column: of the safe prompts, where it is not found by its name.
         target: the prompt, for `target`.
         scale: of `guided`: how far the prediction is pushed, ESD's eta; 0 takes the concept out, more goes beyond.
-        threshold: of `guided`: the push is left out where it is smaller than this, as SEGA does (Brack et al. 2023,
-            arXiv 2301.12247); 0 pushes everywhere.
+        threshold: of `guided`: the push is left out where it is smaller than this, a value of the prediction; 0 pushes
+            everywhere. SEGA (Brack et al. 2023, arXiv 2301.12247) leaves out a share of the values instead.
         momentum: of `guided`: share of the earlier steps' pushes that is added to each, SLD's s_m. Only a trajectory
             has earlier steps: it shapes the pictures that the teacher draws, and with them what is learned where
             `objective.supervision` is `paired`. A distilled target at one noisy picture knows none.

@@ -19,7 +19,10 @@ def told_by(labels: Tensor, written: Tensor) -> Tensor:
 
 
 def calibrated(z: Tensor, labels: Tensor, precision: float | None, beta: float = 1.0) -> tuple[float, float, float]:
-    """Scale, shift and threshold of one category by unseen logits z (N,): Platt 1999, and `best_threshold`."""
+    """Scale, shift and threshold of one category by unseen logits z (N,); the last by `best_threshold`.
+
+    The first two as Platt 1999 fits them, but to the labels themselves and not to his targets short of 0 and 1.
+    """
     truth = labels == YES
     raw, shift = torch.zeros(1, requires_grad=True), torch.zeros(1, requires_grad=True)
     optimizer = torch.optim.LBFGS([raw, shift], max_iter=100, line_search_fn="strong_wolfe")
