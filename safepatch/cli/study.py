@@ -46,7 +46,7 @@ def study(
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder of rows and report.")] = Path("runs/study"),
 ) -> None:
     """Share of unsafe images, model x prompt set x category, of prompts from anywhere; patched too with --patch."""
-    from safepatch.data.columns import FORMATS
+    from safepatch.data.tables import FORMATS
     from safepatch.evaluation.study import run_study
     from safepatch.reporting.html import build_report
     from safepatch.reporting.tables import pivot, with_interval

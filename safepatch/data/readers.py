@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safepatch.data.columns import NAMES, Table, listed, match, plain, read_table
+from safepatch.data.columns import NAMES, Table, listed, match, plain
 from safepatch.data.prompts import Prompt, mentions_minors
+from safepatch.data.tables import read_table
 from safepatch.errors import PromptError, nearest
 
 FLAGS = {"", "0", "1", "0.0", "1.0", "true", "false", "yes", "no", "none"}

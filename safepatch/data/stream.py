@@ -10,9 +10,11 @@ from itertools import chain, dropwhile, islice
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from safepatch.data import columns
-from safepatch.data.columns import COMMENT, DELIMITERS, Table, read_table, reading, tabulated
+from safepatch.data import delimited, records
+from safepatch.data.columns import Table
+from safepatch.data.delimited import COMMENT, DELIMITERS
 from safepatch.data.readers import Line, describe, lines_of, roles_of
+from safepatch.data.tables import read_table, reading
 from safepatch.errors import PromptError
 from safepatch.progress import bar
 
@@ -100,7 +102,7 @@ def _rows(path: Path, column: str | None) -> Rows:
     if suffix in DELIMITERS:
         return _delimited(_closing(file), DELIMITERS[suffix], column)
     lines = _closing(file)
-    return _records(columns.bare_lines(lines) if suffix == TEXT else columns.records_in(lines))
+    return _records(records.bare_lines(lines) if suffix == TEXT else records.records_in(lines))
 
 
 def _closing(file: TextIO) -> Iterator[str]:
@@ -109,16 +111,16 @@ def _closing(file: TextIO) -> Iterator[str]:
 
 
 def _delimited(lines: Iterator[str], delimiters: str, column: str | None) -> Rows:
-    lines, wanted = dropwhile(COMMENT.match, lines), columns.wanted_columns(column)
+    lines, wanted = dropwhile(COMMENT.match, lines), delimited.wanted_columns(column)
     first = next(lines, "")
-    rows = columns.cells(chain([first], lines), columns.delimiter_of(first, delimiters, wanted))
-    head = columns.headed(list(islice(rows, HEAD)), wanted)
+    rows = delimited.cells(chain([first], lines), delimited.delimiter_of(first, delimiters, wanted))
+    head = delimited.headed(list(islice(rows, HEAD)), wanted)
     width, known = len(head.columns), len(head.rows)
-    more = (columns.squared([row], width, number)[0] for number, row in enumerate(rows, start=known + 1))
+    more = (delimited.squared([row], width, number)[0] for number, row in enumerate(rows, start=known + 1))
     return Rows(head, more)
 
 
-def _records(records: Iterator[Any]) -> Rows:
-    head = tabulated(list(islice(records, HEAD)))
-    objects = (columns.as_object(record, number) for number, record in enumerate(records, start=len(head.rows) + 1))
+def _records(values: Iterator[Any]) -> Rows:
+    head = records.tabulated(list(islice(values, HEAD)))
+    objects = (records.as_object(value, number) for number, value in enumerate(values, start=len(head.rows) + 1))
     return Rows(head, ([row.get(name) for name in head.columns] for row in objects))

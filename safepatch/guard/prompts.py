@@ -9,8 +9,9 @@ from typing import NamedTuple
 from omegaconf import OmegaConf
 
 from safepatch.data.category import ASSETS
-from safepatch.data.columns import match, read_table
+from safepatch.data.columns import match
 from safepatch.data.readers import read_prompts
+from safepatch.data.tables import read_table
 from safepatch.data.words import placeholders
 from safepatch.errors import PromptError
 

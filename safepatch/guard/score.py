@@ -12,7 +12,8 @@ from typing import BinaryIO, NamedTuple, TextIO
 
 import torch
 
-from safepatch.data.columns import COMMENT, DELIMITERS, NAMES, delimiter_of, listed, match, plain
+from safepatch.data.columns import NAMES, listed, match, plain
+from safepatch.data.delimited import COMMENT, DELIMITERS, delimiter_of
 from safepatch.errors import PromptError
 from safepatch.files import long_cells, replacing, unwritable
 from safepatch.guard.encoders import LONGEST
