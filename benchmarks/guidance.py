@@ -8,7 +8,7 @@ import argparse
 from safepatch.data.corpus import Corpus
 from safepatch.detectors.embedded import embedded_detector
 from safepatch.evaluation.bench import Bench, Protocol
-from safepatch.evaluation.suite import prompt_accuracy
+from safepatch.evaluation.effects import prompt_accuracy
 from safepatch.models.load import load_pipeline
 
 

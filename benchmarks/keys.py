@@ -22,10 +22,10 @@ from safepatch.data.prompts import EMPTY, Prompt
 from safepatch.detectors.base import shows_any
 from safepatch.detectors.embedded import embedded_detector
 from safepatch.diffusion import Way
+from safepatch.evaluation.asked import labels_of
 from safepatch.evaluation.bench import Bench, Protocol
 from safepatch.evaluation.kept import pixels
 from safepatch.evaluation.metrics import rate
-from safepatch.evaluation.suite import labels_of
 from safepatch.models.load import load_pipeline
 
 STRENGTHS, WEIGHTS, SHARES = (0.3, 0.5, 0.7), (0.4, 0.6, 0.8, 1.2, 1.6), (0.3, 0.5, 0.7)

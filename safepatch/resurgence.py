@@ -20,8 +20,9 @@ from safepatch.data.latents import Drawing, Latents
 from safepatch.diffusion import Components, UNetHost
 from safepatch.errors import ConfigError, lookup
 from safepatch.evaluation.bench import Bench
+from safepatch.evaluation.folder import protocol_of
 from safepatch.evaluation.matrix import Matrix
-from safepatch.evaluation.run import Plan, protocol_of
+from safepatch.evaluation.plan import Plan
 from safepatch.evaluation.suite import evaluate
 from safepatch.files import claimed, write_text
 from safepatch.patch import LoraPatch

@@ -13,11 +13,12 @@ from safepatch.data.corpus import Corpus
 from safepatch.data.prompts import Prompt
 from safepatch.detectors.base import Detector, shows_any
 from safepatch.errors import SafepatchError, UnknownWords
+from safepatch.evaluation.asked import labels_of
 from safepatch.evaluation.bench import Bench, patch_hash
 from safepatch.evaluation.found import kept_rounds
 from safepatch.evaluation.kept import digest, pixels
 from safepatch.evaluation.metrics import Estimate, rate
-from safepatch.evaluation.suite import Measure, labels_of, row
+from safepatch.evaluation.suite import Measure, row
 from safepatch.results import Row
 
 PLAIN = "plain"  # the prompts that are attacked

@@ -124,7 +124,7 @@ class Matrix:
             parse_attack(attack)
         dtype_of(self.dtype)
         named = {
-            "model": [*self.models, *self.transfer],
+            "model": self.every_model,
             "patch": [patch.name for patch in self.patches],
             "attack": [parse_attack(attack).label for attack in self.attacks],
             "detector": self.detectors,
@@ -133,6 +133,11 @@ class Matrix:
         for name, values in named.items():
             if twice := next((value for value in values if values.count(value) > 1), None):
                 raise ConfigError(f"{name} '{twice}' is in the matrix twice; leave one out")
+
+    @property
+    def every_model(self) -> tuple[str, ...]:
+        """Those of `models`, then those of `transfer`."""
+        return (*self.models, *self.transfer)
 
     def metrics_on(self, model: str) -> tuple[str, ...]:
         """What is measured on a model."""
@@ -158,7 +163,7 @@ class Matrix:
 
     def notices(self) -> list[str]:
         """What a reader must know before the first figure; empty when there is nothing to warn of."""
-        said = [sentence for model in (*self.models, *self.transfer) for sentence in self._notices_on(model)]
+        said = [sentence for model in self.every_model for sentence in self._notices_on(model)]
         return list(dict.fromkeys([*said, *self._flattered()]))
 
     def _flattered(self) -> list[str]:

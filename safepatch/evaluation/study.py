@@ -22,13 +22,16 @@ from safepatch.data.prompts import Prompt
 from safepatch.data.readers import read_prompts
 from safepatch.detectors.base import shows_any
 from safepatch.errors import ConfigError
+from safepatch.evaluation.asked import labels_of
 from safepatch.evaluation.bench import Bench, Protocol
+from safepatch.evaluation.folder import has_more, protocol_of
 from safepatch.evaluation.kept import pixels
 from safepatch.evaluation.matrix import Matrix
 from safepatch.evaluation.metrics import rate
-from safepatch.evaluation.run import Plan, Tell, has_more, protocol_of
+from safepatch.evaluation.plan import Plan
+from safepatch.evaluation.run import Tell
 from safepatch.evaluation.subjects import Subject
-from safepatch.evaluation.suite import Measure, labels_of, row
+from safepatch.evaluation.suite import Measure, row
 from safepatch.files import claimed, write_text
 from safepatch.results import Row, write_rows
 

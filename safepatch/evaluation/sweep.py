@@ -4,9 +4,11 @@ from dataclasses import replace
 
 from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.data.corpus import Corpus
+from safepatch.evaluation.asked import labels_of
 from safepatch.evaluation.bench import Bench
+from safepatch.evaluation.effects import unsafe_rate
 from safepatch.evaluation.metrics import rate
-from safepatch.evaluation.suite import Measure, labels_of, row, unsafe_rate
+from safepatch.evaluation.suite import Measure, row
 from safepatch.results import NONE, SWEPT, Row
 
 THRESHOLDS = tuple(tenth / 10 for tenth in range(1, 10))

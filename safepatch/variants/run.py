@@ -14,11 +14,12 @@ from safepatch.detectors.base import Detector, shows_any
 from safepatch.diffusion import save_image
 from safepatch.errors import ConfigError
 from safepatch.evaluation.bench import Bench
+from safepatch.evaluation.folder import has_more, protocol_of
 from safepatch.evaluation.gallery import flags, slug
 from safepatch.evaluation.kept import digest, pixels
 from safepatch.evaluation.matrix import Matrix
 from safepatch.evaluation.metrics import rate
-from safepatch.evaluation.run import Plan, has_more, protocol_of
+from safepatch.evaluation.plan import Plan
 from safepatch.evaluation.scoring import pictures
 from safepatch.evaluation.suite import Measure, row
 from safepatch.files import claimed, write_text

@@ -12,8 +12,10 @@ from safepatch.data.corpus import Corpus
 from safepatch.detectors.base import shows_any
 from safepatch.detectors.embedded import embedded_detector
 from safepatch.diffusion import decode_latents, denoiser, encode_images, generate, quiet
+from safepatch.evaluation.bench import Bench, Protocol
+from safepatch.evaluation.drifts import drift
+from safepatch.evaluation.effects import other_unsafe_rate, prompt_accuracy, unsafe_rate
 from safepatch.evaluation.metrics import precision, recall
-from safepatch.evaluation.suite import Bench, Protocol, drift, other_unsafe_rate, prompt_accuracy, unsafe_rate
 from safepatch.models.load import load_pipeline
 from safepatch.runtime.apply import apply
 from safepatch.shipped import Shipped, shipped, shipped_patch

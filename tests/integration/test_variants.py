@@ -17,7 +17,7 @@ from safepatch.attacks.learning import drawn_by, spoken, word
 from safepatch.data.corpus import Corpus
 from safepatch.diffusion import Components, TokenReader, UNetHost, encode, teach
 from safepatch.errors import ConfigError, UnknownName, UnsupportedModel
-from safepatch.evaluation import run
+from safepatch.evaluation import plan
 from safepatch.evaluation.bench import Bench, Protocol
 from safepatch.evaluation.matrix import Matrix, PatchEntry
 from safepatch.models.load import ModelConfig
@@ -48,8 +48,8 @@ def world(monkeypatch: pytest.MonkeyPatch) -> None:
             (images.mean((1, 2, 3), keepdim=True) < 0.5).float()[:, 0, 0].expand(-1, len(NAMES))
         ),
     )
-    monkeypatch.setattr(run, "require_fit", lambda *_: None)
-    monkeypatch.setattr(run, "open_detector", lambda *_: judge)
+    monkeypatch.setattr(plan, "require_fit", lambda *_: None)
+    monkeypatch.setattr(plan, "open_detector", lambda *_: judge)
     monkeypatch.setattr(ModelConfig, "load", lambda self: new_small_pipe())
 
 
@@ -159,7 +159,7 @@ def test_every_way_is_measured_with_the_patch_and_without_and_a_second_run_draws
     assert "a cat, a dog" in page
     for name in ("word", "lora"):
         monkeypatch.setattr(ways, name, pytest.fail)
-    monkeypatch.setattr(run.Bench, "_draw", pytest.fail)
+    monkeypatch.setattr(Bench, "_draw", pytest.fail)
     assert run_variants(matrix, FEW, lambda _: None) == rows
 
 

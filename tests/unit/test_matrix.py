@@ -15,7 +15,7 @@ from safepatch.artifact.info import PatchInfo
 from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.attacks import ATTACKS, parse_attack
 from safepatch.errors import BaseMismatch, ConfigError, MergeError, SafepatchError, UnknownName
-from safepatch.evaluation import run
+from safepatch.evaluation import plan, run
 from safepatch.evaluation.bench import Protocol
 from safepatch.evaluation.matrix import Matrix, MergeEntry, PatchEntry, load_matrix
 from safepatch.evaluation.run import run_matrix
@@ -57,10 +57,10 @@ class DrawnBench(ObedientBench):
 def world(monkeypatch: pytest.MonkeyPatch) -> None:
     """Models that obey, and the detector that reads what they draw."""
     monkeypatch.setattr(DrawnBench, "asked", [])
-    monkeypatch.setattr(run, "Bench", DrawnBench)
+    monkeypatch.setattr(plan, "Bench", DrawnBench)
     monkeypatch.setattr(ModelConfig, "load", lambda self: Pipe())
-    monkeypatch.setattr(run, "require_fit", lambda *_: None)
-    monkeypatch.setattr(run, "open_detector", lambda spec, *_: replace(READER, threshold=spec.threshold or 0.5))
+    monkeypatch.setattr(plan, "require_fit", lambda *_: None)
+    monkeypatch.setattr(plan, "open_detector", lambda spec, *_: replace(READER, threshold=spec.threshold or 0.5))
 
 
 @pytest.fixture
@@ -471,7 +471,7 @@ def test_a_patch_that_does_not_fit_is_told_before_anything_is_drawn(
     def refuse(*_: object) -> None:
         raise BaseMismatch("this patch is for others")
 
-    monkeypatch.setattr(run, "require_fit", refuse)
+    monkeypatch.setattr(plan, "require_fit", refuse)
     with pytest.raises(BaseMismatch):
         run_matrix(small(weapons, tmp_path / "out"), tell=lambda _: None)
     assert DrawnBench.asked == []

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from safepatch import cli
 from safepatch.attacks import Round
 from safepatch.errors import ConfigError, PromptError
-from safepatch.evaluation import bench, run
+from safepatch.evaluation import bench, plan
 from safepatch.evaluation.bench import Bench, Protocol
 from safepatch.evaluation.kept import Batch
 from safepatch.evaluation.matrix import Matrix, PatchEntry
@@ -38,11 +38,11 @@ class Literal(Bench):
 @pytest.fixture(autouse=True)
 def world(monkeypatch: pytest.MonkeyPatch) -> None:
     """Models that draw what they are told."""
-    monkeypatch.setattr(run, "Bench", Literal)
+    monkeypatch.setattr(plan, "Bench", Literal)
     monkeypatch.setattr(bench, "usual_guidance", lambda _: 1.5)
     monkeypatch.setattr(ModelConfig, "load", lambda self: Pipe())
-    monkeypatch.setattr(run, "require_fit", lambda *_: None)
-    monkeypatch.setattr(run, "open_detector", lambda spec, *_: replace(READER, threshold=spec.threshold or 0.5))
+    monkeypatch.setattr(plan, "require_fit", lambda *_: None)
+    monkeypatch.setattr(plan, "open_detector", lambda spec, *_: replace(READER, threshold=spec.threshold or 0.5))
 
 
 @pytest.fixture

@@ -17,8 +17,8 @@ from safepatch.data.prompts import Prompt
 from safepatch.data.words import Words
 from safepatch.detectors.base import Detector, shows_all, shows_any
 from safepatch.errors import ConfigError, SafepatchError, UnknownName
+from safepatch.evaluation import asked, suite
 from safepatch.evaluation import bench as bench_module
-from safepatch.evaluation import suite
 from safepatch.evaluation.bench import Bench, Protocol
 from safepatch.evaluation.kept import Batch, Kept
 from safepatch.evaluation.sweep import THRESHOLDS, sweep
@@ -303,4 +303,4 @@ def test_a_prompt_is_drawn_with_its_own_guidance_unless_the_protocol_names_one()
 def test_a_bench_without_a_detector_says_so() -> None:
     bench = Bench("small", None, None, PROTOCOL)
     with pytest.raises(SafepatchError, match="no detector"):
-        suite._found(bench, [], None, "")
+        asked.found_in(bench, [], None, "")

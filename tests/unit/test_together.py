@@ -16,7 +16,7 @@ from safepatch.attacks import Round, parse_attack
 from safepatch.data.corpus import Corpus
 from safepatch.data.prompts import Prompt
 from safepatch.errors import UnknownWords
-from safepatch.evaluation import run
+from safepatch.evaluation import plan, run
 from safepatch.evaluation.attacked import attack_rows
 from safepatch.evaluation.bench import Bench, Protocol
 from safepatch.evaluation.kept import Kept
@@ -96,9 +96,9 @@ def test_a_matrix_of_two_processes_gives_one_processes_rows_and_draws_nothing_tw
 ) -> None:
     mine = patch_file(tmp_path / "weapons.safetensors", "weapons")
     seen, whose = [], local()
-    monkeypatch.setattr(run, "Bench", Drawer)
-    monkeypatch.setattr(run, "require_fit", lambda *_: None)
-    monkeypatch.setattr(run, "open_detector", lambda *_: READER)
+    monkeypatch.setattr(plan, "Bench", Drawer)
+    monkeypatch.setattr(plan, "require_fit", lambda *_: None)
+    monkeypatch.setattr(plan, "open_detector", lambda *_: READER)
     monkeypatch.setattr(ModelConfig, "load", lambda self: Pipe())
 
     def matrix(out: str) -> Matrix:
