@@ -36,9 +36,9 @@ def headed(rows: list[list[str]], wanted: Sequence[str]) -> Table:
 
 
 def delimiter_of(text: str, delimiters: str, wanted: Sequence[str]) -> str:
-    """The first with which the file's first line names a prompt column, else the usual one."""
+    """The first with which the file's first line that is not blank names a prompt column, else the usual one."""
     for delimiter in delimiters:
-        if match(next(csv.reader(io.StringIO(text), delimiter=delimiter), []), wanted):
+        if match(next(filter(any, csv.reader(io.StringIO(text), delimiter=delimiter)), []), wanted):
             return delimiter
     return delimiters[0]
 

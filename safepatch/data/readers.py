@@ -16,6 +16,7 @@ from safepatch.data.tables import read_table
 from safepatch.errors import PromptError, nearest
 
 FLAGS = {"", "0", "1", "0.0", "1.0", "true", "false", "yes", "no", "none"}
+DIGITS = 20  # of the largest seed
 BLANK = {"", "nan", "none", "null"}  # what is written where there is no number
 
 
@@ -192,7 +193,7 @@ def _seed(cells: Mapping[str, Any], took: Mapping[str, str]) -> int | None:
     value = str(cells["seed"]).strip()
     if value.lower() in BLANK:
         return None
-    seed = int(value) if value.isdecimal() else _float(value)  # pandas writes 7.0 where another row has none
+    seed = int(value) if value.isdecimal() and len(value) <= DIGITS else _float(value)  # pandas writes 7.0 beside none
     if not (0 <= seed < 2**64 and seed == int(seed)):
         raise PromptError(f"seed '{value:.40}' in column '{took['seed']}' is no whole number; correct or empty it")
     return int(seed)

@@ -46,7 +46,8 @@ def toml(text: str) -> Table:
     """LECO's prompts, or the rows of any other TOML."""
     data = tomllib.loads(text)
     top = data["slider"] if isinstance(data.get("slider"), dict) else data
-    entries = data.get("prompts", top.get("targets", [top]))
+    found = data.get("prompts", top.get("targets", [top]))
+    entries = found if isinstance(found, list) else []
     if entries and all(isinstance(entry, dict) and _LECO & entry.keys() for entry in entries):
         return _leco([_defaults(top) | entry for entry in entries])
     return tabulated(*_records(data))
@@ -113,10 +114,13 @@ def _leco(entries: list[dict[str, Any]]) -> Table:
     """LECO's prompts as sd-scripts reads them: `positive`, by default `target`, is erased in favor of `neutral`; of a
     slider `negative` in favor of `positive`. Their `guidance_scale` weighs a loss, so it is no image's guidance.
     """
+    named = "target_class" if "target_class" in entries[0] else "target"
     for number, entry in enumerate(entries, start=1):
+        if named not in entry:
+            raise PromptError(f"row {number} has no '{named}', which the first one has; add it")
         if entry.get("action") == "enhance":
             raise PromptError(f"row {number}: action 'enhance' adds its target, and a patch only removes; delete it")
-    if "target_class" in entries[0]:
+    if named == "target_class":
         prompt, safe = "negative", "positive"
         entries = [{"negative": "", **entry} for entry in entries]
     elif any(entry.get("positive", entry["target"]) != entry["target"] for entry in entries):

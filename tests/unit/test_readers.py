@@ -186,6 +186,7 @@ def test_columns_can_be_named_and_then_they_win(tmp_path):
         ("bare.toml", f'prompts = ["{SWORD}", "{AXE}"]\n'),
         ("tables.toml", f'[[rows]]\nprompt = "{SWORD}"\n[[rows]]\nprompt = "{AXE}"\n'),
         ("semicolon.csv", f"prompt;seed\n{SWORD};\n{AXE};\n"),
+        ("below.csv", f"\n\nprompt;seed\n{SWORD};\n{AXE};\n"),
         ("tab.csv", f"seed\tprompt\n\t{SWORD}\n\t{AXE}\n"),
         ("unnamed.csv", f",0\n0,{SWORD}\n1,{AXE}\n"),
         ("one.csv", f"{SWORD}\n{AXE}\n"),
@@ -256,6 +257,10 @@ def rows(n: int, **changed: str) -> str:
         (f",{SPOON},1,7", "row 17: the prompt column 'prompt' is empty; fill it or delete the row"),
         (f"{SWORD},{SPOON},1.5,7", "row 17: seed '1.5' in column 'seed' is no whole number; correct or empty it"),
         (f"{SWORD},{SPOON},-1,7", "row 17: seed '-1' in column 'seed' is no whole number; correct or empty it"),
+        (
+            f"{SWORD},{SPOON},{'9' * 5000},7",
+            f"row 17: seed '{'9' * 40}' in column 'seed' is no whole number; correct or empty it",
+        ),
         (f"{SWORD},{SPOON},inf,7", "row 17: seed 'inf' in column 'seed' is no whole number; correct or empty it"),
         (f"{SWORD},{SPOON},1,high", "row 17: guidance 'high' in column 'guidance' is no number; correct or empty it"),
         (
@@ -322,6 +327,12 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path):
         ("a.toml", '[[prompts]]\ntarget = "a sword"\naction = "enhance"\n', "row 1: action 'enhance' adds its target"),
         ("a.toml", '[[targets]]\ntarget_class = "x"\npositive = "a spoon"\n', "row 1: the prompt column 'negative' is"),
         ("a.toml", "targets = []\n", "holds no prompts"),
+        ("a.toml", "prompts = 5\n", "holds no prompts (its keys: prompts)"),
+        (
+            "a.toml",
+            '[[prompts]]\ntarget = "a sword"\n[[prompts]]\ntarget_class = "an axe"\n',
+            "row 2 has no 'target', which the first one has; add it",
+        ),
         ("a.csv", "", "holds no prompts; write one row for each"),
         ("a.csv", "prompt,safe\n\n,\n", "holds no prompts; write one row for each"),
         ("a.csv", ",0\n", "holds no prompts; write one row for each"),
