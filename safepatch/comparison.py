@@ -12,7 +12,7 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from safepatch.config import load_config
+from safepatch.config import assigned, load_config
 from safepatch.errors import ConfigError
 from safepatch.evaluation.matrix import Matrix, MergeEntry, PatchEntry
 from safepatch.evaluation.run import run_matrix
@@ -58,8 +58,8 @@ class Comparison:
 
     def config(self, variant: str, category: str) -> TrainConfig:
         """How a variant is trained for a category; raises `ConfigError` for a setting that there is not."""
-        own = [f"category={category}", f"model={self.model}", *self.settings, *self.variants[variant]]
-        return load_train_config(None, [*own, f"output={self.folder(variant, category)}"])
+        own = [assigned("category", category), assigned("model", self.model), *self.settings, *self.variants[variant]]
+        return load_train_config(None, [*own, assigned("output", self.folder(variant, category))])
 
     def folder(self, variant: str, category: str) -> Path:
         """Where that is trained."""

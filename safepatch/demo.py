@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from safepatch.config import assigned
 from safepatch.data.corpus import Corpus
 from safepatch.evaluation.bench import Protocol
 from safepatch.evaluation.matrix import Matrix, PatchEntry
@@ -48,6 +49,7 @@ def run_demo(out: Path, steps: int, n: int = 20, device: str = "cpu") -> Path:
 
 
 def _train(out: Path, steps: int) -> Path:
-    overrides = [f"category={TRAINED}", f"model={MODEL}", f"output={out}/train", f"patch.kind={KIND}", *SETTINGS]
-    config = load_train_config(None, [*overrides, f"data.pairs={min(PAIRS, 4 * steps)}", f"training.steps={steps}"])
+    what = [f"category={TRAINED}", f"model={MODEL}", assigned("output", out / "train"), f"patch.kind={KIND}"]
+    how = [*SETTINGS, f"data.pairs={min(PAIRS, 4 * steps)}", f"training.steps={steps}"]
+    config = load_train_config(None, [*what, *how])
     return train(config.load_model(), config, Corpus.open(TRAINED))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from omegaconf import MISSING
 
-from safepatch.config import load_config, to_dict, to_yaml
+from safepatch.config import assigned, load_config, to_dict, to_yaml
 from safepatch.errors import ConfigError
 from safepatch.training.config import load_train_config
 
@@ -279,3 +279,22 @@ def test_yamls_truth_values_stand_for_the_words_that_were_typed(write, word):
     path = write(f"category: weapons\nmodel: tiny-sd\ntraining: {{mixed_precision: {word}}}\n")
     assert load_train_config(path, []).training.mixed_precision == "no"
     assert load_train_config(None, [*words, "training.mixed_precision=bf16"]).training.mixed_precision == "bf16"
+
+
+@pytest.mark.parametrize("item", ["learning_rate=nan", "learning_rate=.nan", "weights={a: .nan}"])
+def test_no_number_is_no_value(item):
+    """It would pass the comparisons that are to refuse what is too small."""
+    with pytest.raises(ConfigError, match="not a number"):
+        load_config(Training, overrides=[item])
+    assert load_config(Training, overrides=["learning_rate=inf"]).learning_rate == float("inf")  # control
+
+
+@pytest.mark.parametrize("text", ["a: b", "a #1", "[x", "no", "1e3", "null", "", 'q"\\', "tab\t", "ü 😀"])
+def test_what_is_assigned_is_read_back(text):
+    assert load_config(ESD, overrides=[assigned("name", text)]).name == text
+    assert load_config(ESD, overrides=[assigned("guidance", 0.5)]).guidance == 0.5
+
+
+def test_a_file_that_is_nested_without_end_is_one_line(write):
+    with pytest.raises(ConfigError, match="train"):
+        load_config(Training, write("steps: " + "[" * 5_000))
