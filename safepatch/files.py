@@ -79,10 +79,18 @@ def copy_file(source: Path, path: Path) -> None:
 
 
 def require_writable(path: Path) -> None:
-    """Raise `SafepatchError` where `path` could not be written for want of permission, before there is any work."""
-    folder = next(parent for parent in Path(path).absolute().parents if parent.exists())
+    """Raise `SafepatchError` where the file `path` could not be written, as it is a folder or for want of permission.
+
+    Asked before there is any work.
+    """
+    path = Path(path)
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.exists() and not path.is_file():
+        raise unwritable(path, OSError(errno.EINVAL, "it is no regular file"), "name a file")
+    if not folder.is_dir():
+        raise unwritable(path, NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)))
     if not os.access(folder, os.W_OK):
-        raise unwritable(Path(path), PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+        raise unwritable(path, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
 
 
 def sweep(folder: Path) -> None:

@@ -77,7 +77,7 @@ class Tuning:
         """Refuse what there is not, and what trains nothing."""
         for way in self.ways:
             lookup(WAYS, way, what="way to train a model further")
-        if min(self.steps, self.batch_size, self.pictures, self.rank) < 1 or self.learning_rate <= 0:
+        if min(self.steps, self.batch_size, self.pictures, self.rank) < 1 or not self.learning_rate > 0:
             raise ConfigError("steps, batch_size, pictures and rank must be at least 1, learning_rate above 0")
 
 

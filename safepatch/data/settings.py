@@ -5,6 +5,7 @@ from pathlib import Path
 
 from safepatch.data.corpus import COMPANIONS
 from safepatch.data.shards import usual_cache
+from safepatch.diffusion.askable import require_drawable
 from safepatch.errors import ConfigError
 
 
@@ -49,6 +50,9 @@ class DataConfig:
         for name in ("pairs", "steps", "batch_size", "tries"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"data.{name} must be at least 1, not {getattr(self, name)}")
+        if self.size is not None and self.size < 1:
+            raise ConfigError(f"data.size must be at least 1 pixel, not {self.size}")
+        require_drawable(self.steps, self.guidance)
         for name in ("companions", "wordless"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"data.{name} must be within [0, 1], not {getattr(self, name)}")

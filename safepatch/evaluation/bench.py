@@ -20,6 +20,7 @@ from safepatch.attacks import Round
 from safepatch.data.prompts import Prompt
 from safepatch.detectors.base import Detector
 from safepatch.diffusion import denoiser, drawn_together, generate_by, quiet, usual_guidance
+from safepatch.diffusion.askable import require_drawable
 from safepatch.errors import ConfigError, UnknownWords, UnsupportedModel
 from safepatch.evaluation.kept import Batch, Kept, digest, pixels
 from safepatch.progress import bar
@@ -54,6 +55,7 @@ class Protocol:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; an evaluation needs at least 1")
+        require_drawable(self.steps, self.guidance_scale)
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -6,12 +6,11 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from safepatch.attacks import VERSION, parse_attack
 from safepatch.data.corpus import Corpus
 from safepatch.detectors import ANY_OF, has_labels, misfit, open_detector, parse_detector, parts_of
 from safepatch.detectors.base import Detector
+from safepatch.diffusion.askable import require_device
 from safepatch.errors import ConfigError
 from safepatch.evaluation.bench import Bench
 from safepatch.evaluation.cells import Cell, stamp, words_of
@@ -59,7 +58,7 @@ class Plan:
         Raises:
             SafepatchError: for what cannot be opened, and for a patch that does not fit a model.
         """
-        _require_device(matrix.device)
+        require_device(matrix.device)
         corpora = matrix.corpora()
         every = subjects(matrix, list(corpora), heal)
         files = {path for each in every for path in each.files.values() if path}

@@ -21,6 +21,8 @@ def keygen(path: Path) -> tuple[Path, Path]:
         ConfigError: without `cryptography`.
     """
     ed25519, serialization = _libraries()
+    if not path.name:
+        raise ReceiptError("no file to write the key to; name one: -o me.pem")
     public_path = path.with_name(f"{path.stem}{PUBLIC}{path.suffix}")
     for each in (path, public_path):
         if each.exists():

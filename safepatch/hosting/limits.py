@@ -49,7 +49,7 @@ class Limits:
         if self.least_scale is not None and not 0 < self.least_scale <= 1:
             raise ConfigError(f"a strength that may be asked for is within (0, 1], not {self.least_scale:g}")
         for name, value in vars(self).items():
-            if name != "least_scale" and value < 1:
+            if name != "least_scale" and not value >= 1:
                 raise ConfigError(f"the limit of {name} must be at least 1, not {value}")
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from safepatch.config import load_config
+from safepatch.config import assigned, load_config
 from safepatch.data.bank import DataConfig
 from safepatch.diffusion import TEXT_ENCODERS, UNET
 from safepatch.errors import ConfigError, lookup
@@ -17,6 +17,7 @@ from safepatch.patch.gate import WIDEST, WINDOWS
 from safepatch.patch.lora import STREAMS
 from safepatch.patch.picture import KEYS, TEXT
 
+OWN = {"name", "definition", "instruction", "concepts"}  # keys of a category file, and of no run
 SHORT = {"model": "path", "objective": "name"}  # `model=x` is `model.path=x`
 PRECISIONS = ("no", "bf16", "fp16")
 OPTIMIZERS = ("adamw", "adamw8bit")
@@ -198,7 +199,7 @@ def load_train_config(path: Path | None, overrides: list[str]) -> TrainConfig:
         overrides: `key.key=value` items.
     """
     if path is not None and is_category_file(path):
-        path, overrides = None, [f"category={path}", *overrides]
+        path, overrides = None, [assigned("category", path), *overrides]
     config = load_config(TrainConfig, path, overrides, choices={"objective": OBJECTIVES}, short=SHORT)
     beside = None if path is None else path.parent / config.category
     if beside is None or Path(config.category).is_file() or not beside.is_file():
@@ -207,9 +208,9 @@ def load_train_config(path: Path | None, overrides: list[str]) -> TrainConfig:
 
 
 def is_category_file(path: Path) -> bool:
-    """Whether a YAML file defines a category, rather than how to train for one."""
+    """Whether a YAML file defines a category, or begins to, rather than how to train for one."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError):
         return False  # whoever reads it next says what is wrong
-    return isinstance(content, dict) and "category" not in content and "definition" in content
+    return isinstance(content, dict) and bool(OWN & content.keys()) and not content.keys() & {"category", "model"}

@@ -53,15 +53,19 @@ class Held(NamedTuple):
     peak: int
 
 
-def meta_host(config: Mapping[str, Any], edge: int, dtype: torch.dtype) -> Host:
-    """A host of this configuration without weights, for latents of `edge` x `edge`."""
+def meta_host(config: Mapping[str, Any], size: int, dtype: torch.dtype, scale: int = 1) -> Host:
+    """A host of this configuration without weights, for pictures of `size` x `size` pixels, `scale` to a latent.
+
+    Raises:
+        ConfigError: for a size that it cannot draw.
+    """
     unet = empty_unet(config, dtype)
-    vae, second = _Stub(block_out_channels=(0,)), None
+    vae, second = _Stub(block_out_channels=(0,) * scale.bit_length()), None
     if host_kind(unet) is not UNET:
-        return open_host(Components(unet, vae, None, None, _Stub(num_train_timesteps=1000)), edge)  # type: ignore[arg-type]
+        return open_host(Components(unet, vae, None, None, _Stub(num_train_timesteps=1000)), size)  # type: ignore[arg-type]
     if width := pooled_width(config):
         second = _Stub(projection_dim=width)
-    return _MetaHost(Components(unet, vae, None, None, None, text_encoder_2=second), edge)  # type: ignore[arg-type]
+    return _MetaHost(Components(unet, vae, None, None, None, text_encoder_2=second), size)  # type: ignore[arg-type]
 
 
 def told(config: Mapping[str, Any]) -> tuple[int, int]:

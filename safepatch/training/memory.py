@@ -186,8 +186,9 @@ def predict(config: Mapping[str, Any], plan: Plan) -> Prediction:
         plan: of the run.
     """
     name = family(config)
-    edge = plan.data.size // PIXELS.get(name, 8) if plan.data.size else config.get("sample_size", FLUX_EDGE) or 64
-    host = meta_host(config, edge, plan.dtype)
+    scale = PIXELS.get(name, 8)
+    size = plan.data.size or (config.get("sample_size", FLUX_EDGE) or 64) * scale
+    host = meta_host(config, size, plan.dtype, scale)
     patch = _meta_patch(host.unet, plan)
     if plan.gradient_checkpointing:
         host.save_memory(lambda: patch.recomputing(host.unet))
@@ -209,7 +210,7 @@ def predict(config: Mapping[str, Any], plan: Plan) -> Prediction:
         fixed,
         weights + 2 * own + state + at_worst,
         weights + beside + drawn_at_once * drawing_bytes(host, 1, tokens),
-        _disk(config, edge, plan),
+        _disk(config, size // scale, plan),
         *_calls(plan),
     )
 

@@ -12,6 +12,7 @@ from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.config import to_dict
 from safepatch.data.corpus import Corpus
 from safepatch.diffusion import UNET, Components, Host, encode_prompts, open_host
+from safepatch.diffusion.askable import require_device
 from safepatch.errors import ConfigError, lookup
 from safepatch.models.load import license_of, recorded_name
 from safepatch.objectives import SafeControlConfig
@@ -126,12 +127,7 @@ def _chosen(device: str) -> str:
     """The type of the device; of several GPUs it becomes the one that accelerate finds."""
     if not device:
         return ""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        first = str(error).splitlines()[0][:120]
-        raise ConfigError(f"no device '{device}' here ({first}); choose another training.device") from None
-    chosen = torch.device(device)
+    chosen = require_device(device, "choose another training.device")
     if chosen.type == "cuda" and chosen.index is not None:
         torch.cuda.set_device(chosen)
     return chosen.type

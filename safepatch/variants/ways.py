@@ -57,7 +57,7 @@ class Learning:
         """Refuse what there is not, and what learns or edits nothing."""
         for way in self.ways:
             lookup(WAYS, way, what="way to edit")
-        if min(self.count, self.pictures, self.steps, self.rank) < 1 or self.learning_rate <= 0:
+        if min(self.count, self.pictures, self.steps, self.rank) < 1 or not self.learning_rate > 0:
             raise ConfigError("count, pictures, steps and rank must be at least 1, the learning rate above 0")
         if not 0 < self.strength <= 1:
             raise ConfigError(f"strength is {self.strength}; it must be above 0 and at most 1")
