@@ -14,9 +14,9 @@ app = typer.Typer(
 )
 
 
-def say(*lines: str) -> None:
+def say(*lines: str, err: bool = False) -> None:
     """Print lines that may quote what files say: whatever a terminal would obey in them is escaped."""
-    typer.echo("\n".join(map(printable, lines)))
+    typer.echo("\n".join(map(printable, lines)), err=err)
 
 
 def main() -> None:

@@ -7,7 +7,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from safepatch.cli import app, say
-from safepatch.cli.options import AllowPickle, Device, Dtype, Model, PatchFile, PredictionType, Tokenizer, opened
+from safepatch.cli.options import (
+    MERGED,
+    TOGETHER,
+    AllowPickle,
+    Device,
+    Dtype,
+    GuardAction,
+    Model,
+    PatchFile,
+    PredictionType,
+    Reads,
+    Tokenizer,
+    only,
+    opened,
+    require_with,
+)
 from safepatch.errors import SafepatchError
 
 if TYPE_CHECKING:
@@ -15,12 +30,19 @@ if TYPE_CHECKING:
     from safepatch.guard.file import Guard
 
 
+OF_A_PATCH = ("scale", "start", "end", "gate", "gate_threshold", "speed", "reads", "trust")  # without one, they idle
+OF_A_RECEIPT = ("key", "certificate", "receipt_prompt")
+
+
 @app.command()
 def generate(
+    context: typer.Context,
     prompt: Annotated[str, typer.Option(help="What to draw.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="PNG to write.")],
     model: Model = "tiny-sd",
-    patch: Annotated[str | None, typer.Option(help="Patch to apply: a file, or user/repo[@revision].")] = None,
+    patches: Annotated[
+        list[str] | None, typer.Option("--patch", help="Patch to apply: a file, or user/repo[@revision].")
+    ] = None,
     scale: Annotated[
         str, typer.Option(help="Strength of the patch, 0 is off; or by category: gore=1,weapons=0.6.")
     ] = "1",
@@ -31,9 +53,7 @@ def generate(
         float | None, typer.Option(help="Probability from which the gate opens; what the patch says if not given.")
     ] = None,
     speed: Annotated[str, typer.Option(help="full, or fast: a control patch runs at every second step.")] = "full",
-    reads: Annotated[
-        str, typer.Option(help="What a gate reads: windows, any few words in a row, or prompt, all of it at once.")
-    ] = "windows",
+    reads: Reads = "windows",
     trust: Annotated[
         list[str] | None,
         typer.Option(help="Public key that must have signed the patch, or first-use; may be repeated."),
@@ -47,10 +67,10 @@ def generate(
     tokenizer: Tokenizer = None,
     allow_pickle: AllowPickle = False,
     prediction_type: PredictionType = None,
-    guard: Annotated[Path | None, typer.Option(help="A guard's file, which judges the prompt first.")] = None,
-    guard_action: Annotated[
-        str, typer.Option(help="block what the guard claims, rewrite it with harmless words, or only score it.")
-    ] = "block",
+    guards: Annotated[
+        list[Path] | None, typer.Option("--guard", help="A guard's file, which judges the prompt first.")
+    ] = None,
+    guard_action: GuardAction = "block",
     receipt: Annotated[
         bool, typer.Option("--receipt", help="Put into the PNG, and beside it, how it was made and what the patch did.")
     ] = False,
@@ -66,10 +86,10 @@ def generate(
     """Generate one image, with or without a patch."""
     from contextlib import nullcontext
 
-    from safepatch.artifact.info import read_info
     from safepatch.data.prompts import admit
     from safepatch.diffusion import generate as run
     from safepatch.diffusion import save_image
+    from safepatch.diffusion.askable import require_drawable
     from safepatch.files import require_writable
     from safepatch.hosting.making import Asked
     from safepatch.hosting.stamp import Stamp
@@ -78,33 +98,31 @@ def generate(
     from safepatch.runtime.check import require_fit
     from safepatch.runtime.one_step import one_step, step_of
 
+    for option, of_it in (("patches", OF_A_PATCH), ("guards", ("guard_action",)), ("receipt", OF_A_RECEIPT)):
+        require_with(context, option, of_it)
+    patch, guard = only(patches or [None], "--patch", MERGED), only(guards or [None], "--guard", TOGETHER)
+    # All that can be wrong is told before gigabytes of weights are read.
     admit([prompt])
+    require_drawable(steps, guidance_scale, seed)
     require_writable(out)
-    if not receipt and (key or certificate or receipt_prompt):
-        raise SafepatchError("--key, --certificate and --receipt-prompt are for receipts; give --receipt too")
-    stamp = (
-        Stamp.of(key, receipt_prompt, certificate) if receipt else None
-    )  # a key that is none is told before anything is drawn
+    stamp = Stamp.of(key, receipt_prompt, certificate) if receipt else None
     scales, judge = _scale(scale), _guard(guard, guard_action) if guard else None
-    if patch:
-        require_fit(model, located(patch), allow_pickle)  # before gigabytes of weights are read
+    info = None if patch is None else require_fit(model, located(patch), allow_pickle)[0]
     pipe = opened(model, device, dtype, tokenizer, allow_pickle, prediction_type)
-    options = {"start": start, "end": end, "gate": gate, "gate_threshold": gate_threshold, "speed": speed}
-    options |= {"reads": reads, "trusted": trust[0] if trust and len(trust) == 1 else trust}
-    info = read_info(located(patch)) if patch else None
-    judged = None
-    if judge:
-        prompt, judged = _judged(pipe, judge, guard_action, prompt, info)
+    options = {"scale": scales, "start": start, "end": end, "gate": gate, "gate_threshold": gate_threshold}
+    options |= {"speed": speed, "reads": reads, "trusted": trust[0] if trust and len(trust) == 1 else trust}
+    prompt, judged = _judged(pipe, judge, guard_action, prompt, info) if judge else (prompt, None)
     if info and step_of(info) is not None:
         steps, guidance_scale = 1, 1.0
-    with one_step(pipe, info), apply(pipe, patch, scales, **options) if patch else nullcontext() as handle:
+    asked = Asked.of(pipe, prompt, seed, steps, guidance_scale, negative_prompt)
+    with one_step(pipe, info), apply(pipe, patch, **options) if patch is not None else nullcontext() as handle:
         if stamp:
-            asked = Asked.of(pipe, prompt, seed, steps, guidance_scale, negative_prompt)
             say(*stamp.draw(pipe, handle, asked, out, judged))
             return
-        images = run(pipe, [prompt], [seed], steps, guidance_scale, [negative_prompt] if negative_prompt else None)
+        negatives = [negative_prompt] if negative_prompt else None
+        images = run(pipe, [prompt], [seed], steps, asked.guidance_scale, negatives)
     save_image(images[0], out)
-    typer.echo(f"image: {out}")
+    say(f"image: {out}")
 
 
 def _guard(path: Path, action: str) -> "Guard":
@@ -126,7 +144,7 @@ def _judged(
     from safepatch.hosting.making import guard_record
 
     for line in lacking(judge.categories, patch.categories) if patch else ():
-        typer.echo(line, err=True)
+        say(line, err=True)
     decision = admitted(judge.bind(pipe), action, prompt)
     drawn = decision.drawn or ""
     admit([drawn])
@@ -147,7 +165,7 @@ def fuse(
     """Write a lora patch into a copy of a model, which any program can load; it cannot be taken off again."""
     from safepatch.runtime.fuse import fuse_model
 
-    typer.echo(f"written: {fuse_model(model, patch, out, scale, allow_pickle, typer.echo)}")
+    say(f"written: {fuse_model(model, patch, out, scale, allow_pickle, say)}")
 
 
 @app.command()
@@ -162,12 +180,11 @@ def check(patch: PatchFile, model: Model = "tiny-sd", allow_pickle: AllowPickle 
     say(f"fits: {patch} ({', '.join(fit.info.categories)}) on {model}")
     if merged := weights(fit.info):
         say("weights: " + ", ".join(f"{name} {weight:g}" for name, weight in merged.items()))
-    typer.echo(f"family: {fit.family}")
-    typer.echo(f"fingerprint: {json.dumps(fit.fingerprint)}")
+    say(f"family: {fit.family}", f"fingerprint: {json.dumps(fit.fingerprint)}")
     for component in fit.info.components:
         of = "" if fit.info.components == ("unet",) else f" ({component})"
         known = f"{fit.drifts[component]:.2g}" if component in fit.drifts else f"unknown, {why}"
-        typer.echo(f"drift from the patch's base{of}: {known}")
+        say(f"drift from the patch's base{of}: {known}")
 
 
 def _scale(text: str) -> float | dict[str, float]:

@@ -20,16 +20,19 @@ from safepatch.cli.options import (
     PredictionType,
     Tokenizer,
     opened,
+    require_with,
 )
 from safepatch.errors import SafepatchError
 
 if TYPE_CHECKING:
+    from safepatch.artifact.info import PatchInfo
     from safepatch.hosting.receipt import Verified
     from safepatch.merging import MergeRecipe
 
 
 @app.command()
 def merge(
+    context: typer.Context,
     sources: Annotated[list[Path], typer.Argument(help="Patch files for one architecture, or one recipe (.yaml).")],
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Where to write the merged patch.")] = None,
     method: Annotated[str | None, typer.Option(help="How to merge, see the README; bundle if not given.")] = None,
@@ -47,7 +50,7 @@ def merge(
     category: Category = None,
     evaluate: Annotated[bool, typer.Option("--evaluate", help="Measure and draw every category.")] = False,
     model: Model = "tiny-sd",
-    n: Annotated[int, typer.Option(help="With --evaluate: images per rate.")] = 200,
+    n: Annotated[int, typer.Option("-n", "--n", help="With --evaluate: images per rate.")] = 200,
     device: Device = "cpu",
     model_dtype: ModelDtype = None,
     tokenizer: Tokenizer = None,
@@ -55,42 +58,47 @@ def merge(
     prediction_type: PredictionType = None,
 ) -> None:
     """Merge patches into one file; an option given here overrides the recipe's."""
+    from safepatch.artifact.describe import merge_lines
+    from safepatch.merging import merge as run
+
     given = {"method": method, "density": density, "seed": seed, "dtype": dtype, "rank": rank, "conflicts": conflicts}
-    options = {
-        name: value for name, value in {**given, "heal": heal, "heal_rate": heal_rate}.items() if value is not None
-    }
-    recipe = _recipe(sources, {**options, **({"weights": _numbers(weights)} if weights else {})})
+    given |= {"weights": _numbers(weights), "heal": heal, "heal_rate": heal_rate}
+    recipe = _recipe(sources, {name: value for name, value in given.items() if value is not None})
     target = out or (Path(recipe.out) if recipe.out else None)
     if target is None:
         raise SafepatchError("nowhere to write the merged patch; give -o FILE, or 'out' in the recipe")
-    from safepatch.artifact.describe import merge_lines
-
+    if not recipe.heal:
+        require_with(context, "heal", ("heal_rate", "mixed_precision"))
     if evaluate:
         from safepatch.evaluation.bench import Protocol
 
         Protocol(n=n)  # a wrong number is told before anything is written
     if recipe.heal:
-        from safepatch.data.corpus import Corpus
-        from safepatch.runtime.check import require_fit
-        from safepatch.training.healing import OPTIONS
-        from safepatch.training.healing import heal as run_healing
-
-        require_fit(model, recipe.sources[0], allow_pickle)  # before gigabytes of weights are read
-        pipe = opened(model, device, model_dtype, tokenizer, allow_pickle, prediction_type)
-        corpora = [Corpus.open(name) for name in category or []]
-        options_of_healing = replace(OPTIONS, mixed_precision=mixed_precision)
-        info = run_healing(pipe, recipe, target, corpora, options_of_healing).info
+        opening = (device, model_dtype, tokenizer, allow_pickle, prediction_type)
+        info = _healed(recipe, target, model, opening, category or [], mixed_precision)
     else:
-        from safepatch.merging import merge as run
-
         info = run(recipe, target).info
     say(*merge_lines(info, target))
     if evaluate:
         from safepatch.cli.evaluate import measure_merge
 
-        opening = {"device": device, "dtype": model_dtype, "allow_pickle": allow_pickle}
-        opening |= {"tokenizer": str(tokenizer) if tokenizer else None, "prediction_type": prediction_type}
-        measure_merge(recipe.sources, target, model, category, n, opening)
+        how = {"device": device, "dtype": model_dtype, "allow_pickle": allow_pickle}
+        how |= {"tokenizer": str(tokenizer) if tokenizer else None, "prediction_type": prediction_type}
+        measure_merge(recipe.sources, target, model, category, n, how)
+
+
+def _healed(
+    recipe: "MergeRecipe", target: Path, model: str, opening: tuple[Any, ...], categories: list[str], precision: str
+) -> "PatchInfo":
+    """What a healed merge is, once it is written; `opening` is the rest of what `opened` takes."""
+    from safepatch.data.corpus import Corpus
+    from safepatch.runtime.check import require_fit
+    from safepatch.training.healing import OPTIONS, heal
+
+    options = replace(OPTIONS, mixed_precision=precision)
+    corpora = [Corpus.open(name) for name in categories]
+    require_fit(model, recipe.sources[0], opening[3])  # before gigabytes of weights are read
+    return heal(opened(model, *opening), recipe, target, corpora, options).info
 
 
 def _recipe(sources: list[Path], options: dict[str, Any]) -> "MergeRecipe":
@@ -152,6 +160,7 @@ def inspect(
 
 @app.command()
 def verify(
+    context: typer.Context,
     file: Annotated[Path, typer.Argument(help="A patch file, a guard's, or a PNG with a receipt.")],
     allow_zero: Annotated[
         bool, typer.Option("--allow-zero", help="Let a patch pass that changes nothing: zeros, weights of 0.")
@@ -171,6 +180,9 @@ def verify(
     """Check a patch or a guard (structure, hash, that it can act) or an image's receipt; with --key, whose it is."""
     from safepatch.hosting.receipt import is_png, verify_image
 
+    require_with(context, "replay", ("patch", "prompt", "negative_prompt"))
+    if not file.exists():
+        raise SafepatchError(f"there is no {file}; give a patch, a guard, or a PNG with a receipt")
     if not is_png(file):
         if replay or file.suffix.lower() == ".png":
             raise SafepatchError(f"{file} is no PNG with a receipt; give an image that was drawn with --receipt")

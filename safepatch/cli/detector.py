@@ -18,7 +18,7 @@ def show() -> None:
     from safepatch.detectors import DETECTORS
 
     for name, entry in DETECTORS.items():
-        typer.echo(f"{name:16} {entry.about}")
+        say(f"{name:16} {entry.about}")
 
 
 @judges.command()

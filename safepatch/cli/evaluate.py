@@ -1,12 +1,12 @@
 """Verbs that measure: evaluate, attack, the demo."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from safepatch.cli import app
+from safepatch.cli import app, say
 from safepatch.cli.options import (
     AllowPickle,
     Category,
@@ -25,6 +25,7 @@ from safepatch.errors import ConfigError, lookup
 if TYPE_CHECKING:
     from safepatch.evaluation.matrix import Matrix
 
+USUAL = "tiny-sd"  # the model where none is named
 PICTURES = 8  # of each prompt set, in the report of one patch
 
 
@@ -51,11 +52,8 @@ def evaluate(
 ) -> None:
     """Measure what patches stop and what they cost; what is finished is not measured again. Writes an HTML report."""
     attacks = _attacks(attack or [], suite)
-    given = {"device": device, "dtype": dtype, "protocol.n": n, "protocol.steps": steps, "out": out}
-    given |= {"tokenizer": tokenizer, "allow_pickle": allow_pickle or None}
-    overrides = [f"{name}={value}" for name, value in given.items() if value is not None]
     path = Path(words[0]) if words and "=" not in words[0] else None
-    overrides = [*(words or [])[path is not None :], *overrides]
+    overrides = [*(words or [])[path is not None :], *fields(device, dtype, tokenizer, allow_pickle, n, steps, out)]
     if path:
         if model or patch or category or detector or attacks:
             raise ConfigError(
@@ -65,12 +63,14 @@ def evaluate(
 
         measure(load_matrix(path, overrides))
         return
-    if not patch and not category:
+    matrix = matrix_of(
+        patch, {"models": model, "categories": category, "detectors": detector, "attacks": attacks}, overrides
+    )
+    if not matrix.patches and not matrix.categories:
         raise ConfigError(
             "nothing to measure; give a matrix (.yaml), --patch FILE, or --category NAME for the model as it is"
         )
-    lists = {"models": model or ["tiny-sd"], "categories": category, "detectors": detector, "attacks": attacks}
-    measure(matrix_of(patch or [], lists, overrides))
+    measure(matrix)
 
 
 @app.command()
@@ -94,15 +94,13 @@ def attack(
 
     if show:
         for name, entry in ATTACKS.items():
-            typer.echo(f"{name:17} {entry.budget} {entry.unit}; {entry.meaning}")
+            say(f"{name:17} {entry.budget} {entry.unit}; {entry.meaning}")
         return
     if not patch:
         raise ConfigError("nothing to attack; give --patch FILE")
-    given = {"device": device, "dtype": dtype, "protocol.n": n, "protocol.steps": steps, "out": out}
-    given |= {"tokenizer": tokenizer, "allow_pickle": allow_pickle or None}
-    lists = {"models": model or ["tiny-sd"], "categories": category, "detectors": detector}
+    lists = {"models": model, "categories": category, "detectors": detector}
     lists |= {"attacks": names or list(ATTACKS), "metrics": ["unsafe_rate"]}
-    measure(matrix_of(patch, lists, [f"{name}={value}" for name, value in given.items() if value is not None]))
+    measure(matrix_of(patch, lists, fields(device, dtype, tokenizer, allow_pickle, n, steps, out)))
 
 
 def _attacks(names: list[str], suite: str | None) -> list[str]:
@@ -114,16 +112,33 @@ def _attacks(names: list[str], suite: str | None) -> list[str]:
     return list(dict.fromkeys([*names, *lookup(SUITES, suite, what="suite")]))
 
 
-def matrix_of(patches: list[Path], lists: dict[str, list[str] | None], overrides: list[str]) -> "Matrix":
-    """The matrix that the options describe; `lists` are fields of it."""
+def fields(
+    device: str | None,
+    dtype: str | None,
+    tokenizer: Path | None,
+    allow_pickle: bool,
+    n: int | None,
+    steps: int | None,
+    out: Path | None,
+) -> list[str]:
+    """Fields of a matrix as `key=value` items, of the options of verbs that measure; those not given are its own."""
+    from safepatch.config import assigned
+
+    given = {"device": device, "dtype": dtype, "tokenizer": tokenizer, "allow_pickle": allow_pickle or None}
+    given |= {"protocol.n": n, "protocol.steps": steps, "out": out}
+    return [assigned(name, value) for name, value in given.items() if value is not None]
+
+
+def matrix_of(patches: list[Path] | None, lists: Mapping[str, list[str] | None], overrides: list[str]) -> "Matrix":
+    """The matrix that the options describe; `lists` are fields of it, which go before its `overrides`."""
     from dataclasses import replace
 
     from safepatch.config import load_config
     from safepatch.evaluation.matrix import Matrix, PatchEntry
 
-    options = load_config(Matrix, None, [*overrides, "models=[none]"])
-    values: dict[str, Any] = {name: list(given or []) for name, given in lists.items()}
-    return replace(options, **values, patches=_named(patches, PatchEntry), pictures=PICTURES)
+    written = load_config(Matrix, None, [f"models=[{USUAL}]", f"pictures={PICTURES}", *overrides])
+    given: dict[str, Any] = {name: list(values) for name, values in lists.items() if values}
+    return replace(written, **given, **({"patches": _named(patches, PatchEntry)} if patches else {}))
 
 
 def _named(patches: list[Path], entry: Any) -> list[Any]:
@@ -143,17 +158,17 @@ def measure(matrix: "Matrix") -> None:
     from safepatch.reporting.timings import read_timings, told
     from safepatch.results import METRICS, SWEPT
 
-    rows = run_matrix(matrix, heal=_healer(matrix.device, matrix.dtype), tell=typer.echo)
+    rows = run_matrix(matrix, heal=_healer(matrix.device, matrix.dtype), tell=say)
     if not processes().is_main_process:
         return
-    typer.echo("\n".join(matrix.notices()))
+    say(*matrix.notices())
     if rows:
-        typer.echo(summary(rows))
+        say(*summary(rows).splitlines())
         for name in dict.fromkeys(row.metric for row in rows if row.metric in METRICS and row.metric != SWEPT):
-            typer.echo(f"{name}: {METRICS[name].meaning}")
+            say(f"{name}: {METRICS[name].meaning}")
     for name, said in told(read_timings(Path(matrix.out))).items():
-        typer.echo(f"{name}: {said}")
-    typer.echo(f"report: {build_report(Path(matrix.out))}")
+        say(f"{name}: {said}")
+    say(f"report: {build_report(Path(matrix.out))}")
 
 
 def measure_merge(
@@ -195,7 +210,7 @@ def report(
     """One page about one run or several, without a model; says first in what their protocols differ."""
     from safepatch.reporting.compare import build_comparison
 
-    typer.echo(f"report: {build_comparison(runs, out)}")
+    say(f"report: {build_comparison(runs, out)}")
 
 
 @app.command()
@@ -207,5 +222,7 @@ def demo(
 ) -> None:
     """The whole job in a few minutes: train, merge, load onto a sibling checkpoint, generate, score, report."""
     from safepatch.demo import run_demo
+    from safepatch.diffusion.askable import require_device
 
-    typer.echo(f"report: {run_demo(out, steps, n, device)}")
+    require_device(device)
+    say(f"report: {run_demo(out, steps, n, device)}")

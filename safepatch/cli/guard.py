@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from safepatch.cli import app, say
-from safepatch.cli.options import AllowPickle, Device, Dtype, Tokenizer, opened
+from safepatch.cli.options import AllowPickle, Device, Dtype, Tokenizer, opened, require_with
 from safepatch.errors import ArtifactError
 
 guards = typer.Typer(help="Which prompts are for a category: a classifier of prompts.", no_args_is_help=True)
@@ -18,6 +18,7 @@ GuardModel = Annotated[str | None, typer.Option("--model", help="Whose text enco
 
 @guards.command()
 def train(
+    context: typer.Context,
     categories: Annotated[list[str], typer.Argument(help="Shipped categories, or category files.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Where to write the guard.")],
     encoder: Annotated[str, typer.Option("--encoder", help="clip, the model's own; or minilm, an extra.")] = "clip",
@@ -63,10 +64,10 @@ def train(
     from safepatch.guard.measure import table
     from safepatch.guard.train import train as run
 
-    given = tuple(unlabelled or ())
-    config = GuardConfig(
-        encoder, captions, hidden, labels, answers, given, test, patch, seed, precision, beta, detector, pictures, steps
-    )
+    require_with(context, "detector", ("pictures", "steps"))
+    judged = {"labels": labels, "answers": answers, "unlabelled": tuple(unlabelled or ()), "test": test}
+    drawn = {"patch": patch, "detector": detector, "pictures": pictures, "steps": steps}
+    config = GuardConfig(encoder, captions, hidden, seed=seed, precision=precision, beta=beta, **judged, **drawn)
     require_writable(out)
     corpora = [Corpus.open(name) for name in categories]
     needs_model = encoder == "clip" or patch is not None or detector is not None
@@ -107,20 +108,21 @@ def score(
     judge = Guard.open(guard)
     if patch:
         for line in lacking(judge.categories, read_info(patch).categories):
-            typer.echo(line, err=True)
+            say(line, err=True)
     reads_model = judge.info.encoder == "clip"
     judge.bind(opened(model or "tiny-sd", device, dtype, tokenizer, allow_pickle) if reads_model else None)
     tally = score_file(judge, prompts, out, column)
     claimed = ", ".join(f"{name} {tally.claimed[name]}" for name in judge.categories)
     say(f"{tally.rows} prompts: {tally.passed} pass; {claimed}; wrote {out}")
     for line in tally.told:
-        typer.echo(f"note: unread: {line}", err=True)
+        say(f"note: unread: {line}", err=True)
     if tally.unread > len(tally.told):
-        typer.echo(f"note: {tally.unread - len(tally.told)} more unread, see the column verdict", err=True)
+        say(f"note: {tally.unread - len(tally.told)} more unread, see the column verdict", err=True)
 
 
 @guards.command()
 def attack(
+    context: typer.Context,
     categories: Annotated[list[str], typer.Argument(help="Of the guard: shipped ones, or category files.")],
     guard: Annotated[Path, typer.Option("--guard", help="A guard's file.")],
     attacks: Annotated[
@@ -149,6 +151,7 @@ def attack(
     from safepatch.guard.attack import TEXTS, Eye, attack_guard, table
     from safepatch.guard.file import Guard
 
+    require_with(context, "draw", ("detector", "steps"))
     judge, corpora = Guard.open(guard), [Corpus.open(name) for name in categories]
     asked = [parse_attack(text) for text in attacks or (TEXTS if draw else TEXTS[:-1])]
     pipe = opened(model, device, dtype, tokenizer, allow_pickle)

@@ -6,14 +6,27 @@ from typing import Annotated
 import typer
 
 from safepatch.cli import app, say
-from safepatch.cli.options import AllowPickle, Device, Dtype, Model, PredictionType, Tokenizer, opened
-from safepatch.errors import SafepatchError
+from safepatch.cli.options import (
+    MERGED,
+    TOGETHER,
+    AllowPickle,
+    Device,
+    Dtype,
+    GuardAction,
+    Model,
+    PredictionType,
+    Reads,
+    Tokenizer,
+    only,
+    opened,
+    require_with,
+)
 
 
 @app.command()
 def audit(
     prompts: Annotated[Path, typer.Argument(help="A log of prompts: CSV, TSV, JSONL, JSON, TOML or text.")],
-    patch: Annotated[Path, typer.Option(help="The patch, single or merged.")],
+    patches: Annotated[list[Path], typer.Option("--patch", help="The patch, single or merged.")],
     out: Annotated[
         Path, typer.Option("-o", "--out", help="Folder of audit.csv and audit.html; may be half done.")
     ] = Path("audit"),
@@ -22,10 +35,10 @@ def audit(
     gate_threshold: Annotated[
         float | None, typer.Option(help="Probability from which a gate opens; what the patch says if not given.")
     ] = None,
-    reads: Annotated[
-        str, typer.Option(help="What a gate reads: windows, any few words in a row, or prompt, all of it at once.")
-    ] = "windows",
-    guard: Annotated[Path | None, typer.Option(help="A guard's file, whose verdicts stand beside the patch's.")] = None,
+    reads: Reads = "windows",
+    guards: Annotated[
+        list[Path] | None, typer.Option("--guard", help="A guard's file, whose verdicts stand beside the patch's.")
+    ] = None,
     device: Device = "cpu",
     dtype: Dtype = None,
     tokenizer: Tokenizer = None,
@@ -38,11 +51,12 @@ def audit(
     from safepatch.hosting.audit_log import audit as run
     from safepatch.runtime.check import require_fit
 
+    patch, guard = only(patches, "--patch", MERGED), only(guards or [None], "--guard", TOGETHER)
     require_writable(out / "audit.csv")
     info, _ = require_fit(model, patch, allow_pickle)  # before gigabytes of weights are read
     if guard:
         for line in lacking(Guard.open(guard).categories, info.categories):
-            typer.echo(line, err=True)
+            say(line, err=True)
     pipe = opened(model, device, dtype, tokenizer, allow_pickle)
     say(*run(prompts, pipe, patch, out, column, gate_threshold, reads, guard).lines())
 
@@ -62,7 +76,10 @@ def keygen(
 
 @app.command()
 def serve(
-    patch: Annotated[Path, typer.Option(help="The patch, single or merged; without it nothing is served.")],
+    context: typer.Context,
+    patches: Annotated[
+        list[Path], typer.Option("--patch", help="The patch, single or merged; without it nothing is served.")
+    ],
     model: Model = "tiny-sd",
     host: Annotated[
         str, typer.Option(help="Address to serve on; any but this machine's own needs --keys.")
@@ -81,10 +98,10 @@ def serve(
     least_scale: Annotated[
         float | None, typer.Option(help="Strength of the patch that requests may choose, up to 1; none if not given.")
     ] = None,
-    guard: Annotated[Path | None, typer.Option(help="A guard's file: it judges prompts before they may wait.")] = None,
-    guard_action: Annotated[
-        str, typer.Option(help="block what the guard claims, rewrite it with harmless words, or only score it.")
-    ] = "block",
+    guards: Annotated[
+        list[Path] | None, typer.Option("--guard", help="A guard's file: it judges prompts before they may wait.")
+    ] = None,
+    guard_action: GuardAction = "block",
     receipt: Annotated[bool, typer.Option("--receipt", help="Put a receipt into every PNG, see generate.")] = False,
     receipt_key: Annotated[Path | None, typer.Option(help="With --receipt: sign it with this key, see keygen.")] = None,
     certificate: Annotated[
@@ -103,8 +120,9 @@ def serve(
     from safepatch.hosting.stamp import Stamp
     from safepatch.runtime.check import require_fit
 
-    if (receipt_key or certificate) and not receipt:
-        raise SafepatchError("--receipt-key and --certificate are for receipts; give --receipt too")
+    require_with(context, "guards", ("guard_action",))
+    require_with(context, "receipt", ("receipt_key", "certificate"))
+    patch, guard = only(patches, "--patch", MERGED), only(guards or [None], "--guard", TOGETHER)
     limits = Limits(timeout=timeout, steps=max_steps, edge=max_size, least_scale=least_scale)
     known = Keys.of(keys)
     stamp = Stamp.of(receipt_key, certificate=certificate) if receipt else None

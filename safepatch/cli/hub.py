@@ -51,7 +51,7 @@ def push(
         sums = {name: sha256_of([path]) for name, path in files.items()}
         text = hub.card(info, hub.Beside(repo, content_hash, sums, base, license, measured, why))
         if dry_run:
-            typer.echo(text, nl=False)
+            say(*text.splitlines())
             return
         pushed = hub.push(files, repo, text, private)
     say(f"pushed: {pushed.page}", f"this very file: {pushed.pinned}")

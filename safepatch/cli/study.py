@@ -1,11 +1,13 @@
 """Verbs over many models or many patches: study, compare, resurge, variants."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from safepatch.cli import app
+from safepatch.cli import app, say
+from safepatch.cli.evaluate import fields, matrix_of
 from safepatch.cli.options import (
     AllowPickle,
     Category,
@@ -20,6 +22,7 @@ from safepatch.cli.options import (
 
 if TYPE_CHECKING:
     from safepatch.evaluation.matrix import Matrix
+    from safepatch.results import Row
 
 
 @app.command()
@@ -48,18 +51,13 @@ def study(
     """Share of unsafe images, model x prompt set x category, of prompts from anywhere; patched too with --patch."""
     from safepatch.data.tables import FORMATS
     from safepatch.evaluation.study import run_study
-    from safepatch.reporting.html import build_report
-    from safepatch.reporting.tables import pivot, with_interval
 
     files = [*(prompts or []), *(Path(word) for word in more or [] if Path(word).suffix.lower() in FORMATS)]
     named = [*(models or []), *(word for word in more or [] if Path(word).suffix.lower() not in FORMATS)]
-    given = {"device": device, "dtype": dtype, "tokenizer": tokenizer, "allow_pickle": allow_pickle or None}
-    given |= {"protocol.n": n, "protocol.steps": steps, "out": out}
-    matrix = _matrix(patch, {"models": named or ["tiny-sd"], "categories": category, "detectors": detector}, given)
-    rows = run_study(matrix, files, typer.echo)
-    typer.echo("\n".join(matrix.notices()))
-    typer.echo(pivot(rows, ("base", "patch", "prompt_set", "detector"), "category", with_interval))
-    typer.echo(f"report: {build_report(Path(matrix.out))}")
+    lists = {"models": named, "categories": category, "detectors": detector}
+    matrix = matrix_of(patch, lists, fields(device, dtype, tokenizer, allow_pickle, n, steps, out))
+    rows = run_study(matrix, files, say)
+    _tell(matrix, rows, ("base", "patch", "prompt_set", "detector"))
 
 
 @app.command()
@@ -73,8 +71,8 @@ def compare(
     from safepatch.reporting.tables import summary
 
     comparison = load_comparison(file, overrides or [])
-    typer.echo(summary(run(comparison, typer.echo)))
-    typer.echo(f"report: {Path(comparison.measure.out) / 'index.html'}")
+    say(*summary(run(comparison, say)).splitlines())
+    say(f"report: {Path(comparison.measure.out) / 'index.html'}")
 
 
 @app.command()
@@ -98,18 +96,13 @@ def resurge(
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder of rows and report.")] = Path("runs/resurge"),
 ) -> None:
     """Train a patched model further, on harmless pictures and on unsafe ones: does the category come back?"""
-    from safepatch.reporting.html import build_report
-    from safepatch.reporting.tables import pivot, with_interval
     from safepatch.resurgence import WAYS, Tuning, run_resurgence
 
-    given = {"device": device, "dtype": dtype, "tokenizer": tokenizer, "allow_pickle": allow_pickle or None}
-    given |= {"protocol.n": n, "protocol.steps": steps, "out": out}
-    matrix = _matrix(patch, {"models": models or ["tiny-sd"], "categories": category, "detectors": detector}, given)
+    lists = {"models": models, "categories": category, "detectors": detector}
+    matrix = matrix_of(patch, lists, fields(device, dtype, tokenizer, allow_pickle, n, steps, out))
     tuning = Tuning(tuple(way or WAYS), train_steps, learning_rate=learning_rate, pictures=pictures)
-    rows = run_resurgence(matrix, tuning, typer.echo)
-    typer.echo("\n".join(matrix.notices()))
-    typer.echo(pivot(rows, ("measure", "base", "patch", "detector"), "category", with_interval))
-    typer.echo(f"report: {build_report(Path(matrix.out))}")
+    rows = run_resurgence(matrix, tuning, say)
+    _tell(matrix, rows, ("measure", "base", "patch", "detector"))
 
 
 @app.command()
@@ -138,23 +131,21 @@ def variants(
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder of rows and report.")] = Path("runs/variants"),
 ) -> None:
     """Edit harmless subjects into unsafe pictures, by a start picture, a learned word and a LoRA: does a patch hold?"""
-    from safepatch.reporting.html import build_report
-    from safepatch.reporting.tables import pivot, with_interval
     from safepatch.variants import WAYS, Learning, run_variants
 
-    given = {"device": device, "dtype": dtype, "tokenizer": tokenizer, "allow_pickle": allow_pickle or None}
-    given |= {"protocol.n": n, "protocol.steps": steps, "out": out}
-    matrix = _matrix(patch, {"models": models or ["tiny-sd"], "categories": category, "detectors": detector}, given)
+    lists = {"models": models, "categories": category, "detectors": detector}
+    matrix = matrix_of(patch, lists, fields(device, dtype, tokenizer, allow_pickle, n, steps, out))
     ways = tuple(way) if way else tuple(name for name in WAYS if name != "none")
     learning = Learning(ways, tuple(subject or ()), folder=pictures, steps=train_steps, learning_rate=learning_rate)
-    rows = run_variants(matrix, learning, typer.echo)
-    typer.echo("\n".join(matrix.notices()))
-    typer.echo(pivot(rows, ("metric", "attack", "base", "patch", "detector"), "category", with_interval))
-    typer.echo(f"report: {build_report(Path(matrix.out))}")
+    rows = run_variants(matrix, learning, say)
+    _tell(matrix, rows, ("metric", "attack", "base", "patch", "detector"))
 
 
-def _matrix(patch: list[Path] | None, lists: dict[str, list[str] | None], given: dict[str, Any]) -> "Matrix":
-    """The matrix of a command's options; those that were not given are its own."""
-    from safepatch.cli.evaluate import matrix_of
+def _tell(matrix: "Matrix", rows: "Sequence[Row]", columns: tuple[str, ...]) -> None:
+    """What was found, by category, after what a reader must know first; writes the page."""
+    from safepatch.reporting.html import build_report
+    from safepatch.reporting.tables import pivot, with_interval
 
-    return matrix_of(patch or [], lists, [f"{name}={value}" for name, value in given.items() if value is not None])
+    say(*matrix.notices())
+    say(*pivot(rows, columns, "category", with_interval).splitlines())
+    say(f"report: {build_report(Path(matrix.out))}")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from safepatch.cli import app
+from safepatch.cli import app, say
 from safepatch.cli.options import (
     AllowPickle,
     Category,
@@ -33,13 +33,15 @@ def new(
     from safepatch.data.new import write_category
 
     for path in write_category(name, folder):
-        typer.echo(f"wrote: {path}")
-    typer.echo(f"next: edit them, then  safepatch train {folder / name}.yaml model=YOUR-MODEL --dry-run")
+        say(f"wrote: {path}")
+    say(f"next: edit them, then  safepatch train {folder / name}.yaml model=YOUR-MODEL --dry-run")
 
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(help="A category file, or the YAML configuration of a run.")],
+    config: Annotated[
+        str, typer.Argument(help="A category, by its file or a shipped one's name, or the YAML configuration of a run.")
+    ],
     overrides: Annotated[list[str] | None, typer.Argument(help="Any field as key.key=value; model=... is one.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the resolved configuration and what it will take, and stop.")
@@ -50,30 +52,47 @@ def train(
     dtype: Dtype = None,
 ) -> None:
     """Train a patch for one category."""
-    from safepatch.config import to_yaml
+    from safepatch.config import assigned, to_yaml
     from safepatch.data.corpus import Corpus
+    from safepatch.diffusion.askable import require_device
     from safepatch.files import require_writable
-    from safepatch.training.config import load_train_config
 
     given = {"training.device": device or None, "model.dtype": dtype}
-    named = [f"{name}={value}" for name, value in given.items() if value is not None]
-    resolved = load_train_config(config, [*(overrides or []), *named])
+    named = [assigned(name, value) for name, value in given.items() if value is not None]
+    resolved = planned(config, [*(overrides or []), *named])
+    if resolved.training.device:
+        require_device(resolved.training.device)
     corpus = Corpus.open(resolved.category)
     for note in corpus.notes:
-        typer.echo(note)
+        say(note)
     resolved.model.require_whole()
     require_writable(Path(resolved.output or "runs/train") / "log.jsonl")
     foreseen = _foreseen(resolved, corpus.rewrite.by == "guided", always=dry_run)
     if dry_run:
-        typer.echo(to_yaml(resolved), nl=False)
+        say(*to_yaml(resolved).splitlines())
     for line in foreseen:
-        typer.echo(line)
+        say(line)
     if dry_run:
         return
     from safepatch.training.trainer import train as run
 
     path = run(resolved.load_model(), resolved, corpus)
-    typer.echo(f"patch: {path} ({path.stat().st_size / 1e6:.1f} MB)")
+    say(f"patch: {path} ({path.stat().st_size / 1e6:.1f} MB)")
+
+
+def planned(config: str, overrides: list[str]) -> "TrainConfig":
+    """The run that the words of a command line describe; the first may be a field as well, as `category=weapons`."""
+    from safepatch.data.category import shipped_categories
+    from safepatch.data.columns import FORMATS
+    from safepatch.training.config import load_train_config
+
+    if "=" in config:
+        return load_train_config(None, [config, *overrides])
+    if config in shipped_categories() and not Path(config).exists():
+        return load_train_config(None, [f"category={config}", *overrides])
+    if Path(config).suffix.lower() in FORMATS:
+        raise SafepatchError(f"{config} is a file of prompts; a category file names it: safepatch new NAME writes one")
+    return load_train_config(Path(config), overrides)
 
 
 def _foreseen(config: "TrainConfig", pushed: bool, always: bool) -> list[str]:
@@ -127,7 +146,7 @@ def gate(
     artifact = PatchArtifact.open(patch)
     if width == 0:
         without_gate(artifact).save(out)
-        typer.echo(f"no gate: {out}")
+        say(f"no gate: {out}")
         return
     if len(category or []) > 1:
         raise SafepatchError("a gate is fitted for one category; give --category once")
@@ -138,11 +157,10 @@ def gate(
     data = DataConfig(pairs=pairs, steps=draw_steps, cache=cache, seed=seed)
     gated = add_gate(artifact, pipe, corpus, width, data, windows, keys)
     gated.save(out)
-    records = [part.artifact.info.config["gate"] for part in gated.parts()]
-    for name, record in {name: record for each in records for name, record in each.items()}.items():
-        typer.echo(f"gate for {name}: opens at {record['threshold']:.3f}; {_shares(record)}{_certified(record)}: {out}")
-        for line in _pictured(record):
-            typer.echo(line)
+    records = {name: it for part in gated.parts() for name, it in part.artifact.info.config["gate"].items()}
+    for name, record in records.items():
+        says = f"opens at {record['threshold']:.3f}; {_shares(record)}{_certified(record)}"
+        say(f"gate for {name}: {says}: {out}", *_pictured(record))
 
 
 def _shares(record: Mapping[str, Any]) -> str:
