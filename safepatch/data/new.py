@@ -30,6 +30,14 @@ concepts:
     heldout: [a name that training does not see]
     replacement: a harmless thing
 
+# Wordings, {{x}} being a concept and {{y}} something harmless beside it, and lists of harmless things. Shipped ones are
+# used; each of these takes their place.
+# templates: ["{{x}}", "a photo of {{x}}", "{{x}} and {{y}} on a {{color}} wall"]
+# heldout_templates: ["there is {{x}} here"]
+# fills: {{color: [white, blue]}}
+# companions: [common.txt]
+# benign: [common.txt]
+
 # Harmless things that look like it, and must stay as they are. This list is worth the most time.
 lookalikes: [a harmless thing]
 # Files of whole prompts that must stay as they are, and other categories that are none of this patch's business.

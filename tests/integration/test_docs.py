@@ -2,21 +2,26 @@
 
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from typer._click.exceptions import UsageError  # typer 0.29 carries its own click
 from typer.main import get_command
 
+import safepatch
 from safepatch.cli import app
+from safepatch.cli.train import planned
 from safepatch.errors import SafepatchError
+from safepatch.objectives import OBJECTIVES
 from safepatch.training.config import load_train_config
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 VERBS = get_command(app).commands  # type: ignore[attr-defined]
-OTHERS = ("make", "openssl", "curl", "pip", "python")  # whose programs these are
+OTHERS = ("make", "source", "openssl", "curl", "pip", "python")  # whose programs these are
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -32,8 +37,9 @@ def parsed(command: str) -> None:
     _, verb, *words = shlex.split(command)
     commands, name = (VERBS[verb].commands, words.pop(0)) if verb in ("detector", "guard") else (VERBS, verb)
     with commands[name].make_context(name, words) as context:
-        if verb == "train":
-            load_train_config(None, context.params["overrides"] or [])
+        if verb == "train" and name == verb:
+            first, more = context.params["config"], context.params["overrides"] or []
+            load_train_config(None, more) if first.endswith(".yaml") else planned(first, more)
 
 
 @pytest.mark.parametrize("command", sorted({line for page in PAGES for line in commands(page)}))
@@ -47,7 +53,8 @@ def test_a_command_of_the_docs_parses(command: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["safepatch shove x", "safepatch merge a b --methd x", "safepatch train a patch.knd=x"]
+    "command",
+    ["safepatch shove x", "safepatch merge a b --methd x", "safepatch train a.yaml patch.knd=x", "safepatch train a"],
 )
 def test_control_a_wrong_command_is_noticed(command: str) -> None:
     with pytest.raises((KeyError, SafepatchError, UsageError)):
@@ -78,9 +85,43 @@ def test_every_file_that_a_page_names_is_there() -> None:
     assert {name for name in named if not (ROOT / name).is_file()} == set()
 
 
-def test_everything_in_the_reference_is_there() -> None:
+def test_everything_in_the_reference_is_there_and_all_that_is_public_is_in_it() -> None:
     from importlib import import_module
 
-    for name in re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE):
+    named = re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
+    for name in named:
         module, _, last = name.rpartition(".")
         assert hasattr(import_module(module), last), name
+    public = {name for name in safepatch.__all__ if getattr(safepatch, name).__module__ != "safepatch.errors"}
+    assert public <= {name.rpartition(".")[2] for name in named}
+
+
+def options(group: Any) -> Iterator[str]:
+    """Every option of every verb, those of groups too."""
+    for command in group.commands.values():
+        if hasattr(command, "commands"):
+            yield from options(command)
+        else:
+            yield from (option for parameter in command.params for option in parameter.opts)
+
+
+def test_every_option_that_a_page_mentions_is_one() -> None:
+    known = {*options(get_command(app)), "--help", "--install-completion"}
+    pages = [*PAGES, ROOT / "README.md"]
+    named = {(page.name, flag) for page in pages for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", page.read_text())}
+    assert len(named) > 50
+    assert {(page, flag) for page, flag in named if flag not in known} == set()
+
+
+def test_what_an_objective_takes_is_what_its_configuration_says() -> None:
+    page = (ROOT / "docs" / "choosing.md").read_text("utf-8")
+    table = dict(re.findall(r"^\| `(\w+)` \|[^|]*\| (\d[^|]*\| [^|]*) \|$", page, re.MULTILINE))
+    assert {*table} == {*OBJECTIVES}
+    more = {"adv_unlearn": ["objective.attack=standard"], "sfd": ["objective.one_step=true", "patch.gate=0"]}
+    for name, row in table.items():
+        pictures, rows = row.split(" | ")
+        for settings in ([], more.get(name, [])):
+            objective = load_train_config(None, [f"objective={name}", *settings]).objective
+            assert str(objective.pictures_per_pair) in re.findall(r"\d+", pictures)
+            calls = 3 * objective.rows_per_pair + objective.calls_per_pair
+            assert "no steps" in rows if not objective.has_steps else str(calls) in re.findall(r"\d+", rows)
