@@ -50,6 +50,6 @@ def run_demo(out: Path, steps: int, n: int = 20, device: str = "cpu") -> Path:
 
 def _train(out: Path, steps: int) -> Path:
     what = [f"category={TRAINED}", f"model={MODEL}", assigned("output", out / "train"), f"patch.kind={KIND}"]
-    how = [*SETTINGS, f"data.pairs={min(PAIRS, 4 * steps)}", f"training.steps={steps}"]
+    how = [*SETTINGS, f"data.pairs={min(PAIRS, 4 * max(1, steps))}", f"training.steps={steps}"]
     config = load_train_config(None, [*what, *how])
     return train(config.load_model(), config, Corpus.open(TRAINED))

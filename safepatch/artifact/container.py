@@ -146,7 +146,7 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise ArtifactError(f"{path}: no such file; give the path of a .safetensors patch") from error
+        raise ArtifactError(f"{path}: no such file; give the path of a .safetensors file") from error
     except OSError as error:
         raise ArtifactError(f"cannot read {path}: {error.strerror or error}") from error
     except ArtifactError as error:

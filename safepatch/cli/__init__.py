@@ -2,6 +2,7 @@
 
 import os
 import sys
+from typing import NoReturn
 
 import typer
 
@@ -12,6 +13,8 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+
+LESS = "take a smaller --dtype, size or batch; of train see --dry-run"
 
 
 def say(*lines: str, err: bool = False) -> None:
@@ -27,8 +30,16 @@ def main() -> None:
     try:
         app()
     except SafepatchError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(2)
+        _end(str(error))
+    except RuntimeError as error:
+        if "out of memory" not in str(error):  # as torch says it, whatever the device
+            raise
+        _end(f"no memory is left ({str(error).splitlines()[0][:120]}); {LESS}")
+
+
+def _end(message: str) -> NoReturn:
+    say(f"error: {message}", err=True)
+    sys.exit(2)
 
 
 from safepatch.cli import (  # noqa: E402 -- each adds its verbs to `app`

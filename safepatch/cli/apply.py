@@ -28,10 +28,35 @@ from safepatch.errors import SafepatchError
 if TYPE_CHECKING:
     from safepatch.artifact.info import PatchInfo
     from safepatch.guard.file import Guard
+    from safepatch.hosting.making import Asked
 
 
 OF_A_PATCH = ("scale", "start", "end", "gate", "gate_threshold", "speed", "reads", "trust")  # without one, they idle
 OF_A_RECEIPT = ("key", "certificate", "receipt_prompt")
+
+# Of generate alone.
+PatchToApply = Annotated[
+    list[str] | None, typer.Option("--patch", help="Patch to apply: a file, or user/repo[@revision].")
+]
+Scales = Annotated[str, typer.Option(help="Strength of the patch, 0 is off; or by category: gore=1,weapons=0.6.")]
+Threshold = Annotated[
+    float | None, typer.Option(help="Probability from which the gate opens; what the patch says if not given.")
+]
+Trust = Annotated[
+    list[str] | None, typer.Option(help="Public key that must have signed the patch, or first-use; may be repeated.")
+]
+GuardFirst = Annotated[
+    list[Path] | None, typer.Option("--guard", help="A guard's file, which judges the prompt first.")
+]
+Receipt = Annotated[
+    bool, typer.Option("--receipt", help="Put into the PNG, and beside it, how it was made and what the patch did.")
+]
+Certificate = Annotated[
+    Path | None, typer.Option(help="With --key: its certificates, PEM; the receipt stands in a C2PA manifest too.")
+]
+ReceiptPrompt = Annotated[
+    bool, typer.Option("--receipt-prompt", help="With --receipt: the prompt itself stands in it, not its hash alone.")
+]
 
 
 @app.command()
@@ -40,24 +65,15 @@ def generate(
     prompt: Annotated[str, typer.Option(help="What to draw.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="PNG to write.")],
     model: Model = "tiny-sd",
-    patches: Annotated[
-        list[str] | None, typer.Option("--patch", help="Patch to apply: a file, or user/repo[@revision].")
-    ] = None,
-    scale: Annotated[
-        str, typer.Option(help="Strength of the patch, 0 is off; or by category: gore=1,weapons=0.6.")
-    ] = "1",
+    patches: PatchToApply = None,
+    scale: Scales = "1",
     start: Annotated[float, typer.Option(help="Share of the denoising after which the patch begins to act.")] = 0.0,
     end: Annotated[float, typer.Option(help="Share of the denoising after which it stops.")] = 1.0,
     gate: Annotated[str | None, typer.Option(help="off, soft or hard; hard if the patch has a gate.")] = None,
-    gate_threshold: Annotated[
-        float | None, typer.Option(help="Probability from which the gate opens; what the patch says if not given.")
-    ] = None,
+    gate_threshold: Threshold = None,
     speed: Annotated[str, typer.Option(help="full, or fast: a control patch runs at every second step.")] = "full",
     reads: Reads = "windows",
-    trust: Annotated[
-        list[str] | None,
-        typer.Option(help="Public key that must have signed the patch, or first-use; may be repeated."),
-    ] = None,
+    trust: Trust = None,
     seed: Annotated[int, typer.Option(help="Of the starting noise.")] = 0,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 20,
     guidance_scale: Annotated[float | None, typer.Option(help="Of guidance; what is usual if not given.")] = None,
@@ -67,28 +83,17 @@ def generate(
     tokenizer: Tokenizer = None,
     allow_pickle: AllowPickle = False,
     prediction_type: PredictionType = None,
-    guards: Annotated[
-        list[Path] | None, typer.Option("--guard", help="A guard's file, which judges the prompt first.")
-    ] = None,
+    guards: GuardFirst = None,
     guard_action: GuardAction = "block",
-    receipt: Annotated[
-        bool, typer.Option("--receipt", help="Put into the PNG, and beside it, how it was made and what the patch did.")
-    ] = False,
+    receipt: Receipt = False,
     key: Annotated[Path | None, typer.Option(help="With --receipt: sign it with this key, see keygen.")] = None,
-    certificate: Annotated[
-        Path | None, typer.Option(help="With --key: its certificates, PEM; the receipt stands in a C2PA manifest too.")
-    ] = None,
-    receipt_prompt: Annotated[
-        bool,
-        typer.Option("--receipt-prompt", help="With --receipt: the prompt itself stands in it, not its hash alone."),
-    ] = False,
+    certificate: Certificate = None,
+    receipt_prompt: ReceiptPrompt = False,
 ) -> None:
     """Generate one image, with or without a patch."""
     from contextlib import nullcontext
 
     from safepatch.data.prompts import admit
-    from safepatch.diffusion import generate as run
-    from safepatch.diffusion import save_image
     from safepatch.diffusion.askable import require_drawable
     from safepatch.files import require_writable
     from safepatch.hosting.making import Asked
@@ -116,13 +121,18 @@ def generate(
         steps, guidance_scale = 1, 1.0
     asked = Asked.of(pipe, prompt, seed, steps, guidance_scale, negative_prompt)
     with one_step(pipe, info), apply(pipe, patch, **options) if patch is not None else nullcontext() as handle:
-        if stamp:
-            say(*stamp.draw(pipe, handle, asked, out, judged))
-            return
-        negatives = [negative_prompt] if negative_prompt else None
-        images = run(pipe, [prompt], [seed], steps, asked.guidance_scale, negatives)
+        told = stamp.draw(pipe, handle, asked, out, judged) if stamp else _drawn(pipe, asked, out)
+    say(*told)
+
+
+def _drawn(pipe: Any, asked: "Asked", out: Path) -> list[str]:
+    """Draw one image into a file, without a receipt; returns what was done, for people."""
+    from safepatch.diffusion import generate, save_image
+
+    negatives = [asked.negative_prompt] if asked.negative_prompt else None
+    images = generate(pipe, [asked.prompt], [asked.seed], asked.steps, asked.guidance_scale, negatives)
     save_image(images[0], out)
-    say(f"image: {out}")
+    return [f"image: {out}"]
 
 
 def _guard(path: Path, action: str) -> "Guard":

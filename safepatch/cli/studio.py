@@ -32,12 +32,15 @@ def studio(
     prediction_type: PredictionType = None,
 ) -> None:
     """Show a page on this machine: base and patched side by side, gates, strengths, attacks, merging."""
+    from safepatch.detectors import parse_detector
     from safepatch.hosting.limits import Keys
     from safepatch.hosting.serve import listening
     from safepatch.studio.serve import require_packages
     from safepatch.studio.serve import serve as run
 
     require_packages()
+    if detector:
+        parse_detector(detector)
     known = Keys.of(keys)
     with listening(host, port, known) as ours:
         from safepatch.studio import chosen

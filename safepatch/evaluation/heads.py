@@ -53,8 +53,11 @@ def train(
         SafepatchError: as `Eye.open` and `save_heads`.
     """
     folder = Path(folder)
-    inside = folder.iterdir() if folder.is_dir() else ()
-    names = list(labels) or sorted(p.name for p in inside if p.is_dir() and p.name != SAFE and p.name[0] != ".")
+    if not folder.is_dir():
+        raise ConfigError(f"no folder {folder}; name one that holds a folder of pictures for each label, and {SAFE}")
+    names = list(labels) or sorted(
+        p.name for p in folder.iterdir() if p.is_dir() and p.name != SAFE and p.name[0] != "."
+    )
     if not names or SAFE in names:
         raise ConfigError(f"{folder} needs a folder of pictures for each label, such as violent, beside {SAFE}")
     found = {name: pictures(folder / name) for name in (*names, SAFE)}

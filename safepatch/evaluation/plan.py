@@ -133,10 +133,3 @@ def _open(spec: str, corpora: Sequence[Corpus], device: str) -> Detector:
     judges = parts_of(parsed.source or "") if parsed.name == ANY_OF else [parsed]
     labelled = {name: each for name, each in others.items() if all(has_labels(judge.name, each) for judge in judges)}
     return open_detector(parsed, list({**labelled, **categories}.values()), device)
-
-
-def _require_device(device: str) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"no device '{device}' here ({str(error).splitlines()[0][:120]}); choose another") from None

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from safepatch.artifact.acting import is_zero, require_acting, require_finite
-from safepatch.artifact.container import naming
+from safepatch.artifact.container import VERSION_KEY, naming
 from safepatch.artifact.info import EXPORTED, PatchInfo
 from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.diffusion import UNET, config_kind, empty_text_encoder, empty_unet, family, fingerprint
@@ -51,9 +51,11 @@ def import_lora(
         ArtifactError: for an export that was altered since, and for weights that are not finite, or change nothing.
         UnsupportedModel: for another kind of file, and for what would be left out.
         BaseMismatch: when it does not fit the model.
-        ConfigError: when there is no category.
+        ConfigError: when there is no category, no such file, or it is a patch.
     """
     path = Path(path)
+    if not path.exists():
+        raise ConfigError(f"no LoRA at {path}; check the path")
     weights = open_weights(path / DIFFUSERS_FILE if path.is_dir() else path)
     if EXPORTED in weights.metadata and category is None:
         made = exported(weights)
@@ -68,6 +70,8 @@ def import_lora(
 def _somebody_elses(
     weights: Weights, path: Path, category: Category | None, model: str | Path | None, partly: bool, license: str
 ) -> PatchArtifact:
+    if VERSION_KEY in weights.metadata:
+        raise ConfigError(f"{path} is a patch already; use it as it is")
     if category is None:
         raise ConfigError(f"{path} does not say what it is for; name a category: --category FILE.yaml")
     config = _config_for(weights, model)

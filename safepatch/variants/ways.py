@@ -59,6 +59,8 @@ class Learning:
             lookup(WAYS, way, what="way to edit")
         if min(self.count, self.pictures, self.steps, self.rank) < 1 or not self.learning_rate > 0:
             raise ConfigError("count, pictures, steps and rank must be at least 1, the learning rate above 0")
+        if not all(subject.strip() for subject in self.subjects):
+            raise ConfigError("a subject is empty; say what it is: --subject 'a cat'")
         if not 0 < self.strength <= 1:
             raise ConfigError(f"strength is {self.strength}; it must be above 0 and at most 1")
         if self.folder and len(self.subjects) != 1:

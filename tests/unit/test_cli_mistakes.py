@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
-from safepatch.cli import app
+from safepatch.cli import app, main
 from safepatch.cli.evaluate import fields, matrix_of
 from safepatch.cli.train import planned
 from safepatch.data.category import CategoryFile, read_category
@@ -19,6 +20,7 @@ from safepatch.diffusion.askable import require_device
 from safepatch.errors import ArtifactError, ConfigError, ModelNotFound, PromptError, ReceiptError, SafepatchError
 from safepatch.files import require_writable
 from safepatch.guard.score import score_file
+from tests.small import small_artifact
 
 GENERATE = ("generate", "--prompt", "a knife", "-o", "x.png")
 SERVE, AUDIT, MERGE = (
@@ -213,3 +215,43 @@ def test_a_new_category_file_shows_every_key_there_is(tmp_path):
     path.write_text(re.sub(r"^# (\w+: [\[{])", r"\1", text, flags=re.MULTILINE))  # what is commented out is valid too
     assert read_category(path).fills == {"color": ["white", "blue"]}
     assert Corpus.open(path).pairs(4, seed=0)
+
+
+def test_a_full_device_is_one_line(monkeypatch, capsys):
+    def full() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
+
+    monkeypatch.setattr("safepatch.cli.app", full)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert re.fullmatch("error: no memory is left .CUDA out of memory.* 2.00 GiB.*--dtype.*\n", capsys.readouterr().err)
+    monkeypatch.setattr("safepatch.cli.app", lambda: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError):  # control: a mistake of ours is none of the user's
+        main()
+
+
+def test_a_subject_without_a_name_is_none():
+    assert "a subject is empty" in run("variants", "--category", "weapons", "--subject", " ")
+    assert "a subject is empty" not in run("variants", "--subject", "a cat")  # control
+
+
+def test_what_is_no_lora_is_told_what_it_is(tmp_path):
+    assert "no LoRA at nowhere.safetensors" in run("import", "nowhere.safetensors", "-o", "p.st")
+    patch = small_artifact("lora").save(tmp_path / "patch.safetensors")
+    for category in ((), ("--category", "weapons")):
+        assert "is a patch already" in run("import", str(patch), "-o", "p.st", *category)
+
+
+def test_labelled_pictures_need_a_folder(tmp_path):
+    assert "no folder nowhere" in run("detector", "train", "nowhere", "-o", "heads")
+    assert "a folder of pictures for each label" in run("detector", "train", str(tmp_path), "-o", "heads")  # control
+
+
+def test_the_studio_knows_its_judge_before_it_is_shown():
+    assert "no detector 'clipp'; did you mean 'clip'?" in run("studio", "--detector", "clipp", "--port", "-1")
+    assert "choose another --port" in run("studio", "--detector", "clip", "--port", "-1")  # control
+
+
+def test_a_demo_of_no_steps_is_told_so():
+    assert "training.steps must be at least 1, not 0" in run("demo", "--steps", "0")
