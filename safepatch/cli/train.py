@@ -83,7 +83,7 @@ def train(
 def planned(config: str, overrides: list[str]) -> "TrainConfig":
     """The run that the words of a command line describe; the first may be a field as well, as `category=weapons`."""
     from safepatch.data.category import shipped_categories
-    from safepatch.data.columns import FORMATS
+    from safepatch.data.tables import FORMATS
     from safepatch.training.config import load_train_config
 
     if "=" in config:
