@@ -10,6 +10,7 @@ import torch
 
 from safepatch.data.bank import DataConfig
 from safepatch.diffusion import Components, Conditioning, UNetHost
+from safepatch.errors import ConfigError
 from safepatch.models.checkpoint import CONFIGS
 from safepatch.models.load import unet_config
 from safepatch.patch import PATCH_KINDS
@@ -201,3 +202,12 @@ def test_where_drawing_takes_the_most_fewer_are_to_be_drawn_at_once() -> None:
     assert found.drawing > found.learning
     enough_to_learn = int(found.learning * FRAGMENTS + CONTEXT) + 1
     assert "data.batch_size=8" in (found.warning(enough_to_learn) or "")
+
+
+@pytest.mark.parametrize("size", [36, 50, 2])
+def test_a_size_that_cannot_be_drawn_is_told_in_pixels(size: int) -> None:
+    with pytest.raises(ConfigError, match=f"pictures of {size} pixels cannot be drawn .*use a multiple of 16"):
+        small(Plan("lite", data=DataConfig(pairs=8, steps=2, size=size)))
+    with pytest.raises(ConfigError, match=r"data.size must be at least 1 pixel"):
+        DataConfig(size=0)
+    assert small(Plan("lite", data=DataConfig(pairs=8, steps=2, size=48))).learning  # control
