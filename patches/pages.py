@@ -152,7 +152,8 @@ def results(figures: Mapping[str, Any]) -> str:
         "## What is measured",
         "\n".join(f"* `{name}`: {metric.meaning}" for name, metric in METRICS.items()),
     ]
-    return "\n\n".join(parts) + "\n"
+    under_one_head = [part for at, part in enumerate(parts) if not part.startswith("## ") or part not in parts[:at]]
+    return "\n\n".join(under_one_head) + "\n"
 
 
 def _of_kind(figures: Mapping[str, Any], kind: str) -> Iterator[str]:
