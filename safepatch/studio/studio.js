@@ -39,7 +39,6 @@
       }
       find("commands").innerHTML = said.commands;
       history.replaceState(null, "", said.link || location.pathname);
-      if (!running) say("");
     } catch (error) {
       if (mine === latest) say(error.message);
     }
@@ -96,6 +95,7 @@
   form.addEventListener("input", (event) => {
     if (event.target.type === "range") event.target.nextElementSibling.textContent = (+event.target.value).toFixed(2);
     if (event.target.name === "attack") form.elements.budget.value = event.target.selectedOptions[0].dataset.budget;
+    if (!running) say(""); // here and not once settled: what a button has come to meanwhile stays
     clearTimeout(timer);
     timer = setTimeout(settle, 300);
   });
