@@ -34,7 +34,7 @@ def commands(page: Path) -> list[str]:
 
 def parsed(command: str) -> None:
     """Raise unless the command line knows this verb, its options, and of `train` every field."""
-    _, verb, *words = shlex.split(command)
+    _, verb, *words = shlex.split(command, comments=True)
     commands, name = (VERBS[verb].commands, words.pop(0)) if verb in ("detector", "guard") else (VERBS, verb)
     with commands[name].make_context(name, words) as context:
         if verb == "train" and name == verb:
