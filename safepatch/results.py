@@ -116,6 +116,8 @@ class Row:
         detector_version: which weights it has, for people.
         detector_sha256: of those weights.
         budget: images per prompt that an attack asked for, 0 where there is none or it is not recorded.
+        prompts_sha256: of the prompt set's texts and seeds, before any attack changed them; empty where not recorded.
+        size: height and width of the images in pixels, 0 where it is not recorded.
     """
 
     patch: str
@@ -139,6 +141,8 @@ class Row:
     detector_version: str = ""
     detector_sha256: str = ""
     budget: int = 0
+    prompts_sha256: str = ""
+    size: int = 0
 
     def __post_init__(self) -> None:
         """Nonsense cannot be constructed: every error names the field that is wrong."""

@@ -1,9 +1,11 @@
 """What measures are made of: a corpus's prompts, as a bench asks them, and what its detector finds in their images."""
 
+import json
 from collections.abc import Collection, Sequence
+from hashlib import sha256
 
 from safepatch.artifact.patch_artifact import PatchArtifact
-from safepatch.data.corpus import Corpus
+from safepatch.data.corpus import EVALUATIONS, Corpus
 from safepatch.data.prompts import Prompt
 from safepatch.detectors.base import shows_all
 from safepatch.errors import SafepatchError
@@ -40,6 +42,20 @@ def of_others(bench: Bench, corpus: Corpus, patch: PatchArtifact | None) -> list
     others = [other for other in corpus.neighbours if other.name not in own and labels_of(bench, other)]
     n, seed = max(1, bench.protocol.n // max(1, len(others))), bench.protocol.seed
     return [(other, prompts) for other in others if (prompts := other.evaluation("plain", n, seed))]
+
+
+def sets_of(bench: Bench, corpus: Corpus, patch: PatchArtifact | None, name: str) -> list[Sequence[Prompt]]:
+    """What a measure of the prompt set `name` asks for, set by set; nothing where the set is none of a corpus."""
+    if name == "other":
+        return [prompts for _, prompts in of_others(bench, corpus, patch)]
+    if name == "companion":
+        return [with_companions(bench, corpus)]
+    return [prompts_of(bench, corpus, name)] if name in EVALUATIONS else []
+
+
+def hash_of(prompts: Sequence[Prompt]) -> str:
+    """SHA-256 of texts and seeds in their order, hexadecimal; empty for none."""
+    return sha256(json.dumps([(p.text, p.seed) for p in prompts]).encode()).hexdigest() if prompts else ""
 
 
 def found_in(bench: Bench, prompts: Sequence[Prompt], patch: PatchArtifact | None, label: str) -> Found:

@@ -19,7 +19,7 @@ from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.attacks import Round
 from safepatch.data.prompts import Prompt
 from safepatch.detectors.base import Detector
-from safepatch.diffusion import denoiser, drawn_together, generate_by, quiet, usual_guidance
+from safepatch.diffusion import denoiser, drawn_together, generate_by, own_sides, quiet, usual_guidance
 from safepatch.diffusion.askable import require_drawable
 from safepatch.errors import ConfigError, UnknownWords, UnsupportedModel
 from safepatch.evaluation.kept import Batch, Kept, digest, pixels
@@ -155,6 +155,11 @@ class Bench:
         """The guidance scale that prompts are drawn with; 0 where some have others of their own."""
         scales = {self.guidance_scale(prompt, patch) for prompt in prompts} or {self.guidance_scale(patch=patch)}
         return scales.pop() if len(scales) == 1 else 0.0
+
+    @property
+    def size(self) -> int:
+        """Height and width of the images in pixels; 0 where no model says."""
+        return 0 if denoiser(self.pipe) is None else own_sides(self.pipe)[0]
 
     def _key(self, asked: Round, patch: PatchArtifact | None) -> str:
         """What tells these images from others."""

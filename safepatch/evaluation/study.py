@@ -22,7 +22,7 @@ from safepatch.data.prompts import Prompt
 from safepatch.data.readers import read_prompts
 from safepatch.detectors.base import shows_any
 from safepatch.errors import ConfigError
-from safepatch.evaluation.asked import labels_of
+from safepatch.evaluation.asked import hash_of, labels_of
 from safepatch.evaluation.bench import Bench, Protocol
 from safepatch.evaluation.folder import has_more, protocol_of
 from safepatch.evaluation.kept import pixels
@@ -119,7 +119,8 @@ def _measured(plan: Plan, bench: Bench, subject: Subject, prompts: PromptSet) ->
             corpus = plan.corpora.get(category) or next(iter(plan.corpora.values()))
             measure = Measure(lambda *_: None, "unsafe_rate", prompts.name)
             made = row(judged, corpus, patch, subject.name, measure, rate(shown))
-            yield replace(made, category=category, detector=spec, guidance_scale=scale)
+            about = {"guidance_scale": scale, "prompts_sha256": hash_of(prompts.prompts)}
+            yield replace(made, category=category, detector=spec, **about)
 
 
 def _patch(subject: Subject) -> PatchArtifact | None:

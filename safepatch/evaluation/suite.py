@@ -1,14 +1,13 @@
 """Every measure by its name, and rows of figures: what a patch stops, what it leaves alone, and what it costs."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.attacks import Round
-from safepatch.data.corpus import EVALUATIONS, Corpus
-from safepatch.data.prompts import Prompt
+from safepatch.data.corpus import Corpus
 from safepatch.errors import lookup
-from safepatch.evaluation.asked import of_others, prompts_of, with_companions
+from safepatch.evaluation.asked import hash_of, sets_of
 from safepatch.evaluation.bench import Bench, patch_hash
 from safepatch.evaluation.costs import extra_flops, megabytes
 from safepatch.evaluation.drifts import (
@@ -94,7 +93,7 @@ def row(
 ) -> Row:
     """One measurement as a `Row`."""
     detector = bench.detector if measure.judged else None
-    prompts = prompts_of(bench, corpus, measure.prompt_set) if measure.prompt_set in EVALUATIONS else []
+    prompts = [prompt for some in sets_of(bench, corpus, patch, measure.prompt_set) for prompt in some]
     return Row(
         patch=name,
         base=bench.name,
@@ -116,15 +115,12 @@ def row(
         threshold=detector.threshold if detector else 0.0,
         detector_version=detector.version if detector else "",
         detector_sha256=detector.sha256 if detector else "",
+        prompts_sha256=hash_of(prompts),
+        size=bench.size,
     )
 
 
 def _asked(bench: Bench, corpus: Corpus, patch: PatchArtifact | None, measures: Iterable[Measure]) -> list[Round]:
     """What measures will ask for."""
-    made: list[Sequence[Prompt]] = []
-    for name in dict.fromkeys(measure.prompt_set for measure in measures):
-        if name == "other":
-            made += [prompts for _, prompts in of_others(bench, corpus, patch)]
-        elif name:
-            made.append(with_companions(bench, corpus) if name == "companion" else prompts_of(bench, corpus, name))
-    return [Round(tuple(prompts)) for prompts in made if prompts]
+    names = dict.fromkeys(measure.prompt_set for measure in measures)
+    return [Round(tuple(some)) for name in names for some in sets_of(bench, corpus, patch, name) if some]

@@ -119,6 +119,7 @@ def test_guidance_that_a_file_names_for_each_prompt_is_what_rows_say(tmp_path: P
     files = [tmp_path / "alike.csv", tmp_path / "apart.csv"]
     rows = run_study(matrix(tmp_path, models=["tiny-sd"], protocol=Protocol(n=5)), files, tell=lambda _: None)
     assert {(row.prompt_set, row.guidance_scale) for row in rows} == {("alike", 7), ("apart", 0)}
+    assert len({row.prompts_sha256 for row in rows} - {""}) == 1  # the same texts and seeds
     protocol = json.loads((tmp_path / "out" / "protocol.json").read_text())
     assert protocol["guidance scale"] == "7, each prompt's own"
 

@@ -1,5 +1,7 @@
 """What the evaluation counts, checked against images whose content is known because the test says it."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
@@ -133,6 +135,16 @@ def test_rows_say_what_was_measured_how_and_by_whom(bench: ObedientBench) -> Non
     assert (unjudged.detector, unjudged.threshold, unjudged.detector_sha256) == (NONE, 0, "")
     assert (unjudged.patch_hash, unjudged.kind) == (PATCH.content_hash, "control")
     assert (judged.steps, judged.guidance_scale, judged.prompt_set) == (20, 1.5, "plain")
+    plain = WEAPONS.evaluation("plain", bench.protocol.n, bench.protocol.seed)
+    told = json.dumps([[prompt.text, prompt.seed] for prompt in plain]).encode()
+    hashes = {(row.patch, row.prompt_set): row.prompts_sha256 for row in rows}
+    assert judged.prompts_sha256 == hashlib.sha256(told).hexdigest() == hashes["mine", "plain"]
+    assert (
+        hashes["mine", "companion"] == judged.prompts_sha256
+    )  # companions stand in the plain prompts of this category
+    assert len(set(hashes.values())) == len({row.prompt_set for row in rows}) - 1  # control: others have their own
+    assert judged.size == 0  # nobody draws
+    assert Bench("small", new_small_pipe(new_small_unet(sample_size=16)), None, Protocol()).size == 64
 
 
 def test_a_picture_that_is_no_picture_is_an_error_and_no_black_safe_one() -> None:
