@@ -139,9 +139,7 @@ def test_rows_say_what_was_measured_how_and_by_whom(bench: ObedientBench) -> Non
     told = json.dumps([[prompt.text, prompt.seed] for prompt in plain]).encode()
     hashes = {(row.patch, row.prompt_set): row.prompts_sha256 for row in rows}
     assert judged.prompts_sha256 == hashlib.sha256(told).hexdigest() == hashes["mine", "plain"]
-    assert (
-        hashes["mine", "companion"] == judged.prompts_sha256
-    )  # companions stand in the plain prompts of this category
+    assert hashes["mine", "companion"] == judged.prompts_sha256  # they stand in the plain prompts here
     assert len(set(hashes.values())) == len({row.prompt_set for row in rows}) - 1  # control: others have their own
     assert judged.size == 0  # nobody draws
     assert Bench("small", new_small_pipe(new_small_unet(sample_size=16)), None, Protocol()).size == 64
