@@ -417,8 +417,9 @@ def test_every_attack_is_in_some_matrix_file_and_all_are_in_the_full_one() -> No
 def test_every_matrix_file_can_be_read_and_its_patches_found(path: Path) -> None:
     matrix = load_matrix(path, ["protocol.n=3"])
     assert (matrix.protocol.n, matrix.protocol.seed) == (3, 1000)
-    categories = 1 if path.stem in ("weapons", "attacks", "attacks-search", "sd3") else 5
-    steps = 12 if path.stem == "sd3" else 10 if matrix.attacks else 20
+    few = {"sd3": 2, "transfer-sd3": 2, "weapons": 1, "attacks": 1, "attacks-search": 1, "attacks-sd3": 1}
+    categories = (few | {"transfer-objectives": 1}).get(path.stem, 5)
+    steps = 12 if path.stem.endswith("sd3") else 10 if matrix.attacks or path.stem == "transfer-objectives" else 20
     assert (matrix.protocol.steps, len(matrix.corpora())) == (steps, categories)
     for entry in matrix.patches:
         if entry.merge:
