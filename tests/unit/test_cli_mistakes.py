@@ -180,7 +180,7 @@ class Nobody:
 def test_a_scored_file_is_not_the_prompts_own_and_may_be_in_a_new_folder(tmp_path):
     prompts, guard = tmp_path / "p.csv", Nobody()
     prompts.write_text("prompt\n")
-    with pytest.raises(SafepatchError, match="holds the prompts; choose another -o"):
+    with pytest.raises(PromptError, match="is the file of the prompts itself; choose another -o"):
         score_file(guard, prompts, prompts)  # type: ignore[arg-type]
     assert prompts.read_text() == "prompt\n"
     score_file(guard, prompts, tmp_path / "new" / "o.csv")  # type: ignore[arg-type]
