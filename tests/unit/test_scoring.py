@@ -111,7 +111,7 @@ def test_heads_are_trained_of_folders_and_scored_on_what_was_kept_back(tmp_path:
         train(tmp_path / "pictures", ["gore"], tmp_path / "x", clip)
     with pytest.raises(ConfigError, match="needs a folder of pictures for each label"):
         train(tmp_path / "pictures", ["safe"], tmp_path / "x", clip)
-    with pytest.raises(ConfigError, match=r"nowhere needs a folder of pictures for each label"):
+    with pytest.raises(ConfigError, match=r"nowhere; name one that holds a folder of pictures for each label"):
         train(tmp_path / "nowhere", [], tmp_path / "x", clip)
     for path in (tmp_path / "pictures" / "blue").iterdir():
         if path.stem > "1":
