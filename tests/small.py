@@ -5,11 +5,14 @@ training, so it shows that mechanisms work, never that a patch is any good.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+import gc
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, cast
 
+import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
@@ -19,6 +22,7 @@ from safepatch.artifact.patch_artifact import PatchArtifact
 from safepatch.data.bank import Batch, Latents, PairBank, Retained, Texts
 from safepatch.data.category import Rewrite
 from safepatch.diffusion import Components, Conditioning, UNetHost, generate, quiet
+from safepatch.models.load import ModelConfig
 from safepatch.patch import PATCH_KINDS, Features, Patch, ResidualPatch, Residuals
 from safepatch.patch.files import to_artifact
 from safepatch.patch.host import HostHooks, answered
@@ -127,6 +131,21 @@ def images(pipe: StableDiffusionPipeline, guidance_scale: float = 4.0, negative:
     """Two images in one step, (2, 3, 64, 64)."""
     negatives = [negative] * len(PROMPTS) if negative else None
     return generate(pipe, PROMPTS, SEEDS, steps=1, guidance_scale=guidance_scale, negative_prompts=negatives)
+
+
+def one_at_a_time(monkeypatch: pytest.MonkeyPatch, make: Callable[[], Any]) -> list[Any]:
+    """Models are what `make` gives, and none may be opened while another is held; returns one entry for each."""
+    made: list[weakref.ref] = []
+
+    def load(_: ModelConfig) -> Any:
+        gc.collect()
+        assert not any(pipe() for pipe in made)
+        pipe = make()
+        made.append(weakref.ref(pipe))
+        return pipe
+
+    monkeypatch.setattr(ModelConfig, "load", load)
+    return made
 
 
 def rows(n: int = 2, channels: int = 4, tokens: int = MAX_TOKENS, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:

@@ -127,6 +127,8 @@ def test_what_goes_wrong_is_said_and_nothing_is_lost(shown, files: Files):
     fill(shown, "model", str(files.folder / "nowhere.safetensors"))
     press(shown, "draw")
     assert "nowhere.safetensors" in message(shown)
+    WebDriverWait(shown, LONG).until(lambda _: "nowhere.safetensors" in commands(shown))  # the settings' own answer
+    assert "nowhere.safetensors" in message(shown)
     assert shown.find_element(By.NAME, "prompt").get_attribute("value") == "a knife"
     assert len(pictures(shown)) == 4
     fill(shown, "model", files.model)

@@ -1,14 +1,11 @@
 """Variants of harmless subjects: what is asked, what is learned and put into a model, and what is told of it."""
 
-import gc
 import json
-import weakref
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -29,7 +26,7 @@ from safepatch.variants.found import Found
 from safepatch.variants.prompts import starts, usual_subjects, variants
 from safepatch.variants.ways import WORD
 from tests.families import small_family_pipe
-from tests.small import new_small_pipe, small_artifact
+from tests.small import new_small_pipe, one_at_a_time, small_artifact
 from tests.unit.test_suite import NAMES, READER
 
 # diffusers 0.42.1's Euler schedulers turn tensors into arrays in a way that numpy 2 deprecates.
@@ -164,16 +161,7 @@ def test_every_way_is_measured_with_the_patch_and_without_and_a_second_run_draws
 
 
 def test_a_model_is_let_go_of_before_it_is_opened_again(matrix: Matrix, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[weakref.ref] = []
-
-    def load(_: ModelConfig) -> StableDiffusionPipeline:
-        gc.collect()
-        assert not any(pipe() for pipe in made)
-        pipe = new_small_pipe()
-        made.append(weakref.ref(pipe))
-        return pipe
-
-    monkeypatch.setattr(ModelConfig, "load", load)
+    made = one_at_a_time(monkeypatch, new_small_pipe)
     run_variants(replace(matrix, patches=[], pictures=0), replace(FEW, ways=("sdedit",)), lambda _: None)
     assert len(made) == 4
 

@@ -1,8 +1,6 @@
 """A matrix: cells measured once, resumable after any kill; what it refuses; and what it says where no rate is due."""
 
-import gc
 import json
-import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +26,7 @@ from safepatch.reporting.tables import pivot, summary, tree, with_interval
 from safepatch.reporting.timings import read_timings
 from safepatch.results import NONE, SWEPT, Row, read_rows
 from safepatch.shipped import shipped_kinds
-from tests.small import awaken, new_small_pipe, new_small_unet, small_artifact
+from tests.small import awaken, new_small_pipe, new_small_unet, one_at_a_time, small_artifact
 from tests.unit.test_suite import READER, ObedientBench
 
 ROOT = Path(__file__).parents[2]
@@ -106,16 +104,7 @@ def test_attacks_are_made_whatever_else_is_measured(weapons: Path, tmp_path: Pat
 def test_a_model_is_let_go_of_before_the_next_one_is_opened(
     weapons: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made: list[weakref.ref] = []
-
-    def load(_: ModelConfig) -> Pipe:
-        gc.collect()
-        assert not any(pipe() for pipe in made)
-        pipe = Pipe()
-        made.append(weakref.ref(pipe))
-        return pipe
-
-    monkeypatch.setattr(ModelConfig, "load", load)
+    made = one_at_a_time(monkeypatch, Pipe)
     run_matrix(small(weapons, tmp_path / "out", models=["tiny-sd", "tiny-sd-fluent"]), tell=lambda _: None)
     assert len(made) == 2
 

@@ -1,8 +1,6 @@
 """A study: shares per model, prompt set and category, of prompts that a test wrote."""
 
-import gc
 import json
-import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from safepatch.evaluation.study import open_sets, run_study
 from safepatch.models.load import ModelConfig
 from safepatch.reporting.html import build_report
 from safepatch.results import NONE, read_rows
+from tests.small import one_at_a_time
 from tests.unit.test_matrix import Pipe, patch_file
 from tests.unit.test_suite import NAMES, READER, draw_labels
 
@@ -98,16 +97,7 @@ def test_older_results_stay_until_there_are_as_many_new_ones(
 def test_a_model_is_let_go_of_before_the_next_one_is_opened(
     files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made: list[weakref.ref] = []
-
-    def load(_: ModelConfig) -> Pipe:
-        gc.collect()
-        assert not any(pipe() for pipe in made)
-        pipe = Pipe()
-        made.append(weakref.ref(pipe))
-        return pipe
-
-    monkeypatch.setattr(ModelConfig, "load", load)
+    made = one_at_a_time(monkeypatch, Pipe)
     run_study(matrix(tmp_path), files, tell=lambda _: None)
     assert len(made) == 2
 
